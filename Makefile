@@ -1,0 +1,30 @@
+# Each target sets up what it needs in .venv; CPU is enough for demo and test.
+
+BIN := .venv/bin
+STAMP := .venv/.setup-stamp
+
+.PHONY: setup demo test test-gpu lint clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/sparsex demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not gpu" -n 2
+
+test-gpu: $(STAMP)
+	JAX_PLATFORMS=cuda $(BIN)/pytest -m gpu
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis sparsex-demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,38 @@
+"""The nano model that the package ships: finds needles in 128K tokens of source text.
+
+    sparsex train configs/nano.py --run-dir runs/nano
+
+Hardware: one H200.
+"""
+
+from sparsex_jax.config import (
+    AttentionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainConfig,
+)
+
+MIX = (("needle", 0.9), ("single_3", 0.05), ("text", 0.05))
+
+config = TrainConfig(
+    model=ModelConfig(
+        vocab_size=4096,
+        model_dim=256,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_dim=768,
+        layers="llls",
+        attention=AttentionConfig(window=128, block_size=64, top_k=16),
+    ),
+    # First every remote block is selected, then ever fewer of ever more.
+    stages=(
+        StageConfig(steps=2500, length=1024, batch_size=64, top_k=16, needles=(1, 8), mix=MIX),
+        StageConfig(steps=2500, length=4096, batch_size=16, top_k=8, needles=(1, 24), mix=MIX),
+        StageConfig(steps=1500, length=16384, batch_size=4, top_k=8, needles=(1, 24), mix=MIX),
+    ),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=300),
+    checkpoint_every=1000,
+    log_every=50,
+)

@@ -1,0 +1,60 @@
+"""The best blocks of each query token."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.block_selection import reference, xla
+from pallas_kernels.checks import check_floating, check_shape, per_token
+
+dispatch.register(
+    "block_selection",
+    dispatch.Implementation("xla", xla.select_blocks),
+    dispatch.Implementation("reference", reference.select_blocks),
+)
+
+
+def select_blocks(
+    u, c, limit, count: int, *, start=None, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The `count` best blocks b with start_t <= b < limit_t, by the score <u_t, c_b>.
+
+    The best comes first; of equal scores, the lower index. Where fewer blocks are allowed, the
+    rest has index -1 and score -inf. `score` is differentiable in u and c, `index` is not.
+    Nothing is read from the blocks that a query may not select, so they may hold anything.
+
+    Args:
+      u: query features [B, T, Hkv, d].
+      c: block features [B, Nb, Hkv, d], of the same dtype; Nb may be less than `count`, or 0.
+      limit: integer [T] or [B, T].
+      count: K, at least 0.
+      start: as `limit`; None for 0.
+      implementation: a name that `pallas_kernels.dispatch` knows; None for the best.
+
+    Returns:
+      index int32 [B, T, Hkv, K] and score [B, T, Hkv, K], f32 (f64 for f64 features).
+
+    Raises:
+      ValueError: if shapes do not fit together, count < 0, or `implementation` cannot run.
+      TypeError: if a dtype is wrong.
+    """
+    u, c = map(jnp.asarray, (u, c))
+    check_shape("u", u, "B T Hkv d")
+    batch, tokens, heads, dim = u.shape
+    check_shape("c", c, "B Nb Hkv d", B=batch, Hkv=heads, d=dim)
+    check_floating(u=u, c=c)
+    count = operator.index(count)
+    if count < 0:
+        raise ValueError(f"count={count} must not be negative: use 0 for none")
+    limit = per_token("limit", limit, batch, tokens)
+    if start is None:
+        start = jnp.zeros((batch, tokens), jnp.int32)
+    else:
+        start = per_token("start", start, batch, tokens)
+    function = dispatch.select("block_selection", implementation)
+    return function(u, c, limit, start, count)
+
+
+__all__ = ["select_blocks"]

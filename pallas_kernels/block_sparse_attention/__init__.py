@@ -1,0 +1,87 @@
+"""Attention of each query token to the key blocks of its row of a sparse pattern."""
+
+import dataclasses
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.block_sparse_attention import reference, xla
+from pallas_kernels.checks import check_attention_operands, check_shape
+from pallas_kernels.csr import BlockCSR
+
+dispatch.register(
+    "block_sparse_attention",
+    dispatch.Implementation("xla", xla.block_sparse_attention),
+    dispatch.Implementation("reference", reference.block_sparse_attention),
+)
+
+
+def _check_blocks(blocks: BlockCSR, q, k, block_size: int) -> None:
+    batch, tokens, num_keys, heads = *q.shape[:2], *k.shape[1:3]
+    sizes = {"B": batch, "Hkv": heads, "T+1": tokens + 1}
+    check_shape("blocks.indptr", blocks.indptr, "B Hkv T+1", **sizes)
+    check_shape("blocks.indices", blocks.indices, "B Hkv E", B=batch, Hkv=heads)
+    entries = blocks.indices.shape[2]
+    check_shape("blocks.values", blocks.values, "B Hkv E", B=batch, Hkv=heads, E=entries)
+    for name in ("indptr", "indices"):
+        dtype = getattr(blocks, name).dtype
+        if dtype != jnp.int32:
+            raise TypeError(f"blocks.{name} is {dtype}, but must be int32: cast it")
+    if blocks.values.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"blocks.values is {blocks.values.dtype}, but must be float32: cast it")
+    if block_size <= 0:
+        raise ValueError(f"block_size={block_size} must be positive: use 64")
+    num_blocks = -(-num_keys // block_size)
+    if blocks.num_columns != num_blocks:
+        raise ValueError(
+            f"blocks.num_columns={blocks.num_columns} must be the {num_blocks} blocks of"
+            f" block_size={block_size} that k's {num_keys} keys fill: build the pattern for them"
+        )
+
+
+def block_sparse_attention(
+    q,
+    k,
+    v,
+    blocks: BlockCSR,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of query t over the keys of the blocks in row t of `blocks`.
+
+    The logit of key n in block b is `q_t . k_n * scale + value`, with the value of the entry
+    (t, b). A query without keys has out 0 and lse -inf. Nothing is read from blocks that no row
+    names. Differentiable in q, k, v and blocks.values, from the cotangents of both results.
+
+    Args:
+      q: [B, T, Hq, D].
+      k: [B, N, Hkv, D], of the same dtype; Hq is a multiple of Hkv.
+      v: [B, N, Hkv, D].
+      blocks: T rows and ceil(N / block_size) columns per batch element and KV head.
+      block_size: S, keys of a block; the last block may be incomplete.
+      scale: of the logits; None for 1 / sqrt(D).
+      implementation: a name that `pallas_kernels.dispatch` knows; None for the best.
+
+    Returns:
+      out [B, T, Hq, D] of q's dtype and lse [B, T, Hq], f32 (f64 for f64 operands).
+
+    Raises:
+      ValueError: if shapes do not fit together, or `implementation` cannot run.
+      TypeError: if a dtype is wrong.
+    """
+    q, k, v = map(jnp.asarray, (q, k, v))
+    check_attention_operands(q, k, v)
+    block_size = operator.index(block_size)
+    _check_blocks(blocks, q, k, block_size)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    values = blocks.values.astype(jnp.promote_types(jnp.float32, q.dtype))
+    blocks = dataclasses.replace(blocks, values=values)
+    function = dispatch.select("block_sparse_attention", implementation)
+    return function(q, k, v, blocks, block_size, scale)
+
+
+__all__ = ["BlockCSR", "block_sparse_attention"]

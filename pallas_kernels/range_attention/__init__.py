@@ -1,0 +1,61 @@
+"""Attention of each query to a contiguous range of keys."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import checks, dispatch
+from pallas_kernels.range_attention import reference, xla
+
+dispatch.register(
+    "range_attention",
+    dispatch.Implementation("xla", xla.range_attention),
+    dispatch.Implementation("reference", reference.range_attention),
+)
+
+
+def range_attention(
+    q, k, v, start, end, key_bias=None, *, scale: float | None = None, implementation=None
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention where query t sees the keys `start_t <= n < end_t`.
+
+    Differentiable in q, k, v and key_bias, from the cotangents of both results. The result at t
+    does not depend on queries after t, nor, if finite, on keys from `end_t` on; keys that no
+    query sees may even be NaN.
+
+    Args:
+      q: [B, T, Hq, D], floating.
+      k: [B, N, Hkv, D], q's dtype; Hq is a multiple of Hkv.
+      v: [B, N, Hkv, D], q's dtype.
+      start: integer [T] or [B, T], non-decreasing in t; clipped to [0, N].
+      end: integer [T] or [B, T], non-decreasing in t; clipped to [0, N].
+      key_bias: f32 [B, N, Hkv], added to the logits of its key; -inf removes the key.
+      scale: of the products q.k; None for 1/sqrt(D).
+      implementation: "xla", "reference", ...; None picks by platform.
+
+    Returns:
+      out, q's shape and dtype, and lse, f32 [B, T, Hq], the log-sum-exp of the logits (f64 for
+      f64 operands). Where a query has no key, out is 0 and lse is -inf.
+
+    Raises:
+      ValueError: if shapes do not fit, if a NumPy `start` or `end` decreases, or if
+        `implementation` is unknown or cannot run here.
+      TypeError: if the dtypes are not as above.
+    """
+    q, k, v = map(jnp.asarray, (q, k, v))
+    checks.check_attention_operands(q, k, v)
+    batch, tokens, _, head_dim = q.shape
+    num_keys, num_kv_heads = k.shape[1:3]
+    start, end = (
+        jnp.clip(checks.per_token(name, x, batch, tokens, monotone=True), 0, num_keys)
+        for name, x in (("start", start), ("end", end))
+    )
+    if key_bias is not None:
+        key_bias = jnp.asarray(key_bias)
+        checks.check_shape("key_bias", key_bias, "B N Hkv", B=batch, N=num_keys, Hkv=num_kv_heads)
+        checks.check_floating(key_bias=key_bias)
+        key_bias = key_bias.astype(jnp.promote_types(jnp.float32, q.dtype))
+    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
+    compute = dispatch.select("range_attention", implementation)
+    return compute(q, k, v, start, end, key_bias, scale)

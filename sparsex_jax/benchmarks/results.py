@@ -1,0 +1,105 @@
+"""Result files: one JSON object each, with all that is needed to judge and repeat a measurement."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sparsex_jax.training.checkpoints import versions
+
+
+def _output(*command: str) -> str | None:
+    """Standard output of a command; None where it cannot run or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str | None:
+    """The commit of this source tree, "+changes" behind it if files differ.
+
+    Without git it is what SPARSEX_COMMIT says (for copies of the tree on other machines), or None.
+    """
+    git = ("git", "-C", str(Path(__file__).parents[2]))
+    if _output(*git, "ls-files", "pyproject.toml") != "pyproject.toml":
+        # Installed somewhere, perhaps within a repository of another project.
+        return os.environ.get("SPARSEX_COMMIT")
+    name = _output(*git, "rev-parse", "HEAD")
+    changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
+    return f"{name}+changes" if name and changed else name
+
+
+def _cpu() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:  # not Linux
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def hardware() -> dict[str, Any]:
+    """What JAX computes on: kind, count (devices; cores of a CPU) and driver."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return {"kind": _cpu(), "count": os.cpu_count(), "driver": None}
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "kind": devices[0].device_kind,
+        "count": len(devices),
+        "driver": driver.splitlines()[0] if driver else None,
+    }
+
+
+def default_path(benchmark: str) -> Path:
+    """results/<hardware>/<benchmark>.json, the hardware's kind in lower case with dashes."""
+    machine = hardware()
+    kind = re.sub(r"[^a-z0-9]+", "-", machine["kind"].lower()).strip("-")
+    return Path("results") / f"{kind}-x{machine['count']}" / f"{benchmark}.json"
+
+
+def write_results(
+    path: str | os.PathLike,
+    benchmark: str,
+    command: str,
+    config: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+) -> None:
+    """Writes a results file (DESIGN.md, section 5), atomically.
+
+    Args:
+      path: of the file; folders are made.
+      benchmark: what was measured.
+      command: as typed.
+      config: everything that decides the outcome, as JSON values.
+      rows: flat objects.
+
+    Raises:
+      OSError: it cannot be written; what was there before is intact.
+    """
+    path = Path(path)
+    results = {
+        "benchmark": benchmark,
+        "command": command,
+        "config": config,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "versions": {**versions(), "python": platform.python_version()},
+        "rows": list(rows),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        fresh.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)

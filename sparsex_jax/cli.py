@@ -1,0 +1,99 @@
+"""`sparsex`: one module of `sparsex_jax.commands` per command, imported when it is asked for."""
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import sparsex_jax
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+      module: of `sparsex_jax.commands`; its `main(arguments)` runs the command.
+      summary: a line for `sparsex --help`.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command("demo", "hide needles in 16K and 128K tokens of source text and find them"),
+    "train": Command("train", "train a model from a preset, or go on where a run stands"),
+    "eval": Command("evaluate", "score a model: `sparsex eval needle`"),
+    "info": Command("info", "devices, versions, and the kernel that each primitive would take"),
+}
+# Where a ValueError may come from that tells the user what to change; others are bugs.
+OUR_PACKAGES = ("sparsex_jax", "pallas_kernels")
+DEBUG = "SPARSEX_DEBUG"
+
+
+def usage() -> str:
+    """Help of the program itself."""
+    lines = (f"  {name:<7}{command.summary}" for name, command in COMMANDS.items())
+    return "\n".join((
+        "usage: sparsex COMMAND [arguments]",
+        "",
+        "Sparse-X: trainable sparse attention for very long contexts.",
+        "",
+        *lines,
+        "",
+        "`sparsex COMMAND --help` tells units and defaults. Lengths are tokens; K and M are powers",
+        f"of two (16K = 16384). {DEBUG}=1 shows where an error comes from.",
+    ))  # fmt: skip
+
+
+def main() -> None:
+    """Runs the program and exits: 0, 2 after a mistake in the input, 130 after an interruption."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs a command.
+
+    Args:
+      arguments: its name and what follows.
+
+    Returns:
+      The exit status.
+    """
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if name == "--version":
+        print(f"sparsex {sparsex_jax.__version__}")
+        return 0
+    if name not in COMMANDS:
+        return _complain(f"command {name!r} is not known: use {', '.join(COMMANDS)}")
+    command = importlib.import_module(f"sparsex_jax.commands.{COMMANDS[name].module}")
+    try:
+        command.main(rest)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except Exception as error:
+        if os.environ.get(DEBUG) == "1" or not _is_expected(error):
+            raise
+        return _complain(str(error))
+    return 0
+
+
+def _complain(message: str, status: int = 2) -> int:
+    print("sparsex: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is about the user's input or machine rather than about this program."""
+    if isinstance(error, OSError):
+        return True
+    if not isinstance(error, ValueError):
+        return "RESOURCE_EXHAUSTED" in str(error)  # how XLA says that the device's memory is full
+    frames = traceback.extract_tb(error.__traceback__)
+    folders = [str(Path(__file__).parents[1] / name) + os.sep for name in OUR_PACKAGES]
+    return frames[-1].filename.startswith(tuple(folders))

@@ -1,0 +1,1 @@
+"""The commands of `sparsex`, one a module; each has `main(arguments)`."""

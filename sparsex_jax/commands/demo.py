@@ -1,0 +1,125 @@
+"""`sparsex demo`."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+
+from sparsex_jax.commands.arguments import (
+    SHIPPED_MODEL,
+    format_length,
+    make_console,
+    parse,
+    parse_lengths,
+)
+
+if TYPE_CHECKING:
+    from sparsex_jax.demo import Finding
+
+HEAT_MAP = "needles.png"
+LONGEST_ANSWER = 40  # characters in the table; a uuid has 36
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Hides needles at ten depths of real source text and finds them by generating the answers.
+
+    Attributes:
+      length: tokens of each text; 4096, 16K and 1M are understood.
+      haystack: folder of text files to hide the needles in; by default the sources of Python's
+        standard library that the model was not trained on.
+      checkpoint: directory of a model; by default the one that comes with sparsex.
+      out: directory for the heat map, made if missing.
+      seed: decides keys, values and the part of the text.
+    """
+
+    length: tuple[str, ...] = ("16K", "128K")
+    haystack: Path | None = None
+    checkpoint: Path = SHIPPED_MODEL
+    out: Path = Path("sparsex-demo")
+    seed: int = 0
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the arguments and runs the command."""
+    demo(parse(Arguments, "demo", arguments))
+
+
+def demo(arguments: Arguments) -> None:
+    """Runs the command."""
+    from sparsex_jax.commands.model import load, read_haystack
+    from sparsex_jax.demo import draw_heat_map, find_needles
+
+    console = make_console()
+    lengths = parse_lengths(arguments.length)
+    # Made first, so that a wrong name is told before the work.
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    model, tokenizer, description = load(arguments.checkpoint)
+    console.print(f"model: {description}", markup=False, soft_wrap=True)
+    haystack, description = read_haystack(
+        arguments.haystack, tokenizer, max(lengths), arguments.seed
+    )
+    console.print(f"haystack: {description}", markup=False, soft_wrap=True)
+
+    findings: list[Finding] = []
+    for length in lengths:
+        with _progress(console) as bar:
+            task = bar.add_task(f"reading {format_length(length)}", total=length)
+            search = find_needles(
+                model, length, tokenizer=tokenizer, haystack=haystack, seed=arguments.seed,
+                progress=functools.partial(_advance, bar, task),
+            )  # fmt: skip
+        console.print(
+            f"{format_length(length)} tokens read in {search.prefill_seconds:.1f} s,"
+            f" {sum(finding.correct for finding in search.findings)} of"
+            f" {len(search.findings)} needles found"
+        )
+        findings += search.findings
+    console.print(_table(findings))
+    path = arguments.out / HEAT_MAP
+    draw_heat_map(findings, path, format_length)
+    console.print(f"heat map: {path}", markup=False, soft_wrap=True)
+
+
+def _advance(bar: rich.progress.Progress, task: rich.progress.TaskID, tokens: int) -> None:
+    bar.update(task, completed=tokens)
+
+
+def _progress(console: rich.console.Console) -> rich.progress.Progress:
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _table(findings: Sequence["Finding"]) -> rich.table.Table:
+    table = rich.table.Table()
+    for name in ("length", "depth", "expected", "answered", "ok", "seconds"):
+        table.add_column(name, overflow="fold")
+    for finding in findings:
+        table.add_row(
+            format_length(finding.tokens),
+            f"{finding.depth:g} %",
+            finding.expected,
+            rich.markup.escape(_shortened(finding.answered)),
+            "[green]yes[/]" if finding.correct else "[red]no[/]",
+            f"{finding.seconds:.2f}",
+        )
+    return table
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_ANSWER else text[: LONGEST_ANSWER - 1] + "…"

@@ -1,0 +1,71 @@
+"""`sparsex train`."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sparsex_jax.commands.arguments import parse
+from sparsex_jax.config import ConfigError, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Trains a model, or goes on where its run directory stands.
+
+    Each field of the preset's TrainConfig is an option, too: --model.attention.top-k 8.
+
+    Attributes:
+      preset: a Python file that defines `config`, a TrainConfig (see configs/).
+      run_dir: directory of the run: checkpoints, metrics, and at the end the model.
+      max_minutes: minutes after which to save and stop; the same command goes on from there.
+      config: the preset's.
+    """
+
+    preset: tyro.conf.Positional[Path]
+    run_dir: Path
+    max_minutes: float | None = None
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the arguments, the preset first, for it has the other options' defaults."""
+    default: Arguments | None = None
+    if arguments and not arguments[0].startswith("-"):
+        preset = Path(arguments[0])
+        default = Arguments(preset, Path("runs") / preset.stem, config=load_preset(preset))
+        # The preset is known: as a default it need not be given again.
+        arguments = arguments[1:]
+    elif not {"-h", "--help"} & set(arguments):
+        raise ConfigError("the first argument of train must be a preset: configs/nano.py, say")
+    train(parse(Arguments, "train", arguments, default))
+
+
+def load_preset(path: Path) -> TrainConfig:
+    """The `config` of a Python file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ConfigError: it does not run, or defines no config.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"preset {path} is not a file: use one of configs/, say")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except ConfigError as error:
+        raise ConfigError(f"preset {path}: {error}") from error
+    except Exception as error:  # whatever the user's file raises
+        raise ConfigError(f"preset {path} does not run: {type(error).__name__}: {error}") from error
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"preset {path} must define `config = TrainConfig(...)`")
+    return config
+
+
+def train(arguments: Arguments) -> None:
+    """Runs the command."""
+    from sparsex_jax.training import train
+
+    result = train(arguments.config, arguments.run_dir, max_minutes=arguments.max_minutes)
+    print(result.message)

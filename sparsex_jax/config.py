@@ -1,0 +1,257 @@
+"""Configurations of attention, model and training: frozen, and validated once, at construction."""
+
+import dataclasses
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A field has a value that its rule forbids; the message names both and the way out."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _require_positive(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{name}={value} must be positive: use at least 1")
+
+
+def _multiples(value: int, unit: int) -> str:
+    """The two multiples of `unit` around `value`, as advice."""
+    below = value // unit * unit
+    return f"use {below} or {below + unit}" if below else f"use {unit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """What a query attends to; the symbols are those of docs/math.md.
+
+    Attributes:
+      window: W, tokens of exact local attention; a multiple of `block_size`.
+      block_size: S, tokens of the unit that is scored and selected.
+      top_k: K, blocks selected per query token and KV head; 0 switches the dynamic branch off.
+      segment_length: L, tokens of a landmark segment; `block_size` times a power of two.
+      landmarks_per_segment: m.
+      nodes_per_level: r, nodes of each pyramid level that a query sees (r or r + 1).
+      landmarks: "pyramid" (O(log N) a query), "all" (cost 0.01 N^2, for ablation) or "off".
+      fusion: "sum" of gated branches, or one exact "softmax" over local and selected keys
+        (which needs landmarks="off": they would count twice).
+      score_dim: d_s, width of the selector's features.
+      rope_base: base of the rotary frequencies of the local branch.
+    """
+
+    window: int = 512
+    block_size: int = 64
+    top_k: int = 16
+    segment_length: int = 512
+    landmarks_per_segment: int = 5
+    nodes_per_level: int = 4
+    landmarks: Literal["pyramid", "all", "off"] = "pyramid"
+    fusion: Literal["sum", "softmax"] = "sum"
+    score_dim: int = 64
+    rope_base: float = 10_000.0
+
+    def __post_init__(self):
+        _require_positive(
+            self, "window", "block_size", "segment_length", "landmarks_per_segment",
+            "nodes_per_level", "score_dim", "rope_base",
+        )  # fmt: skip
+        _require(self.top_k >= 0, f"top_k={self.top_k} must not be negative: use 0 for none")
+        _require(
+            self.window % self.block_size == 0,
+            f"window={self.window} must be a multiple of block_size={self.block_size}:"
+            f" {_multiples(self.window, self.block_size)}",
+        )
+        blocks = self.segment_length // self.block_size
+        _require(
+            self.segment_length % self.block_size == 0 and blocks & (blocks - 1) == 0,
+            f"segment_length={self.segment_length} must be block_size={self.block_size} times a"
+            f" power of two: use {self.block_size << max(blocks.bit_length() - 1, 0)}",
+        )
+        _require(
+            self.landmarks_per_segment <= self.block_size,
+            f"landmarks_per_segment={self.landmarks_per_segment} must be at most"
+            f" block_size={self.block_size}: use fewer landmarks",
+        )
+        for name, allowed in (
+            ("landmarks", ("pyramid", "all", "off")),
+            ("fusion", ("sum", "softmax")),
+        ):
+            value = getattr(self, name)
+            _require(value in allowed, f"{name}={value!r} is not known: use one of {allowed}")
+        _require(
+            self.fusion == "sum" or self.landmarks == "off",
+            f"fusion='softmax' with landmarks={self.landmarks!r} would count landmark tokens twice:"
+            " use landmarks='off', or fusion='sum'",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer.
+
+    Attributes:
+      vocab_size: entries of the (tied) embedding.
+      model_dim: width of the residual stream.
+      num_heads: query heads; a multiple of `num_kv_heads`.
+      head_dim: width of a head; even, for RoPE.
+      mlp_dim: hidden width of SwiGLU.
+      conv_width: taps of the causal convolution before q, k and v; 0 switches it off.
+      layers: one letter a layer: "l" local attention only, "s" all three branches.
+      remat: what the backward pass recomputes: nothing ("none") or each layer ("layer").
+      loss_chunk: tokens for which logits are held at a time by the loss.
+      dtype: type of the arithmetic; parameters are always float32.
+    """
+
+    vocab_size: int = 4096
+    model_dim: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    mlp_dim: int = 768
+    conv_width: int = 4
+    layers: str = "llls"
+    attention: AttentionConfig = AttentionConfig()
+    remat: Literal["none", "layer"] = "none"
+    loss_chunk: int = 8192
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self):
+        _require_positive(
+            self, "vocab_size", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+            "loss_chunk",
+        )  # fmt: skip
+        _require(self.conv_width >= 0, f"conv_width={self.conv_width} is negative: use 0 for none")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}:"
+            f" {_multiples(self.num_heads, self.num_kv_heads)}",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim} must be even: use {self.head_dim + 1}",
+        )
+        _require(
+            bool(self.layers) and set(self.layers) <= {"l", "s"},
+            f"layers={self.layers!r} must consist of 'l' (local) and 's' (sparse): use 'llls', say",
+        )
+        for name, allowed in (("remat", ("none", "layer")), ("dtype", ("bfloat16", "float32"))):
+            value = getattr(self, name)
+            _require(value in allowed, f"{name}={value!r} is not known: use one of {allowed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, cosine decay and clipping of the global gradient norm.
+
+    Attributes:
+      final_fraction: the last learning rate as a share of `learning_rate`.
+    """
+
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _require_positive(self, "learning_rate", "clip_norm")
+        _require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} is negative: use 0")
+        for name in ("final_fraction", "beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name}={value} must lie in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and what is made of it.
+
+    Attributes:
+      haystack: folder of text files; None means the running Python's standard library.
+      text_weight: weight in the loss of tokens that are no answer (answers weigh 1).
+      workers: processes that prepare batches; 0 prepares them in the training process.
+    """
+
+    haystack: str | None = None
+    text_weight: float = 0.1
+    workers: int = 0
+
+    def __post_init__(self):
+        _require(self.text_weight >= 0, f"text_weight={self.text_weight} is negative: use 0")
+        _require(self.workers >= 0, f"workers={self.workers} is negative: use 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """A stretch of training with fixed shapes; stages follow one another (the curriculum).
+
+    Attributes:
+      steps: optimizer steps.
+      length: tokens of a sequence.
+      batch_size: sequences of an optimizer step, over all devices.
+      top_k: blocks selected; None takes the model's.
+      mix: (source, weight) pairs, sources being "text" and the names in
+        `sparsex_jax.tasks.TASKS` that can be trained on.
+      needles: fewest and most needles hidden in a sequence.
+      questions: most questions asked at the end of a sequence.
+    """
+
+    steps: int
+    length: int
+    batch_size: int
+    top_k: int | None = None
+    mix: tuple[tuple[str, float], ...] = (("needle", 1.0),)
+    needles: tuple[int, int] = (1, 16)
+    questions: int = 16
+
+    def __post_init__(self):
+        _require_positive(self, "steps", "length", "batch_size", "questions")
+        low, high = self.needles
+        _require(1 <= low <= high, f"needles={self.needles} must be (fewest, most), at least 1")
+        _require(
+            bool(self.mix) and all(weight > 0 for _, weight in self.mix),
+            f"mix={self.mix} must name a source, each with a positive weight",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run, complete.
+
+    Attributes:
+      accumulation: micro-batches of an optimizer step; divides every stage's batch_size.
+      checkpoint_every: optimizer steps between checkpoints (the last step has one, too).
+      keep: checkpoints kept.
+      log_every: optimizer steps between rows of the metrics.
+    """
+
+    model: ModelConfig = ModelConfig()
+    stages: tuple[StageConfig, ...] = (StageConfig(steps=1000, length=1024, batch_size=16),)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    accumulation: int = 1
+    seed: int = 0
+    checkpoint_every: int = 500
+    keep: int = 2
+    log_every: int = 20
+
+    def __post_init__(self):
+        _require_positive(self, "accumulation", "checkpoint_every", "keep", "log_every")
+        _require(bool(self.stages), "stages=() must hold at least one StageConfig")
+        for number, stage in enumerate(self.stages):
+            _require(
+                stage.batch_size % self.accumulation == 0,
+                f"stages[{number}].batch_size={stage.batch_size} must be a multiple of"
+                f" accumulation={self.accumulation}:"
+                f" {_multiples(stage.batch_size, self.accumulation)}",
+            )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(stage.steps for stage in self.stages)

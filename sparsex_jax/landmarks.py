@@ -1,0 +1,154 @@
+"""Landmark tokens: a pyramid of the most salient tokens of the past, O(log N) of them a query.
+
+A node of level 0 holds the m most salient tokens of L tokens in a row; a node of level l + 1 the
+m most salient of two neighbouring nodes of level l. Going back from a(t), a query sees r or
+r + 1 nodes of level 0, then of level 1, and so on until the past is covered. Segments are counted
+from the start of the document, so that packed documents see what separate ones would.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsex_jax.config import AttentionConfig
+
+
+class Nodes(NamedTuple):
+    """Nodes of one level of the pyramid, most salient token first (ties: the earlier one).
+
+    Attributes:
+      salience: f32 [B, Hkv, nodes, m].
+      token: int32 [B, Hkv, nodes, m], positions.
+    """
+
+    salience: jax.Array
+    token: jax.Array
+
+
+def _most_salient(salience: jax.Array, token: jax.Array, count: int) -> Nodes:
+    best, place = jax.lax.top_k(salience, count)
+    return Nodes(best, jnp.take_along_axis(token, place, axis=-1))
+
+
+def leaf_nodes(salience: jax.Array, first_token: jax.Array | int, size: int, count: int) -> Nodes:
+    """The most salient tokens of each `size` tokens in a row.
+
+    Args:
+      salience: f32 [B, T, Hkv]; a rest of fewer than `size` tokens is dropped.
+      first_token: position of the first one.
+      size: tokens of a node.
+      count: m.
+    """
+    batch, tokens, heads = salience.shape
+    nodes = tokens // size
+    grouped = salience[:, : nodes * size].reshape(batch, nodes, size, heads).transpose(0, 3, 1, 2)
+    token = first_token + jnp.arange(nodes * size, dtype=jnp.int32).reshape(nodes, size)
+    return _most_salient(grouped, jnp.broadcast_to(token, grouped.shape), count)
+
+
+def merge_nodes(left: Nodes, right: Nodes) -> Nodes:
+    """Nodes that hold the most salient tokens of `left` and `right` (the later ones)."""
+    salience, token = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), left, right)
+    return _most_salient(salience, token, left.salience.shape[-1])
+
+
+def merge_pairs(nodes: Nodes) -> Nodes:
+    """The level above: each node of it covers two neighbours; an odd last one is dropped."""
+    even = nodes.token.shape[2] // 2 * 2
+    return merge_nodes(*(Nodes(*(x[:, :, i:even:2] for x in nodes)) for i in (0, 1)))
+
+
+def num_levels(segments: int, config: AttentionConfig) -> int:
+    """Levels that the queries of a past of `segments` complete segments need."""
+    levels = 0
+    while segments > 0:
+        taken = min(segments, config.nodes_per_level + (segments - config.nodes_per_level) % 2)
+        segments = (segments - taken) // 2
+        levels += 1
+    return levels
+
+
+def build_pyramid(salience: jax.Array, config: AttentionConfig, sliding: bool) -> list[Nodes]:
+    """All levels over a sequence that starts at position 0.
+
+    Args:
+      salience: f32 [B, T, Hkv].
+      config: segment length, landmarks per segment, block size.
+      sliding: nodes start at every block instead of at multiples of their own length; packed
+        documents need that, for their segments count from the document's start.
+
+    Returns:
+      Level by level, aligned nodes [B, Hkv, T / (L 2^l), m] or sliding nodes [B, Hkv, <= T / S, m].
+    """
+    count = config.landmarks_per_segment
+    levels = num_levels(salience.shape[1] // config.segment_length, config)
+    if not sliding:
+        nodes = leaf_nodes(salience, 0, config.segment_length, count)
+        pyramid = [nodes]
+        while len(pyramid) < levels:
+            pyramid.append(merge_pairs(pyramid[-1]))
+        return pyramid[:levels]
+    nodes, width, pyramid = leaf_nodes(salience, 0, config.block_size, count), 1, []
+    leaf_width = config.segment_length // config.block_size
+    while len(pyramid) < levels:
+        if width >= leaf_width:
+            pyramid.append(nodes)
+        later = Nodes(*(x[:, :, width:] for x in nodes))
+        size = later.token.shape[2]
+        nodes = merge_nodes(Nodes(*(x[:, :, :size] for x in nodes)), later)
+        width *= 2
+    return pyramid
+
+
+def visible_nodes(segments: jax.Array, levels: int, nodes_per_level: int) -> list[tuple]:
+    """Which nodes a query sees, given the complete segments of its remote past.
+
+    Args:
+      segments: c_0, int32, any shape.
+      levels: of the pyramid.
+      nodes_per_level: r.
+
+    Returns:
+      For each level (first, count): nodes [first, first + count), counted from the document's start.
+    """
+    spans = []
+    for _ in range(levels):
+        count = jnp.minimum(segments, nodes_per_level + (segments - nodes_per_level) % 2)
+        spans.append((segments - count, count))
+        segments = (segments - count) // 2
+    return spans
+
+
+def visible_landmarks(
+    pyramid: list[Nodes],
+    segments: jax.Array,
+    first_block: jax.Array | None,
+    config: AttentionConfig,
+) -> jax.Array:
+    """Positions of the landmarks that queries see.
+
+    Args:
+      pyramid: of `build_pyramid`, sliding exactly if `first_block` is given.
+      segments: c_0 of each query, int32 [B, Q].
+      first_block: first block of each query's document, int32 [B, Q], or None.
+      config: as for the pyramid.
+
+    Returns:
+      int32 [B, Hkv, Q, levels * (r + 1) * m], -1 where there is none.
+    """
+    slots = jnp.arange(config.nodes_per_level + 1, dtype=jnp.int32)
+    found = []
+    spans = visible_nodes(segments, len(pyramid), config.nodes_per_level)
+    for level, (nodes, (first, count)) in enumerate(zip(pyramid, spans, strict=True)):
+        index = first[..., None] + slots
+        if first_block is not None:
+            width = config.segment_length // config.block_size << level
+            index = first_block[..., None] + index * width
+        batch, queries, _ = index.shape
+        flat = jnp.clip(index, 0, nodes.token.shape[2] - 1).reshape(batch, 1, -1, 1)
+        token = jnp.take_along_axis(nodes.token, flat, axis=2)
+        token = token.reshape(*token.shape[:2], queries, slots.size, -1)
+        seen = (slots < count[..., None])[:, None, :, :, None]
+        found.append(jnp.where(seen, token, -1).reshape(*token.shape[:3], -1))
+    return jnp.concatenate(found, axis=-1)

@@ -1,0 +1,162 @@
+"""The attention layer: projections, learned features and gates around `sparse_attention`."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsex_jax.attention import sparse_attention
+from sparsex_jax.config import AttentionConfig, ModelConfig
+from sparsex_jax.modules.layers import CausalConvolution, Linear, RMSNorm
+from sparsex_jax.scoring import block_features, query_features
+
+
+class KeySide(NamedTuple):
+    """What a token contributes as something to be attended to.
+
+    Attributes:
+      k: [B, T, Hkv, D], normalised.
+      v: [B, T, Hkv, D].
+      salience: f32 [B, T, Hkv], or None in a local layer (so the two below).
+      block_inputs: [B, T, Hkv, d_s], pooled into block features.
+      block_logits: f32 [B, T, Hkv], weights of the pooling before their softmax.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    salience: jax.Array | None
+    block_inputs: jax.Array | None
+    block_logits: jax.Array | None
+
+
+class QuerySide(NamedTuple):
+    """What a token attends with.
+
+    Attributes:
+      q: [B, T, Hq, D], normalised.
+      features: u, scaled, [B, T, Hkv, d_s], or None in a local layer (so the two below).
+      landmark_gate: f32 [B, T, Hq].
+      dynamic_gate: f32 [B, T, Hq].
+    """
+
+    q: jax.Array
+    features: jax.Array | None
+    landmark_gate: jax.Array | None
+    dynamic_gate: jax.Array | None
+
+
+class SparseXAttention(nnx.Module):
+    """Attention layer with QK-norm, grouped-query heads and a short convolution.
+
+    Args:
+      config: widths, heads and the attention's own config.
+      sparse: all three branches; otherwise local attention only.
+      rngs: random streams; "params" is used.
+    """
+
+    def __init__(self, config: ModelConfig, *, sparse: bool, rngs: nnx.Rngs):
+        self.config, self.sparse = config, sparse
+        dim, dtype = config.model_dim, jnp.dtype(config.dtype)
+        query_width = config.num_heads * config.head_dim
+        key_width = config.num_kv_heads * config.head_dim
+        self.convolution = (
+            CausalConvolution(dim, config.conv_width, rngs=rngs) if config.conv_width else None
+        )
+        self.query = Linear((dim, query_width), ("model", "heads"), dtype, rngs=rngs)
+        self.key = Linear((dim, key_width), ("model", "kv_heads"), dtype, rngs=rngs)
+        self.value = Linear((dim, key_width), ("model", "kv_heads"), dtype, rngs=rngs)
+        self.query_norm, self.key_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
+        self.output = Linear(
+            (query_width, dim), ("heads", "model"), dtype,
+            scale=(2 * len(config.layers)) ** -0.5, rngs=rngs,
+        )  # fmt: skip
+        if not sparse:
+            return
+        heads, score_width = config.num_kv_heads, config.num_kv_heads * config.attention.score_dim
+        self.score_query = Linear((dim, score_width), ("model", "kv_heads"), dtype, rngs=rngs)
+        self.score_key = Linear((dim, score_width), ("model", "kv_heads"), dtype, rngs=rngs)
+        self.pool = Linear((dim, heads), ("model", "kv_heads"), jnp.float32, rngs=rngs)
+        self.salience = Linear((dim, heads), ("model", "kv_heads"), jnp.float32, rngs=rngs)
+        self.log_scale = nnx.Param(jnp.zeros(heads, jnp.float32), axis_names=("kv_heads",))
+        self.gates = Linear(
+            (dim, 2 * config.num_heads), ("model", "heads"), jnp.float32, scale=0.0, rngs=rngs
+        )
+
+    def mix(self, x, history=None, segment_ids=None) -> jax.Array:
+        """The short convolution, [B, T, C] to [B, T, C]; arguments as in `CausalConvolution`."""
+        return x if self.convolution is None else self.convolution(x, history, segment_ids)
+
+    def key_side(self, x: jax.Array, mixed: jax.Array) -> KeySide:
+        """Projects the layer's input [B, T, C] and its convolution to what is attended to."""
+        k = self.key_norm(self._heads(self.key(mixed), self.config.num_kv_heads))
+        v = self._heads(self.value(mixed), self.config.num_kv_heads)
+        if not self.sparse:
+            return KeySide(k, v, None, None, None)
+        inputs = self._heads(self.score_key(mixed), self.config.num_kv_heads)
+        return KeySide(k, v, self.salience(x), inputs, self.pool(mixed))
+
+    def query_side(self, x: jax.Array, mixed: jax.Array) -> QuerySide:
+        """Projects the layer's input [B, T, C] and its convolution to what attends."""
+        q = self.query_norm(self._heads(self.query(mixed), self.config.num_heads))
+        if not self.sparse:
+            return QuerySide(q, None, None, None)
+        projected = self._heads(self.score_query(mixed), self.config.num_kv_heads)
+        features = query_features(projected, self.log_scale[...])
+        landmark_gate, dynamic_gate = jnp.split(2 * nnx.sigmoid(self.gates(x)), 2, axis=-1)
+        return QuerySide(q, features, landmark_gate, dynamic_gate)
+
+    def attention_config(self, top_k: int | None = None) -> AttentionConfig:
+        """The layer's own attention config; `top_k` replaces the config's in a sparse layer."""
+        config = self.config.attention
+        if not self.sparse:
+            return dataclasses.replace(config, top_k=0, landmarks="off")
+        return config if top_k is None else dataclasses.replace(config, top_k=top_k)
+
+    def project_out(self, attended: jax.Array) -> jax.Array:
+        """[B, T, Hq, D] to [B, T, C]."""
+        return self.output(attended.reshape(*attended.shape[:2], -1))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        segment_ids: jax.Array | None = None,
+        top_k: int | None = None,
+        implementation: str | None = None,
+    ) -> jax.Array:
+        """Attends within x.
+
+        Args:
+          x: [B, T, C], normalised.
+          segment_ids: int [B, T], as in `sparse_attention`.
+          top_k: blocks selected, instead of the config's.
+          implementation: of the primitives.
+
+        Returns:
+          [B, T, C].
+        """
+        config = self.attention_config(top_k)
+        mixed = self.mix(x, segment_ids=segment_ids)
+        keys, queries = self.key_side(x, mixed), self.query_side(x, mixed)
+        learned = {}
+        if config.landmarks != "off":
+            learned["salience"] = keys.salience
+        if config.top_k:
+            learned["query_features"] = queries.features
+            learned["block_features"] = block_features(
+                keys.block_inputs, keys.block_logits, config.block_size
+            )
+        if config.fusion == "sum":
+            if config.landmarks != "off":
+                learned["landmark_gate"] = queries.landmark_gate
+            if config.top_k:
+                learned["dynamic_gate"] = queries.dynamic_gate
+        attended = sparse_attention(
+            queries.q, keys.k, keys.v, config=config, segment_ids=segment_ids,
+            implementation=implementation, **learned,
+        )  # fmt: skip
+        return self.project_out(attended)
+
+    def _heads(self, x: jax.Array, heads: int) -> jax.Array:
+        return x.reshape(*x.shape[:2], heads, -1)

@@ -1,0 +1,99 @@
+"""Small layers; parameters are f32 and carry logical axis names for sharding."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsex_jax.scoring import rms_normalize
+from sparsex_jax.spans import document_starts
+
+
+class Linear(nnx.Module):
+    """x @ kernel, without bias, in the given type.
+
+    Args:
+      shape: (inputs, outputs).
+      axes: logical names of the two axes.
+      dtype: type of the product.
+      scale: standard deviation of the initial kernel times sqrt(inputs); 0 starts from zeros.
+      rngs: random streams; "params" is used.
+    """
+
+    def __init__(self, shape, axes, dtype, *, scale: float = 1.0, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(scale * shape[0] ** -0.5)
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32), axis_names=axes)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., inputs] to [..., outputs]."""
+        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation with a learned scale (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones(dim, jnp.float32), axis_names=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis."""
+        return rms_normalize(x) * self.scale[...].astype(x.dtype)
+
+
+class CausalConvolution(nnx.Module):
+    """x plus a depthwise causal convolution of it; starts as the identity.
+
+    Args:
+      dim: channels.
+      width: taps, the token itself included.
+      rngs: random streams; "params" is used.
+    """
+
+    def __init__(self, dim: int, width: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.1)(rngs.params(), (width, dim), jnp.float32)
+        self.taps = nnx.Param(init, axis_names=(None, "model"))
+        self.width = width
+
+    def __call__(
+        self,
+        x: jax.Array,
+        history: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Convolves along the tokens.
+
+        Args:
+          x: [B, T, C].
+          history: the width - 1 tokens before x, [B, width - 1, C]; None is zeros.
+          segment_ids: int [B, T]; taps do not reach into another document.
+
+        Returns:
+          [B, T, C].
+        """
+        tokens, before = x.shape[1], self.width - 1
+        if history is None:
+            history = jnp.zeros_like(x[:, :1]).repeat(before, axis=1)
+        padded = jnp.concatenate((history, x), axis=1)
+        taps = self.taps[...].astype(x.dtype)
+        if segment_ids is not None:
+            age = jnp.arange(tokens) - document_starts(segment_ids)
+        total = x
+        for lag in range(self.width):
+            shifted = padded[:, before - lag : before - lag + tokens]
+            if segment_ids is not None:
+                shifted = jnp.where((age >= lag)[..., None], shifted, 0)
+            total = total + shifted * taps[lag]
+        return total
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward layer (Shazeer, 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int, dtype, *, output_scale: float, rngs: nnx.Rngs):
+        self.gate = Linear((dim, hidden), ("model", "hidden"), dtype, rngs=rngs)
+        self.up = Linear((dim, hidden), ("model", "hidden"), dtype, rngs=rngs)
+        self.down = Linear((hidden, dim), ("hidden", "model"), dtype, scale=output_scale, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., dim] to [..., dim]."""
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))

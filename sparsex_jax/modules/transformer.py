@@ -1,0 +1,134 @@
+"""A decoder-only Transformer with a pattern of local and sparse attention layers."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsex_jax.config import ModelConfig
+from sparsex_jax.modules.attention import SparseXAttention
+from sparsex_jax.modules.layers import RMSNorm, SwiGLU
+
+
+class Block(nnx.Module):
+    """Attention and SwiGLU, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: ModelConfig, *, sparse: bool, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.model_dim)
+        self.attention = SparseXAttention(config, sparse=sparse, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.model_dim)
+        self.mlp = SwiGLU(
+            config.model_dim, config.mlp_dim, jnp.dtype(config.dtype),
+            output_scale=(2 * len(config.layers)) ** -0.5, rngs=rngs,
+        )  # fmt: skip
+
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """[B, T, C] to [B, T, C], residual included."""
+        return x + self.mlp(self.mlp_norm(x))
+
+    def __call__(self, x, segment_ids=None, top_k=None, implementation=None) -> jax.Array:
+        """[B, T, C] to [B, T, C]; arguments as in `SparseXAttention`."""
+        attended = self.attention(self.attention_norm(x), segment_ids, top_k, implementation)
+        return self.feed_forward(x + attended)
+
+
+class Transformer(nnx.Module):
+    """RMSNorm, SwiGLU, QK-norm, short convolution, tied embedding.
+
+    Args:
+      config: the model's shape.
+      rngs: random streams; "params" is used.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        init = nnx.initializers.normal(config.model_dim**-0.5)
+        self.embedding = nnx.Param(
+            init(rngs.params(), (config.vocab_size, config.model_dim), jnp.float32),
+            axis_names=("vocab", "model"),
+        )
+        self.blocks = nnx.List(
+            Block(config, sparse=kind == "s", rngs=rngs) for kind in config.layers
+        )
+        self.final_norm = RMSNorm(config.model_dim)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int [B, T] to [B, T, C]."""
+        rows = self.embedding[...][tokens] * self.config.model_dim**0.5
+        return rows.astype(self.config.dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., C] to f32 [..., vocab]."""
+        table = self.embedding[...].astype(self.config.dtype)
+        return jnp.einsum("...c,vc->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        top_k: int | None = None,
+        implementation: str | None = None,
+    ) -> jax.Array:
+        """Hidden states before the logits.
+
+        Args:
+          tokens: int32 [B, T].
+          segment_ids: int [B, T]; packed documents, each starting at a block boundary.
+          top_k: blocks selected in sparse layers, instead of the config's.
+          implementation: of the primitives.
+
+        Returns:
+          [B, T, C] in the config's dtype.
+        """
+        x = self.embed(tokens)
+
+        def apply(block, x):
+            return block(x, segment_ids, top_k, implementation)
+
+        if self.config.remat == "layer":
+            apply = nnx.remat(apply)
+        for block in self.blocks:
+            x = apply(block, x)
+        return self.final_norm(x)
+
+    def loss(
+        self,
+        tokens: jax.Array,
+        targets: jax.Array,
+        weights: jax.Array,
+        segment_ids: jax.Array | None = None,
+        top_k: int | None = None,
+        implementation: str | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Weighted negative log-likelihood, with logits of `loss_chunk` tokens at a time.
+
+        Args:
+          tokens: int32 [B, T].
+          targets: int32 [B, T], the token that follows each.
+          weights: f32 [B, T].
+          segment_ids: as in `__call__`, and so the two below.
+          top_k: blocks selected.
+          implementation: of the primitives.
+
+        Returns:
+          (sum of weighted nats, sum of weights), f32 scalars.
+        """
+        hidden = self(tokens, segment_ids, top_k, implementation)
+        flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
+        chunk = min(self.config.loss_chunk, flat[1].size)
+        padding = -flat[1].size % chunk
+        hidden, targets, weights = (
+            jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+            for x in flat
+        )
+        table = self.embedding[...].astype(self.config.dtype)
+
+        @jax.checkpoint
+        def add_chunk(total, inputs):
+            hidden, targets, weights = inputs
+            logits = jnp.einsum("tc,vc->tv", hidden, table, preferred_element_type=jnp.float32)
+            chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+            nll = jax.nn.logsumexp(logits, axis=1) - chosen
+            return total + jnp.sum(nll * weights), None
+
+        total, _ = jax.lax.scan(add_chunk, jnp.float32(0), (hidden, targets, weights))
+        return total, jnp.sum(weights)

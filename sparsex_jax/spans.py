@@ -1,0 +1,67 @@
+"""Where the local part of a token's past ends and the remote part begins; packed documents.
+
+For the token at position t of a document that starts at d (0 unless documents are packed),
+a(t) = max(d, S * floor((t - W + 1) / S)): [a(t), t] is local, [d, a(t)) is remote.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsex_jax.config import AttentionConfig
+
+
+def remote_end(
+    positions: jax.Array, document_start: jax.Array | int, config: AttentionConfig
+) -> jax.Array:
+    """a(t), the first local token, a multiple of the block size.
+
+    Args:
+      positions: int32, any shape.
+      document_start: first position of each token's document, broadcastable.
+      config: window and block size.
+
+    Returns:
+      int32 of the broadcast shape.
+    """
+    size = config.block_size
+    return jnp.maximum((positions - config.window + 1) // size * size, document_start)
+
+
+def document_starts(segment_ids: jax.Array) -> jax.Array:
+    """First position of the document that each token belongs to.
+
+    Args:
+      segment_ids: int [B, T]; a run of equal numbers is a document.
+
+    Returns:
+      int32 [B, T].
+    """
+    positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    begins = segment_ids[:, 1:] != segment_ids[:, :-1]
+    begins = jnp.pad(begins, ((0, 0), (1, 0)), constant_values=True)
+    return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
+
+
+def check_segment_ids(segment_ids: jax.Array, shape: tuple[int, int], block_size: int) -> None:
+    """Raises unless documents start at block boundaries (values are seen outside `jit` only).
+
+    Raises:
+      ValueError: the shape is not [B, T], the type no integer, or a document starts elsewhere.
+    """
+    if segment_ids.shape != shape:
+        raise ValueError(
+            f"segment_ids has shape {segment_ids.shape} but must be [batch, token]={shape}"
+        )
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids has dtype {segment_ids.dtype}: use an integer type")
+    if isinstance(segment_ids, jax.core.Tracer):
+        return
+    ids = np.asarray(segment_ids)
+    row, begin = np.nonzero(ids[:, 1:] != ids[:, :-1])
+    wrong = np.flatnonzero((begin + 1) % block_size)
+    if wrong.size:
+        raise ValueError(
+            f"segment_ids: a document starts at token {begin[wrong[0]] + 1} of row {row[wrong[0]]},"
+            f" not at a multiple of block_size={block_size}: pad each document to whole blocks"
+        )

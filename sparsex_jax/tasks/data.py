@@ -1,0 +1,213 @@
+"""Training data: text with needles, questions and their answers, as a grain pipeline."""
+
+import dataclasses
+
+import grain
+import numpy as np
+from absl import flags
+
+from sparsex_jax.config import DataConfig, StageConfig
+from sparsex_jax.tasks import words
+from sparsex_jax.tasks.corpus import Corpus
+from sparsex_jax.tasks.haystack import insert, take_text
+from sparsex_jax.tasks.needle import TASKS, check_length, longest_value, make_sample
+from sparsex_jax.tasks.phrases import KINDS, Kind, Phrases, draw_value
+from sparsex_jax.tasks.tokenizer import Tokenizer, load
+
+SOURCES = ("text", "needle", *TASKS)
+
+# Most of a sequence that needles may take, and that questions with answers may take.
+_SHARE = 0.4
+_ONE_QUESTION = 0.3
+_SIMILAR_KEYS = 0.5
+_PREFACE = 0.5
+_ONE_KIND = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Needle:
+    kind: Kind
+    key: str
+    value: str
+
+
+class BatchMaker:
+    """Makes batch number `index` from (seed, index) alone, whatever was made before.
+
+    Sample j of the global batch i has the random stream (seed, i * batch_size + j), so the
+    samples do not depend on the number of processes or workers.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        stage: StageConfig,
+        seed: int,
+        tokenizer: Tokenizer,
+        process_index: int,
+        process_count: int,
+    ):
+        self.stage = stage
+        self.seed = seed
+        self.text_weight = data.text_weight
+        self.tokenizer = tokenizer
+        self.phrases = Phrases(tokenizer)
+        self.corpus = Corpus(data.haystack, tokenizer=tokenizer, split="train")
+        per_process = stage.batch_size // process_count
+        self.rows = range(process_index * per_process, (process_index + 1) * per_process)
+        self.sources = [name for name, _ in stage.mix]
+        weights = np.array([weight for _, weight in stage.mix], np.float64)
+        self.shares = weights / weights.sum()
+        self._check(stage)
+
+    def _check(self, stage: StageConfig) -> None:
+        for source in self.sources:
+            if source not in SOURCES:
+                raise ValueError(f"mix: {source!r} is no source: use {', '.join(SOURCES)}")
+            if source in TASKS:
+                check_length(source, stage.length + 1, self.tokenizer)
+        if "needle" in self.sources:
+            key = longest_value(self.tokenizer, "words")
+            value = longest_value(self.tokenizer, "uuids")
+            frame = len(self.phrases.preface("numbers", False))
+            frame += len(self.phrases.needle("numbers", "a-a", "0"))
+            frame += len(self.phrases.question("numbers", ["a-a"], True))
+            least = frame + 3 * key + 2 * value
+            if stage.length < least:
+                raise ValueError(
+                    f"length={stage.length} cannot hold a needle and its question: use at least"
+                    f" {least}"
+                )
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        """Batch: tokens, targets int32 [B, T] and weights f32 [B, T]."""
+        samples = [self.sample(index * self.stage.batch_size + row) for row in self.rows]
+        tokens = np.stack([tokens for tokens, _ in samples])
+        weights = np.stack([weights for _, weights in samples])
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights[:, 1:]}
+
+    def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample of a number: tokens int32 [T + 1] and their weights f32 [T + 1]."""
+        rng = np.random.default_rng([self.seed, number])
+        source = self.sources[rng.choice(len(self.sources), p=self.shares)]
+        count = self.stage.length + 1
+        if source == "text":
+            tokens = take_text(self.corpus.all_tokens(), count, rng, self.tokenizer)
+            return tokens, np.ones(count, np.float32)
+        if source == "needle":
+            tokens, is_answer = self._needles(count, rng)
+        else:
+            sample = make_sample(
+                source, count, rng=rng, tokenizer=self.tokenizer,
+                haystack=self.corpus.all_tokens(), split="train", answer_room=0,
+            )  # fmt: skip
+            tokens = np.concatenate([sample.prompt, sample.answer])
+            is_answer = np.arange(count) >= len(sample.prompt)
+        return tokens, np.where(is_answer, 1.0, self.text_weight).astype(np.float32)
+
+    def _needles(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Text with needles, then questions about some of them, each with its answer."""
+        needles, lines = self._draw_needles(count, rng)
+        most = 1 if rng.random() < _ONE_QUESTION else self.stage.questions
+        questions: list[np.ndarray] = []
+        answers: list[np.ndarray] = []
+        asked: list[_Needle] = []
+        size = 0
+        for index in rng.permutation(len(needles))[:most]:
+            needle = needles[index]
+            question = self.phrases.question(needle.kind, [needle.key], single=True)
+            answer = self.phrases.answer([needle.value])
+            size += len(question) + len(answer)
+            if asked and size > _SHARE * count:
+                break
+            asked.append(needle)
+            questions.append(question)
+            answers.append(answer)
+        parts: list[np.ndarray] = []
+        if rng.random() < _PREFACE:
+            parts.append(self.phrases.preface(asked[0].kind, single=len(asked) == 1))
+        used = sum(map(len, [*parts, *lines, *questions, *answers]))
+        text = take_text(self.corpus.all_tokens(), count - used, rng, self.tokenizer)
+        depths = rng.uniform(0, 100, len(lines)).tolist()
+        parts.append(insert(text, lines, depths, self.tokenizer)[0])
+        is_answer = [np.zeros(sum(map(len, parts)), bool)]
+        for question, answer in zip(questions, answers, strict=True):
+            parts += [question, answer]
+            is_answer += [np.zeros(len(question), bool), np.ones(len(answer), bool)]
+        return np.concatenate(parts), np.concatenate(is_answer)
+
+    def _draw_needles(
+        self, count: int, rng: np.random.Generator
+    ) -> tuple[list[_Needle], list[np.ndarray]]:
+        low, high = self.stage.needles
+        wanted = int(rng.integers(low, high + 1))
+        kinds = [KINDS[rng.integers(len(KINDS))]] if rng.random() < _ONE_KIND else KINDS
+        similar = rng.random() < _SIMILAR_KEYS
+        pairs: list[tuple[str, str]] = []
+        needles: list[_Needle] = []
+        lines: list[np.ndarray] = []
+        size = 0
+        while len(needles) < wanted:
+            if similar and pairs:
+                pair = words.draw_similar(rng, "train", pairs[rng.integers(len(pairs))])
+            else:
+                pair = words.draw_pair(rng, "train")
+            if pair in pairs:
+                continue
+            kind = kinds[rng.integers(len(kinds))]
+            needle = _Needle(kind, "-".join(pair), draw_value(rng, kind, "train"))
+            line = self.phrases.needle(needle.kind, needle.key, needle.value)
+            size += len(line)
+            if needles and size > _SHARE * count:
+                break
+            pairs.append(pair)
+            needles.append(needle)
+            lines.append(line)
+        return needles, lines
+
+
+def make_dataset(
+    data: DataConfig,
+    stage: StageConfig,
+    *,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset:
+    """Endless batches of a stage, the same for the same seed, resumable at any batch.
+
+    `iter()` of the result yields dicts of tokens and targets, int32 [B, T], and weights, f32
+    [B, T], with T = stage.length and B = stage.batch_size / process_count. Weights are those of
+    the targets: 1 for tokens of an answer (its end included) and for the source "text",
+    `data.text_weight` for the others. The iterator's `get_state()` can be written as JSON;
+    `set_state()` goes on exactly there (with the same `data.workers`).
+
+    Args:
+      data, stage: what the batches are made of.
+      seed: decides everything random; each stage of a run should have its own.
+      tokenizer: None means the one in the package.
+      process_index, process_count: the rows of the global batch that this process makes.
+
+    Raises:
+      ValueError: a source of the mix is unknown, the length cannot hold its samples, the batch
+        does not divide by the processes, or the haystack has no text.
+      FileNotFoundError: the haystack cannot be read.
+    """
+    if stage.batch_size % process_count:
+        raise ValueError(
+            f"batch_size={stage.batch_size} must be a multiple of the {process_count} processes:"
+            f" use {-(-stage.batch_size // process_count) * process_count}"
+        )
+    maker = BatchMaker(data, stage, seed, tokenizer or load(), process_index, process_count)
+    # Tokenised here once, so that bad folders are told now and workers find the result on disk.
+    maker.corpus.all_tokens()
+    dataset = grain.MapDataset.range(1 << 40).map(maker)
+    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    if data.workers:
+        # Grain's workers read absl flags, which fails in a program that doesn't use absl's main.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        options = grain.multiprocessing.MultiprocessingOptions(num_workers=data.workers)
+        batches = batches.mp_prefetch(options)
+    return batches

@@ -1,0 +1,159 @@
+"""Scoring of needle tasks by free generation, for any model that can generate."""
+
+import dataclasses
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from sparsex_jax.tasks.needle import make_sample, score
+from sparsex_jax.tasks.tokenizer import Tokenizer
+
+# (prompts int32 [B, P], max_new_tokens) -> B sequences of new tokens, each at most that long.
+GenerateFn = Callable[[np.ndarray, int], Iterable[Sequence[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was asked and answered in one sample.
+
+    Attributes:
+      index: number of the sample. depth: per cent. question: for people to read.
+      references: strings that a right answer contains. text: what was generated.
+      score: share of the references found. seconds: of the sample's batch, divided evenly.
+    """
+
+    index: int
+    depth: float
+    question: str
+    references: tuple[str, ...]
+    text: str
+    score: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A cell of a results table: its row (DESIGN.md, section 5) and what it rests on."""
+
+    row: dict[str, object]
+    answers: tuple[Answer, ...]
+
+
+def wilson_interval(correct: float, samples: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share (1927); z = 1.96 gives 95 %.
+
+    Raises:
+      ValueError: `samples` is not positive or `correct` not within [0, samples].
+    """
+    if samples < 1 or not 0 <= correct <= samples:
+        raise ValueError(
+            f"correct={correct} of samples={samples} is no share: samples must be positive and"
+            " correct within [0, samples]"
+        )
+    share = correct / samples
+    factor = 1 / (1 + z * z / samples)
+    centre = share + z * z / (2 * samples)
+    spread = z * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
+    low = 0.0 if correct == 0 else factor * (centre - spread)
+    high = 1.0 if correct == samples else factor * (centre + spread)
+    return low, high
+
+
+def decode_answer(generated: Iterable[int], tokenizer: Tokenizer) -> str:
+    """Text of generated tokens up to the first that ends an answer, without spaces around."""
+    kept: list[int] = []
+    for token in generated:
+        if int(token) in tokenizer.stop_ids:
+            break
+        kept.append(int(token))
+    return tokenizer.decode(kept).strip()
+
+
+def make_row(
+    system: str, task: str, tokens: int, scores: Sequence[float], status: str = "measured"
+) -> dict[str, object]:
+    """A row of accuracy; without scores (status "out_of_memory", say) its numbers are None.
+
+    `correct` is the sum of the scores, which is fractional where a task has several answers.
+    """
+    row: dict[str, object] = {
+        "system": system, "task": task, "tokens": tokens, "samples": len(scores),
+        "correct": None, "accuracy": None, "low": None, "high": None, "status": status,
+    }  # fmt: skip
+    if scores:
+        correct = float(sum(scores))
+        low, high = wilson_interval(correct, len(scores))
+        row.update(
+            correct=int(correct) if correct.is_integer() else correct,
+            accuracy=correct / len(scores),
+            low=low,
+            high=high,
+        )
+    return row
+
+
+def evaluate(
+    generate_fn: GenerateFn,
+    task: str,
+    length: int,
+    samples: int,
+    *,
+    tokenizer: Tokenizer,
+    haystack: np.ndarray,
+    batch_size: int = 1,
+    seed: int = 0,
+    depths: Sequence[float] | None = None,
+    system: str = "sparsex",
+    on_answer: Callable[[Answer], None] | None = None,
+) -> Evaluation:
+    """Asks a model questions of a task and scores what it generates.
+
+    Sample i is decided by (seed, task, length, i) alone, whatever the batch size.
+
+    Args:
+      generate_fn: greedy generation from prompts int32 [B, P], at most `max_new_tokens` each.
+        B is always `batch_size` and P the same in all calls.
+      task, length, haystack: as for `make_sample`.
+      samples: questions asked.
+      batch_size: prompts in a call.
+      depths: per cent, taken in turn; None draws each from RULER's grid.
+      system: name in the row.
+      on_answer: called with each answer, in order (for progress).
+
+    Raises:
+      ValueError: as `make_sample`, or `samples` or `batch_size` is not positive.
+    """
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be positive: use at least 1")
+    answers: list[Answer] = []
+    for first in range(0, samples, batch_size):
+        batch = []
+        for index in range(first, min(first + batch_size, samples)):
+            rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, index])
+            depth = depths[index % len(depths)] if depths else None
+            batch.append(
+                make_sample(
+                    task, length, rng=rng, tokenizer=tokenizer, haystack=haystack, depth=depth
+                )
+            )
+        # A last batch that is not full repeats its last prompt: one shape, one compilation.
+        rows = [sample.prompt for sample in batch]
+        rows += [rows[-1]] * (batch_size - len(rows))
+        began = time.perf_counter()
+        outputs = list(generate_fn(np.stack(rows), batch[0].answer_room))
+        seconds = (time.perf_counter() - began) / len(batch)
+        for offset, (sample, output) in enumerate(zip(batch, outputs, strict=False)):
+            text = decode_answer(output, tokenizer)
+            answer = Answer(
+                first + offset, sample.depth, sample.question, sample.references, text,
+                score(text, sample.references), seconds,
+            )  # fmt: skip
+            answers.append(answer)
+            if on_answer is not None:
+                on_answer(answer)
+    row = make_row(system, task, length, [answer.score for answer in answers])
+    return Evaluation(row, tuple(answers))

@@ -1,0 +1,396 @@
+"""The training loop: stages, checkpoints, resumption, clean stops."""
+
+import collections
+import dataclasses
+import fcntl
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sparsex_jax.config import TrainConfig
+from sparsex_jax.training import checkpoints as ckpt
+from sparsex_jax.training.data import BatchStream
+from sparsex_jax.training.errors import CheckpointError, TrainingError
+from sparsex_jax.training.metrics import Metrics, Progress
+from sparsex_jax.training.optimizer import make_optimizer, make_schedule
+from sparsex_jax.training.parameters import split_model
+from sparsex_jax.training.step import (
+    check_divisible,
+    make_mesh,
+    make_step,
+    place_batch,
+    place_state,
+)
+from sparsex_jax.training.stop import StopRequest
+
+# What a resumed run may have another value of: it changes no parameter.
+MAY_CHANGE = ("checkpoint_every", "keep", "log_every", "data.workers")
+# Steps that the host may run ahead of the devices: enough to hide its own work, few enough
+# that a stop is quick.
+STEPS_AHEAD = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Attributes:
+      status: "finished", or "interrupted" by a signal or the time limit, saved and resumable.
+      step: optimizer steps taken in all.
+      loss: the last one logged; None where this call logged none.
+      message: a line for the user.
+    """
+
+    status: Literal["finished", "interrupted"]
+    step: int
+    loss: float | None
+    message: str
+
+
+def train(
+    config: TrainConfig,
+    run_dir: str | os.PathLike,
+    *,
+    max_minutes: float | None = None,
+    model_class: Callable[..., nnx.Module] | None = None,
+    make_dataset: Callable | None = None,
+    tokenizer_fingerprint: str | None = None,
+) -> TrainResult:
+    """Trains a model, or goes on where the run directory stands.
+
+    The directory receives checkpoints/, metrics.jsonl, tensorboard/ and, at the end, model/ (see
+    `save_model`). SIGTERM, SIGINT and the time limit end the current step, save and return. On the
+    CPU a run that was interrupted, however often, ends with the same bits as one that was not.
+
+    Args:
+      config: the run.
+      run_dir: its directory, made if missing.
+      max_minutes: wall-clock limit in minutes, set-up and compilation included.
+      model_class: called as (ModelConfig, rngs=nnx.Rngs); has `.loss`. None takes `Transformer`.
+      make_dataset: (DataConfig, StageConfig, *, seed) -> endless grain dataset of batches; None
+        takes that of `sparsex_jax.tasks`.
+      tokenizer_fingerprint: identifies the tokenizer; None takes that of `sparsex_jax.tasks` along
+        with its `make_dataset`.
+
+    Raises:
+      TrainingError: the directory cannot be used or belongs to another config; the data do not fit
+        the config; the loss is not finite.
+      CheckpointError: a checkpoint cannot be written, or the last one cannot be read.
+    """
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest(max_minutes))
+        if model_class is None:
+            from sparsex_jax.modules.transformer import Transformer
+
+            model_class = Transformer
+        if make_dataset is None:
+            from sparsex_jax import tasks
+
+            make_dataset = tasks.make_dataset
+            tokenizer_fingerprint = tokenizer_fingerprint or tasks.load().fingerprint
+        run_dir = _prepare(Path(run_dir))
+        stack.enter_context(_lock(run_dir))
+        trainer = Trainer(config, run_dir, model_class, make_dataset, tokenizer_fingerprint)
+        stack.callback(trainer.close)
+        return trainer.run(stop)
+
+
+def export_model(
+    run_dir: str | os.PathLike,
+    directory: str | os.PathLike,
+    *,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> int:
+    """Ships the last checkpoint of a run, finished or not.
+
+    Args:
+      run_dir: of the run.
+      directory: for `save_model`.
+      dtype: for `save_model`.
+
+    Returns:
+      The step of the checkpoint.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist: give the run_dir of `sparsex train`")
+    manager = ckpt.RunCheckpoints(folder, keep=None)
+    try:
+        step = manager.latest
+        if step is None:
+            raise CheckpointError(f"{folder} has no checkpoint: let the run reach its first one")
+        metadata, arrays = manager.metadata(step), manager.arrays(step)
+    finally:
+        manager.close()
+    prefix = "params/"
+    params = {
+        name.removeprefix(prefix): value
+        for name, value in arrays.items()
+        if name.startswith(prefix)
+    }
+    config = ckpt.model_config(folder, metadata["config"]["model"], metadata["versions"])
+    ckpt.save_model(directory, params, config, metadata["tokenizer"], dtype)
+    return step
+
+
+def _prepare(run_dir: Path) -> Path:
+    """Makes the run directory and checks that it can be written to."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "lock").touch()
+    except OSError as error:
+        raise TrainingError(
+            f"run_dir={run_dir} cannot be used ({error.strerror}): give a directory that can be"
+            " made and written to"
+        ) from error
+    return run_dir
+
+
+@contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes out of the run directory; the lock ends with this process."""
+    with (run_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(
+                f"another process is training in run_dir={run_dir}: stop it, or use another one"
+            ) from error
+        yield
+
+
+class Trainer:
+    """A run: state on the devices, the data stream, and what is written on the way."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        model_class: Callable[..., nnx.Module],
+        make_dataset: Callable,
+        tokenizer_fingerprint: str | None,
+    ):
+        self.config, self.run_dir = config, run_dir
+        self.make_dataset, self.tokenizer = make_dataset, tokenizer_fingerprint
+        self.mesh = make_mesh()
+        for number, stage in enumerate(config.stages):
+            check_divisible(f"stages[{number}]", stage.batch_size, config.accumulation, self.mesh)
+        self.schedule = make_schedule(config.optimizer, config.total_steps)
+        self.optimizer = make_optimizer(config.optimizer, config.total_steps)
+        self.skeleton, params = split_model(model_class(config.model, rngs=nnx.Rngs(config.seed)))
+        self.state = {
+            "params": params,
+            "optimizer": self.optimizer.init(params),
+            "step": np.int32(0),
+        }
+        self.step = 0
+        self.window: list[list[float]] = []  # metrics of steps since the last row
+        self.pending: collections.deque = collections.deque()  # (step, metrics on the device)
+        self.loss: float | None = None
+        self.steps_by_top_k: dict[int | None, Callable] = {}
+        self.stream: BatchStream | None = None
+        self.restored_data: dict | None = None
+        self.metrics: Metrics | None = None
+        self.progress: Progress | None = None
+        self.checkpoints = ckpt.RunCheckpoints(run_dir / "checkpoints", config.keep)
+        self.saved_step = self.checkpoints.latest
+        # Stages as (first step, step after the last, tokens before it).
+        self.bounds = []
+        steps = tokens = 0
+        for stage in config.stages:
+            self.bounds.append((steps, steps + stage.steps, tokens))
+            steps += stage.steps
+            tokens += stage.steps * stage.batch_size * stage.length
+        self.total_tokens = tokens
+
+    def run(self, stop: StopRequest) -> TrainResult:
+        """Restores, trains, saves."""
+        if self.saved_step is not None:
+            self._restore(self.saved_step)
+        total = self.config.total_steps
+        if self.step == total:
+            self._export()
+            return TrainResult(
+                "finished", total, None, f"{self.run_dir} is finished: all {total} steps are done"
+            )
+        self.state = place_state(self.state, self.mesh)
+        if jax.process_index() == 0:
+            self.metrics = Metrics(self.run_dir, self.step)
+            self.progress = Progress(total, self.total_tokens)
+            if self.step:
+                self.progress.say(f"resuming {self.run_dir} after step {self.step}")
+        self.clock, self.clock_tokens = time.monotonic(), self._tokens(self.step)
+        while self.step < total and not stop.requested():
+            self._take_step()
+            if self.step % self.config.checkpoint_every == 0 or self.step == total:
+                self._save()
+        if self.step == total:
+            self.checkpoints.wait()
+            self._export()
+            return TrainResult(
+                "finished", total, self.loss, f"finished: the model is in {self.run_dir / 'model'}"
+            )
+        if self.step and self.saved_step != self.step:
+            self._save()
+        self.checkpoints.wait()
+        return TrainResult(
+            "interrupted",
+            self.step,
+            self.loss,
+            f"stopped by {stop.reason} and saved after step {self.step} of {total}: to resume, run"
+            " the same command again",
+        )
+
+    def _stage_number(self, step: int) -> int:
+        """Of the stage whose steps, counted from 0, include the given one."""
+        return next(n for n, (_, end, _) in enumerate(self.bounds) if step < end)
+
+    def _tokens(self, step: int) -> int:
+        """Tokens trained on in the first `step` steps."""
+        if step == 0:
+            return 0
+        number = self._stage_number(step - 1)
+        stage, (first, _, before) = self.config.stages[number], self.bounds[number]
+        return before + (step - first) * stage.batch_size * stage.length
+
+    def _take_step(self) -> None:
+        """Draws a batch, starts a step on the devices, logs one that is done."""
+        number = self._stage_number(self.step)
+        stage = self.config.stages[number]
+        if self.stream is not None and self.step == self.bounds[number][0]:
+            self.stream.close()
+            self.stream = None
+        if self.stream is None:
+            self.stream = BatchStream(
+                self.make_dataset, self.config.data, stage, number, self.config.seed,
+                self.config.model.vocab_size, self.restored_data,
+            )  # fmt: skip
+            self.restored_data = None
+        batch = place_batch(self.stream.next(), self.config.accumulation, self.mesh)
+        if stage.top_k not in self.steps_by_top_k:
+            self.steps_by_top_k[stage.top_k] = make_step(
+                self.skeleton, self.optimizer, self.schedule, stage.top_k, self.mesh
+            )
+        self.state, metrics = self.steps_by_top_k[stage.top_k](self.state, batch)
+        self.step += 1
+        self.pending.append((self.step, metrics))
+        self._log(keep=STEPS_AHEAD)
+
+    def _log(self, keep: int) -> None:
+        """Fetches metrics of all but the last `keep` steps; writes the rows they complete."""
+        while len(self.pending) > keep:
+            step, metrics = self.pending.popleft()
+            self.window.append(np.asarray(metrics).tolist())
+            if not math.isfinite(self.window[-1][0]):
+                raise TrainingError(
+                    f"the loss of step {step} is {self.window[-1][0]}: lower"
+                    f" optimizer.learning_rate={self.config.optimizer.learning_rate}; the last"
+                    f" checkpoint is of step {self.saved_step}"
+                )
+            ends = step in (end for _, end, _ in self.bounds)
+            if step % self.config.log_every == 0 or ends:
+                self._write_row(step)
+                self.checkpoints.check()
+
+    def _write_row(self, step: int) -> None:
+        """Writes the means over the steps since the last row."""
+        loss, _, norm = np.mean(np.array(self.window), axis=0).tolist()
+        rate = self.window[-1][1]
+        self.window, self.loss = [], loss
+        now, tokens = time.monotonic(), self._tokens(step)
+        seconds = now - self.clock
+        row = {
+            "step": step,
+            "stage": self._stage_number(step - 1),
+            "tokens": tokens,
+            "loss": loss,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens_per_second": (tokens - self.clock_tokens) / seconds,
+            "seconds": seconds,
+        }
+        self.clock, self.clock_tokens = now, tokens
+        if self.metrics is not None and self.progress is not None:
+            self.metrics.write(row)
+            self.progress.show(row)
+
+    def _arrays(self) -> dict:
+        """The state as a flat dictionary."""
+        moments = jax.tree_util.tree_flatten_with_path(self.state["optimizer"])[0]
+        return {
+            **{f"params/{name}": value for name, value in self.state["params"].items()},
+            **{f"optimizer/{jax.tree_util.keystr(path)}": value for path, value in moments},
+            "step": self.state["step"],
+        }
+
+    def _save(self) -> None:
+        """Starts to write a checkpoint of the current step."""
+        assert self.stream is not None  # a step was taken
+        self._log(keep=0)
+        if self.metrics is not None:
+            self.metrics.sync()
+        # Copies: the step consumes the state while the checkpoint is written.
+        arrays = {name: np.array(value) for name, value in self._arrays().items()}
+        self.checkpoints.save(
+            self.step,
+            arrays,
+            {
+                "config": ckpt.to_json(self.config),
+                "tokenizer": self.tokenizer,
+                "data": self.stream.state(),
+                "window": self.window,
+                "versions": ckpt.versions(),
+            },
+        )
+        self.saved_step = self.step
+
+    def _restore(self, step: int) -> None:
+        """Takes over a checkpoint; raises TrainingError or CheckpointError if it does not fit."""
+        path = self.run_dir / "checkpoints" / str(step)
+        metadata = self.checkpoints.metadata(step)
+        found = [
+            difference
+            for difference in ckpt.differences(metadata["config"], ckpt.to_json(self.config))
+            if difference[0] not in MAY_CHANGE
+        ]
+        if found:
+            raise TrainingError(
+                f"{self.run_dir} was begun with another config: {ckpt.describe(found)}: use the"
+                " config that it was begun with, or another run_dir"
+            )
+        ckpt.check_tokenizer(path, metadata["tokenizer"], self.tokenizer)
+        arrays, names = self.checkpoints.arrays(step), self._arrays()
+        ckpt.check_arrays(path, arrays, names)
+        treedef = jax.tree.structure(self.state["optimizer"])
+        self.state = {
+            "params": {name: arrays[f"params/{name}"] for name in self.state["params"]},
+            "optimizer": jax.tree.unflatten(
+                treedef, [arrays[name] for name in names if name.startswith("optimizer/")]
+            ),
+            "step": arrays["step"],
+        }
+        self.step, self.window = step, metadata["window"]
+        if step not in (end for _, end, _ in self.bounds):
+            self.restored_data = metadata["data"]
+
+    def _export(self) -> None:
+        """Writes the model alone, unless it is there."""
+        if jax.process_index() == 0 and not (self.run_dir / "model").exists():
+            ckpt.save_model(
+                self.run_dir / "model", self.state["params"], self.config.model, self.tokenizer
+            )
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+        with ExitStack() as stack:
+            for part in (self.checkpoints, self.stream, self.metrics, self.progress):
+                if part is not None:
+                    stack.callback(part.close)

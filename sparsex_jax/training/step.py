@@ -1,0 +1,135 @@
+"""One optimizer step, compiled: micro-batches, devices, clipping, update."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sparsex_jax.training.errors import TrainingError
+from sparsex_jax.training.parameters import Skeleton
+
+# {"params": arrays by name, "optimizer": optax state, "step": int32 scalar}
+TrainState = dict
+
+
+def make_mesh() -> Mesh | None:
+    """A mesh with the axis "data" over all local devices; None for a single one."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return None
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def check_divisible(name: str, batch_size: int, accumulation: int, mesh: Mesh | None) -> None:
+    """Raises TrainingError unless every device gets as many sequences of each micro-batch."""
+    unit = accumulation * (mesh.size if mesh else 1)
+    if batch_size % unit:
+        below = batch_size // unit * unit
+        advice = f"{below} or {below + unit}" if below else str(unit)
+        raise TrainingError(
+            f"{name}.batch_size={batch_size} must be a multiple of accumulation={accumulation}"
+            f" times {unit // accumulation} devices: use {advice}, or fewer devices"
+        )
+
+
+def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
+    """Puts a state (NumPy or JAX arrays) onto the devices, a copy on each."""
+    return jax.device_put(state, NamedSharding(mesh, P()) if mesh else jax.local_devices()[0])
+
+
+def place_batch(batch: dict[str, np.ndarray], accumulation: int, mesh: Mesh | None) -> dict:
+    """Puts a batch [B, T] onto the devices as [A, B / A, T], split along the second axis."""
+    split = {
+        name: value.reshape(accumulation, -1, *value.shape[1:]) for name, value in batch.items()
+    }
+    if mesh is None:
+        return jax.device_put(split, jax.local_devices()[0])
+    return jax.device_put(split, NamedSharding(mesh, P(None, "data")))
+
+
+def _summed_gradients(skeleton: Skeleton, top_k: int | None) -> Callable:
+    """A function from (params, batch) to the sums (nll, weight, gradients of nll)."""
+
+    def loss(params, batch):
+        nll, weight = skeleton.build(params).loss(
+            batch["tokens"],
+            batch["targets"],
+            batch["weights"],
+            segment_ids=batch.get("segment_ids"),
+            top_k=top_k,
+        )
+        return nll, weight
+
+    def micro(params, batch):
+        (nll, weight), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        return nll, weight, gradients
+
+    def summed(params, batch):
+        first = jax.tree.map(lambda value: value[0], batch)
+        if batch["tokens"].shape[0] == 1:
+            return micro(params, first)
+
+        def add(total, batch):
+            return jax.tree.map(jnp.add, total, micro(params, batch)), None
+
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro, params, first)
+        )
+        return jax.lax.scan(add, zeros, batch)[0]
+
+    return summed
+
+
+def make_step(
+    skeleton: Skeleton,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    top_k: int | None,
+    mesh: Mesh | None,
+) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
+    """Builds the compiled step; the state passed in is consumed.
+
+    Loss and gradients are sums over the whole batch (all micro-batches, all devices) divided by
+    the sum of its weights, so that neither accumulation nor sharding changes what is optimised.
+
+    Args:
+      skeleton: the model; its class has `.loss`.
+      optimizer: takes normalised gradients.
+      schedule: learning rate by step, for the metrics.
+      top_k: blocks selected; None takes the model's.
+      mesh: of `make_mesh`; batches are sharded along "data", the state is replicated.
+
+    Returns:
+      A function (state, batch with leaves [A, B / A, T]) -> (state, f32 [3]: loss, learning rate,
+      gradient norm before clipping).
+    """
+    summed = _summed_gradients(skeleton, top_k)
+    if mesh is not None:
+        # shard_map, not automatic partitioning: the kernels see the shapes of one device.
+        summed = jax.shard_map(
+            lambda params, batch, local=summed: jax.lax.psum(local(params, batch), "data"),
+            mesh=mesh,
+            in_specs=(P(), P(None, "data")),
+            out_specs=P(),
+            check_vma=False,
+        )
+
+    def step(state, batch):
+        nll, weight, gradients = summed(state["params"], batch)
+        scale = 1 / jnp.where(weight > 0, weight, 1)
+        gradients = jax.tree.map(lambda value: value * scale, gradients)
+        updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
+        metrics = jnp.stack(
+            [nll * scale, schedule(state["step"]), optax.tree.norm(gradients)]
+        ).astype(jnp.float32)
+        return {
+            "params": optax.apply_updates(state["params"], updates),
+            "optimizer": moments,
+            "step": state["step"] + 1,
+        }, metrics
+
+    return jax.jit(step, donate_argnums=0)

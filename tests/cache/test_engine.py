@@ -1,0 +1,85 @@
+"""Chunked prefill and decode against the one-shot forward pass."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsex_jax.cache import Engine
+from sparsex_jax.cache.engine import empty_cache, extend
+from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
+
+CONFIGS = {
+    "default": TINY,
+    "sparse twice": dataclasses.replace(TINY, layers="sls"),
+    "softmax": dataclasses.replace(
+        TINY, attention=dataclasses.replace(ATTENTION, fusion="softmax", landmarks="off")
+    ),
+    "no convolution": dataclasses.replace(TINY, conv_width=0),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_chunking_equals_the_forward_pass(name):
+    model, tokens = make(CONFIGS[name]), make_tokens(2, 150)
+    expected = np.asarray(model.logits(model(tokens)))
+    step = nnx.jit(extend)
+    for chunks in ((150,), (1,) * 3 + (29,) * 5 + (1,) * 2, (64, 64, 22)):
+        cache, read = empty_cache(model, 150, 2, 150), 0
+        for chunk in chunks:
+            logits, cache = step(model, cache, tokens[:, read : read + chunk], jnp.int32(chunk))
+            read += chunk
+            np.testing.assert_allclose(logits, expected[:, read - 1], rtol=2e-4, atol=2e-4)
+
+
+def test_padding_of_a_chunk_is_forgotten():
+    model, tokens = make(), make_tokens(1, 120)
+    expected = np.asarray(model.logits(model(tokens)))[:, -1]
+    cache, read, step = empty_cache(model, 120, 1, 32), 0, nnx.jit(extend)
+    for valid in (32, 7, 32, 1, 19, 29):
+        chunk = np.full((1, 32), 63, np.int32)
+        chunk[:, :valid] = tokens[:, read : read + valid]
+        logits, cache = step(model, cache, chunk, jnp.int32(valid))
+        read += valid
+    np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
+
+
+def greedy(model, tokens, count):
+    """Greedy continuation by the one-shot forward pass."""
+    for _ in range(count):
+        following = np.argmax(np.asarray(model.logits(model(tokens)))[:, -1], axis=-1)
+        tokens = np.concatenate((tokens, following[:, None].astype(np.int32)), axis=1)
+    return tokens[:, -count:]
+
+
+def test_generation_equals_the_forward_pass_and_keeps_the_cache():
+    model, tokens = make(), make_tokens(2, 100)
+    expected = greedy(model, tokens, 6)
+    engine = Engine(model, capacity=128, batch_size=2, chunk=32)
+    np.testing.assert_array_equal(engine.generate(tokens, 6), expected)
+    seen = []
+    cache = engine.prefill(tokens[:, :90], seen.append)
+    assert seen == [32, 64, 90]
+    for _ in range(2):
+        np.testing.assert_array_equal(engine.answer(cache, tokens[:, 90:], 6), expected)
+    stopped = engine.answer(cache, tokens[:, 90:], 6, stop_tokens=(int(expected[0, 2]),))
+    np.testing.assert_array_equal(stopped[0, :3], expected[0, :3])
+    assert (stopped[0, 3:] == -1).all()
+
+
+def test_bad_arguments():
+    model = make()
+    engine = Engine(model, capacity=64, chunk=16)
+    with pytest.raises(ValueError, match="65 tokens are more than capacity=64"):
+        engine.prefill(make_tokens(1, 65))
+    with pytest.raises(ValueError, match="shape"):
+        engine.prefill(make_tokens(2, 5))
+    with pytest.raises(ValueError, match="suffix has 0 tokens"):
+        engine.answer(engine.prefill(make_tokens(1, 5)), make_tokens(1, 0), 1)
+    with pytest.raises(ValueError, match="capacity=0 must be positive"):
+        Engine(model, capacity=0)
+    all_landmarks = dataclasses.replace(ATTENTION, landmarks="all")
+    with pytest.raises(ValueError, match="has no cache"):
+        Engine(make(dataclasses.replace(TINY, attention=all_landmarks)), capacity=64)

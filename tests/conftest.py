@@ -1,0 +1,27 @@
+"""For all tests: the CPU unless told otherwise, compiled programs kept on disk, fixed examples."""
+
+import os
+import pathlib
+
+import hypothesis
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "sparsex" / "tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+hypothesis.settings.register_profile(
+    "sparsex",
+    derandomize=True,
+    deadline=None,
+    max_examples=20,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("sparsex")
+
+
+@pytest.fixture(scope="session")
+def project():
+    """The root of the source tree."""
+    return pathlib.Path(__file__).parents[1]

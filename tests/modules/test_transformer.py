@@ -1,0 +1,110 @@
+"""The model: loss, packing, causality, sharding metadata."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsex_jax.config import AttentionConfig, ConfigError, ModelConfig
+from sparsex_jax.modules import Transformer
+
+ATTENTION = AttentionConfig(
+    window=16, block_size=8, top_k=2, segment_length=16, landmarks_per_segment=2,
+    nodes_per_level=2, score_dim=8,
+)  # fmt: skip
+TINY = ModelConfig(
+    vocab_size=64, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, layers="ls",
+    attention=ATTENTION, dtype="float32", loss_chunk=32,
+)  # fmt: skip
+
+
+def make(config=TINY, seed=0):
+    return Transformer(config, rngs=nnx.Rngs(seed))
+
+
+def make_tokens(batch, tokens, seed=0):
+    return np.random.default_rng(seed).integers(0, 64, (batch, tokens), dtype=np.int32)
+
+
+def test_chunked_loss_equals_plain_loss():
+    model, tokens = make(), make_tokens(2, 51)
+    weights = np.random.default_rng(1).random((2, 50), np.float32)
+    total, count = nnx.jit(lambda m: m.loss(tokens[:, :-1], tokens[:, 1:], weights))(model)
+    logits = np.asarray(model.logits(model(tokens[:, :-1])), np.float64)
+    nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
+        logits, tokens[:, 1:, None], axis=-1
+    )[..., 0]  # fmt: skip
+    np.testing.assert_allclose(total, np.sum(nll * weights), rtol=1e-5)
+    np.testing.assert_allclose(count, weights.sum(), rtol=1e-6)
+
+
+def test_remat_changes_no_gradient():
+    tokens, gradients = make_tokens(1, 65), []
+    for remat in ("none", "layer"):
+        model = make(dataclasses.replace(TINY, remat=remat))
+        weights = np.ones((1, 64), np.float32)
+
+        @nnx.jit
+        def gradient(model, weights=weights):
+            return nnx.grad(lambda m: m.loss(tokens[:, :-1], tokens[:, 1:], weights)[0])(model)
+
+        gradients.append(jax.tree.leaves(gradient(model)))
+    for plain, again in zip(*gradients, strict=True):
+        np.testing.assert_allclose(plain, again, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_has_a_gradient():
+    model, tokens = make(), make_tokens(2, 129)
+    weights = np.random.default_rng(1).standard_normal((2, 128)).astype(np.float32)
+    gradients = nnx.jit(
+        nnx.grad(lambda m: m.loss(tokens[:, :-1], tokens[:, 1:], weights)[0])
+    )(model)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_causality_is_strict():
+    model, tokens, other = make(), make_tokens(1, 100), make_tokens(1, 100, seed=1)
+    f = nnx.jit(lambda m, x: m(x))
+    for changed in (1, 37, 64, 99):
+        mixed = np.concatenate((tokens[:, :changed], other[:, changed:]), axis=1)
+        np.testing.assert_array_equal(f(model, tokens)[:, :changed], f(model, mixed)[:, :changed])
+
+
+def test_packed_documents_equal_separate_ones():
+    model, tokens = make(), make_tokens(1, 120)
+    segment_ids = np.repeat([0, 1], [48, 72])[None]
+    packed = model(tokens, segment_ids)
+    for begin, end in ((0, 48), (48, 120)):
+        np.testing.assert_allclose(
+            packed[:, begin:end], model(tokens[:, begin:end]), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_one_token():
+    assert make()(make_tokens(1, 1)).shape == (1, 1, 32)
+
+
+def test_parameters_are_f32_and_name_their_axes():
+    for path, parameter in nnx.iter_graph(make()):
+        if isinstance(parameter, nnx.Param):
+            assert parameter[...].dtype == jnp.float32, path
+            assert len(parameter.axis_names) == parameter[...].ndim, path
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": 5}, "num_heads=5 must be a multiple of num_kv_heads=2: use 4 or 6"),
+        ({"head_dim": 7}, "head_dim=7 must be even: use 8"),
+        ({"layers": "lx"}, "layers='lx'"),
+        ({"layers": ""}, "layers=''"),
+        ({"remat": "all"}, "remat='all' is not known"),
+    ],
+)
+def test_bad_configs(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(TINY, **fields)

@@ -1,0 +1,240 @@
+"""The whole op against its token-by-token definition."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.block_selection import select_blocks
+from sparsex_jax.attention import sparse_attention
+from sparsex_jax.config import AttentionConfig, ConfigError
+from sparsex_jax.spans import remote_end
+from tests.attention_reference import sparse_attention_reference
+
+SMALL = AttentionConfig(
+    window=16, block_size=8, top_k=2, segment_length=16, landmarks_per_segment=2,
+    nodes_per_level=2, score_dim=4,
+)  # fmt: skip
+SOFTMAX = dataclasses.replace(SMALL, fusion="softmax", landmarks="off")
+
+
+def make_inputs(config, tokens, *, batch=1, heads=4, kv_heads=2, dim=8, seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    inputs = {name: normal(batch, tokens, n, dim) for name, n in
+              (("q", heads), ("k", kv_heads), ("v", kv_heads))}  # fmt: skip
+    if config.landmarks != "off":
+        inputs["salience"] = np.round(normal(batch, tokens, kv_heads), 1)  # with ties
+    if config.top_k:
+        blocks = tokens // config.block_size
+        inputs["query_features"] = normal(batch, tokens, kv_heads, config.score_dim)
+        inputs["block_features"] = normal(batch, blocks, kv_heads, config.score_dim)
+    if config.fusion == "sum" and config.landmarks != "off":
+        inputs["landmark_gate"] = np.abs(normal(batch, tokens, heads))
+    if config.fusion == "sum" and config.top_k:
+        inputs["dynamic_gate"] = np.abs(normal(batch, tokens, heads))
+    return inputs
+
+
+def attend(config, inputs, **options):
+    return sparse_attention(**inputs, config=config, **options)
+
+
+def reference(config, inputs, segment_ids=None):
+    names = {"query_features": "u", "block_features": "c", "landmark_gate": "gate_g",
+             "dynamic_gate": "gate_d"}  # fmt: skip
+    renamed = {names.get(name, name): value for name, value in inputs.items()}
+    return sparse_attention_reference(**renamed, config=config, segment_ids=segment_ids)[0]
+
+
+def dense_causal(q, k, v):
+    """Dense attention with RoPE in the terms of the reference."""
+    wide = AttentionConfig(window=2048, block_size=64, top_k=0, landmarks="off")
+    return sparse_attention_reference(q, k, v, wide)[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        SOFTMAX,
+        dataclasses.replace(SMALL, landmarks="all"),
+        dataclasses.replace(SMALL, landmarks="off"),
+        dataclasses.replace(SMALL, top_k=0),
+        dataclasses.replace(SMALL, window=32, segment_length=8, nodes_per_level=1, top_k=3),
+        dataclasses.replace(SMALL, window=8, segment_length=32, nodes_per_level=3),
+    ],
+)
+@pytest.mark.parametrize("tokens", [1, 16, 100, 131])
+def test_equals_its_definition(config, tokens):
+    inputs = make_inputs(config, tokens, batch=2 if tokens < 120 else 1)
+    np.testing.assert_allclose(
+        attend(config, inputs), reference(config, inputs), rtol=2e-5, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
+def test_packed_documents_equal_their_definition_and_separate_ones(config):
+    lengths = (40, 8, 72)  # each a whole number of blocks
+    segment_ids = np.repeat([3, 1, 2], lengths)[None]
+    inputs = make_inputs(config, sum(lengths), seed=1)
+    packed = np.asarray(attend(config, inputs, segment_ids=segment_ids))
+    expected = reference(config, inputs, segment_ids)
+    np.testing.assert_allclose(packed, expected, rtol=2e-5, atol=2e-5)
+    begin = 0
+    for length in lengths:
+        def cut(name, x, begin=begin, length=length):
+            unit = config.block_size if name == "block_features" else 1
+            return x[:, begin // unit : (begin + length) // unit]
+
+        alone = attend(config, {name: cut(name, x) for name, x in inputs.items()})
+        np.testing.assert_allclose(
+            packed[:, begin : begin + length], alone, rtol=2e-5, atol=2e-5
+        )
+        begin += length
+
+
+@pytest.mark.parametrize("config", [AttentionConfig(), AttentionConfig(fusion="softmax", landmarks="off")])
+def test_window_covers_short_contexts_exactly(config):
+    inputs = make_inputs(config, 130, dim=16)
+    out = attend(config, inputs)
+    np.testing.assert_allclose(
+        out, dense_causal(inputs["q"], inputs["k"], inputs["v"]), rtol=2e-5, atol=2e-5
+    )
+    local = dataclasses.replace(config, top_k=0, landmarks="off")
+    alone = attend(local, {name: inputs[name] for name in "qkv"})
+    np.testing.assert_array_equal(out, alone)
+
+
+def test_softmax_fusion_over_all_blocks_is_dense():
+    config = dataclasses.replace(SOFTMAX, top_k=32)
+    inputs = make_inputs(config, 150, seed=2)
+    np.testing.assert_allclose(
+        attend(config, inputs), dense_causal(inputs["q"], inputs["k"], inputs["v"]),
+        rtol=2e-5, atol=2e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
+def test_causality_is_strict(config, seed):
+    tokens = 150
+    rng = np.random.default_rng(seed)
+    changed = int(rng.integers(20, tokens))
+    before = make_inputs(config, tokens, seed=seed)
+    other = make_inputs(config, tokens, seed=seed + 100)
+    block = changed // config.block_size  # the first block whose features may change
+
+    def mixed(name, x):
+        first = block if name == "block_features" else changed
+        return np.concatenate((x[:, :first], other[name][:, first:]), axis=1)
+
+    after = {name: mixed(name, x) for name, x in before.items()}
+    f = jax.jit(lambda inputs: attend(config, inputs))
+    np.testing.assert_array_equal(f(before)[:, :changed], f(after)[:, :changed])
+
+    limit = remote_end(jnp.arange(tokens, dtype=jnp.int32), 0, config) // config.block_size
+    index = [
+        np.asarray(select_blocks(x["query_features"], x["block_features"], limit, config.top_k)[0])
+        for x in (before, after)
+    ]
+    np.testing.assert_array_equal(index[0][:, :changed], index[1][:, :changed])
+
+
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
+def test_gradients_against_finite_differences(config):
+    with jax.enable_x64(True):
+        inputs = make_inputs(config, 60, heads=2, kv_heads=1, dim=4, dtype=np.float64)
+        if "salience" in inputs:  # no ties: a tiny step would break them
+            inputs["salience"] += np.random.default_rng(2).random(inputs["salience"].shape)
+        inputs = jax.tree.map(jnp.asarray, inputs)
+        rng = np.random.default_rng(1)
+        cotangent = rng.standard_normal(inputs["q"].shape)
+
+        @jax.jit
+        def f(inputs):
+            return jnp.sum(attend(config, inputs) * cotangent)
+
+        gradients = jax.jit(jax.grad(f))(inputs)
+        for name, gradient in gradients.items():
+            # A random direction of one input at a time; selections do not change over 1e-6.
+            direction = rng.standard_normal(gradient.shape)
+            low, high = (
+                f({**inputs, name: inputs[name] + sign * 1e-6 * direction}) for sign in (-1, 1)
+            )
+            expected = float(high - low) / 2e-6
+            assert abs(expected) > 1e-6 or (name, config.fusion) in {
+                ("query_features", "softmax"), ("block_features", "softmax"),
+            }  # fmt: skip
+            np.testing.assert_allclose(np.sum(gradient * direction), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX])
+def test_gradients_against_the_reference_implementation(config):
+    inputs = make_inputs(config, 100, batch=2, seed=4)
+    cotangent = np.random.default_rng(5).standard_normal(inputs["q"].shape).astype(np.float32)
+    gradients = [
+        jax.vjp(lambda x, name=name: attend(config, x, implementation=name), inputs)[1](cotangent)[0]
+        for name in ("xla", "reference")
+    ]
+    for name in inputs:
+        np.testing.assert_allclose(
+            gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-4, err_msg=name
+        )
+
+
+def test_empty_sequence():
+    inputs = make_inputs(SMALL, 0)
+    assert attend(SMALL, inputs).shape == inputs["q"].shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": np.zeros((1, 40, 4))}, "must be \\[batch, token, head, dim\\]"),
+        ({"k": np.zeros((1, 41, 2, 8), np.float32)}, "must agree with q"),
+        ({"q": np.zeros((1, 40, 3, 8), np.float32)}, "q has 3 heads: use a multiple of the 2"),
+        ({"salience": None}, "salience is missing"),
+        ({"block_features": np.zeros((1, 4, 2, 4), np.float32)}, "must be \\(1, 5, 2, 4\\)"),
+        ({"v": np.zeros((1, 40, 2, 8), np.int32)}, "must be floating"),
+        ({"segment_ids": np.repeat([0, 1], [12, 28])[None]}, "starts at token 12 of row 0"),
+        ({"segment_ids": np.zeros((1, 39), int)}, "segment_ids has shape"),
+        ({"segment_ids": np.zeros((1, 40))}, "use an integer type"),
+        ({"implementation": "cuda"}, "cuda"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        sparse_attention(**{**make_inputs(SMALL, 40), "config": SMALL, **change})
+
+
+def test_unused_arguments_are_refused():
+    inputs = make_inputs(SMALL, 40)
+    with pytest.raises(ValueError, match="salience is given, but landmarks='off'"):
+        sparse_attention(**inputs, config=dataclasses.replace(SMALL, landmarks="off"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"window": 500}, "window=500 must be a multiple of block_size=64: use 448 or 512"),
+        ({"segment_length": 192}, "power of two: use 128"),
+        ({"fusion": "softmax"}, "count landmark tokens twice"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"landmarks": "some"}, "landmarks='some' is not known"),
+        ({"block_size": 0}, "block_size=0 must be positive"),
+    ],
+)
+def test_bad_configs(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        AttentionConfig(**fields)
+
+
+def test_unknown_config_field():
+    with pytest.raises(TypeError, match="windw"):
+        AttentionConfig(windw=64)

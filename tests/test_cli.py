@@ -1,0 +1,286 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsex_jax import cli
+from sparsex_jax.commands import evaluate
+from sparsex_jax.commands.arguments import format_length, parse_length
+from sparsex_jax.config import AttentionConfig, ModelConfig
+from sparsex_jax.demo import Finding, draw_heat_map
+from sparsex_jax.modules import Transformer
+from sparsex_jax.tasks import TASKS, load
+from sparsex_jax.training import save_model
+
+PRESET = """
+from sparsex_jax.config import AttentionConfig, ModelConfig, StageConfig, TrainConfig
+config = TrainConfig(
+    model=ModelConfig(
+        model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16, layers="s",
+        attention=AttentionConfig(window=64, top_k=2, score_dim=8),
+    ),
+    stages=(StageConfig(steps=2, length=256, batch_size=2),),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model that knows nothing."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    config = ModelConfig(
+        vocab_size=4096, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16,
+        layers="s", attention=AttentionConfig(window=64, top_k=2, score_dim=8),
+    )  # fmt: skip
+    save_model(path, Transformer(config, rngs=nnx.Rngs(0)), config, load().fingerprint)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "file.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    return folder
+
+
+@pytest.fixture
+def preset(tmp_path):
+    path = tmp_path / "preset.py"
+    path.write_text(PRESET)
+    return path
+
+
+@pytest.fixture
+def fail(capsys):
+    """Runs a command that must fail with one line, and returns that line."""
+
+    def fail(*arguments):
+        assert cli.run([str(argument) for argument in arguments]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("sparsex: ")
+        assert message.count("\n") == 1 and message.endswith("\n")
+        return message
+
+    return fail
+
+
+def test_lengths():
+    for text, tokens in (("1", 1), ("16K", 16384), ("1m", 1 << 20), ("1000", 1000)):
+        assert parse_length(text) == tokens
+        assert parse_length(format_length(tokens)) == tokens
+    for text in ("", "0", "-1", "1.5K", "K", "16KB", "1e6"):
+        with pytest.raises(ValueError, match="must be a number of tokens"):
+            parse_length(text)
+
+
+def test_evaluation_knows_every_task():
+    assert set(evaluate.Task.__args__) == set(TASKS)
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["eval", "needle"]])
+def test_help(command, capsys):
+    try:
+        status = cli.run([*command, "--help"])
+    except SystemExit as stop:
+        status = stop.code
+    assert not status
+    assert "usage: sparsex" in capsys.readouterr().out
+
+
+def test_help_names_every_command_and_needs_no_jax():
+    code = (
+        "import sys; from sparsex_jax.cli import run; run(['--help']); print('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
+
+
+def test_help_of_a_preset_shows_its_values(preset, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(["train", str(preset), "--help"])
+    assert not stop.value.code
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--model.num-kv-heads INT (default: 1)" in shown
+
+
+def test_info(capsys):
+    assert cli.run(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "jax" in shown
+    assert "range_attention: xla" in shown
+
+
+def test_demo(model, text, tmp_path, capsys):
+    out = tmp_path / "made" / "out"
+    command = ["demo", "--length", "1K", "2048", "--haystack", text, "--checkpoint", model]
+    assert cli.run([*map(str, command), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
+    assert len(rows) == 20
+    assert [row[0].strip() for row in rows] == ["1K"] * 10 + ["2K"] * 10
+    assert rows[0][1].strip() == "0 %" and rows[9][1].strip() == "100 %"
+    assert all(row[2].strip() and row[4].strip() == "no" for row in rows)
+    assert f"1 files in {text}" in shown
+    assert (out / "needles.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_heat_map_of_one_cell(tmp_path):
+    path = tmp_path / "map.png"
+    draw_heat_map([Finding(16, 50, "1", "It is 1.", 0.1)], path)
+    assert path.stat().st_size > 1000
+
+
+def test_finding_is_correct_if_the_value_is_in_the_answer():
+    assert Finding(16, 50, "12ab", "is 12AB.", 0.1).correct
+    assert not Finding(16, 50, "12ab", "is 12a.", 0.1).correct
+
+
+def test_eval_needle_writes_results(model, text, tmp_path, capsys):
+    out = tmp_path / "made" / "needle.json"
+    command = ["eval", "needle", "--checkpoint", model, "--haystack", text, "--out", out]
+    command += ["--tasks", "single_2", "vt", "--lengths", "1K", "--samples", 3, "--batch-size", 2]
+    assert cli.run([str(word) for word in command]) == 0
+    results = json.loads(out.read_text())
+    assert list(results) == [
+        "benchmark", "command", "config", "commit", "date", "hardware", "versions", "rows",
+    ]  # fmt: skip
+    assert set(results["hardware"]) == {"kind", "count", "driver"}
+    assert [(row["task"], row["tokens"]) for row in results["rows"]] == [
+        ("single_2", 1024), ("vt", 1024),
+    ]  # fmt: skip
+    for row in results["rows"]:
+        assert row["samples"] == 3 and row["correct"] == 0
+        np.testing.assert_allclose(row["high"], 0.5615, atol=1e-4)  # Wilson: z^2 / (n + z^2)
+    assert str(out) in capsys.readouterr().out.replace("\n", "")
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_train_takes_overrides_and_makes_a_model(preset, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run_dir = tmp_path / "run"
+    command = ["train", preset, "--run-dir", run_dir, "--data.haystack", text]
+    command += ["--stages.0.steps", 1, "--model.attention.top-k", 1]
+    assert cli.run([str(word) for word in command]) == 0
+    assert str(run_dir) in capsys.readouterr().out.replace("\n", "")
+    saved = json.loads((run_dir / "model" / "model.json").read_text())
+    assert saved["config"]["attention"]["top_k"] == 1
+
+
+def test_unknown_command(fail):
+    assert "'tarin' is not known: use demo, train" in fail("tarin")
+
+
+def test_eval_of_nothing(fail):
+    assert "use needle" in fail("eval")
+    assert "'needel'" in fail("eval", "needel")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--length", "16Q"], "length='16Q' must be a number of tokens"),
+        (["demo", "--length"], "at least one"),
+        (["demo", "--lenth", "16K"], "Unrecognized options: --lenth"),
+        (["demo", "--checkpoint", "nowhere"], "nowhere does not exist"),
+        (["demo", "--seed", "x"], "--seed"),
+        (["eval", "needle", "--tasks", "single_9"], "single_9"),
+        (["eval", "needle", "--tasks"], "at least one"),
+        (["info", "more"], "more"),
+        (["train"], "must be a preset"),
+        (["train", "nowhere.py"], "nowhere.py is not a file"),
+    ],
+)
+def test_wrong_arguments(arguments, message, fail):
+    assert message in fail(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.attention.window", "500"], "block_size=64: use 448 or 512"),
+        (["--model.attention.widow", "512"], "Unrecognized options: --model.attention.widow"),
+        (["--model.attention.fusion", "product"], "'sum', 'softmax'"),
+    ],
+)
+def test_wrong_override(preset, arguments, message, fail):
+    assert message in fail("train", preset, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("config = 3", "must define `config = TrainConfig(...)`"),
+        ("config = ", "does not run: SyntaxError"),
+        ("import no_such_module", "does not run: ModuleNotFoundError"),
+        (PRESET.replace("steps=2", "stesp=2"), "unexpected keyword argument 'stesp'"),
+        (PRESET.replace("window=64", "window=65"), "window=65 must be a multiple"),
+    ],
+)
+def test_wrong_preset(source, message, preset, fail):
+    preset.write_text(source)
+    assert message in fail("train", preset)
+
+
+def test_wrong_haystack(model, tmp_path, fail):
+    missing, empty = tmp_path / "missing", tmp_path / "empty"
+    empty.mkdir()
+    command = ["demo", "--checkpoint", model, "--out", tmp_path / "out", "--haystack"]
+    assert f"haystack='{missing}' must be a folder that can be read" in fail(*command, missing)
+    assert "must hold text files" in fail(*command, empty)
+
+
+def test_length_that_cannot_hold_the_needles(model, text, tmp_path, fail):
+    out = tmp_path / "out"
+    command = ["--checkpoint", model, "--haystack", text, "--out", out]
+    assert "use at least" in fail("demo", *command, "--length", "100")
+    assert "use at least" in fail("eval", "needle", *command, "--lengths", "50")
+    assert not list(out.iterdir())
+
+
+def test_out_that_is_a_file(model, text, tmp_path, fail):
+    out = tmp_path / "out"
+    out.write_text("")
+    fail("demo", "--checkpoint", model, "--haystack", text, "--out", out)
+
+
+def test_no_space_for_results(model, text, tmp_path, fail, monkeypatch):
+    from sparsex_jax.benchmarks import results
+
+    def full(self, text):
+        self.touch()
+        raise OSError(28, "No space left on device", str(self))
+
+    out = tmp_path / "needle.json"
+    out.write_text("before")
+    monkeypatch.setattr(results.Path, "write_text", full)
+    command = ["eval", "needle", "--checkpoint", model, "--haystack", text, "--out", out]
+    assert "No space left on device" in fail(*command, "--lengths", "1K", "--samples", 1)
+    assert out.read_text() == "before"
+    assert {path.name for path in tmp_path.iterdir()} == {"needle.json", "text"}
+
+
+def test_errors_of_others_and_debug_keep_their_traceback(monkeypatch):
+    from sparsex_jax.commands import info
+
+    monkeypatch.setattr(info, "main", lambda arguments: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.run(["info"])
+    monkeypatch.setenv("SPARSEX_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.run(["train", "nowhere.py"])
+
+
+def test_interruption(monkeypatch, capsys):
+    from sparsex_jax.commands import info
+
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "main", interrupt)
+    assert cli.run(["info"]) == 130
+    assert capsys.readouterr().err == "sparsex: interrupted\n"

@@ -1,0 +1,266 @@
+"""Checkpoints: round trips, and what is said about bad ones."""
+
+import dataclasses
+import errno
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsex_jax.config import AttentionConfig, DataConfig, OptimizerConfig
+from sparsex_jax.training import checkpoints as ckpt
+from sparsex_jax.training import export_model, load_model, save_model
+from sparsex_jax.training.errors import CheckpointError, TrainingError
+from sparsex_jax.training.metrics import truncate_rows
+from sparsex_jax.training.parameters import split_model
+from tests.training import tiny
+
+MODEL = tiny.CONFIG.model
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run; copy it before you damage it."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    tiny.run(run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.TinyModel(MODEL, rngs=nnx.Rngs(1))
+
+
+def load(directory, **options):
+    return load_model(directory, model_class=tiny.TinyModel, **options)
+
+
+def read(run_dir):
+    """Arrays of the last checkpoint of a run."""
+    manager = ckpt.RunCheckpoints(run_dir / "checkpoints", keep=None)
+    try:
+        manager.metadata(manager.latest)
+        return manager.arrays(manager.latest)
+    finally:
+        manager.close()
+
+
+def truncated_in_turn(directory):
+    """Cuts each file below a directory in half, one at a time; yields what was cut."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.stat().st_size:
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])
+            yield path
+            path.write_bytes(content)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_model_round_trip(tmp_path, model, dtype):
+    save_model(tmp_path / "model", model, MODEL, "tiny", dtype)
+    config, loaded = load(tmp_path / "model", tokenizer_fingerprint="tiny", config=MODEL)
+    assert config == MODEL
+    saved, restored = split_model(model)[1], split_model(loaded)[1]
+    assert set(saved) == set(restored)
+    for name, value in saved.items():
+        kept = dtype if value.ndim >= 2 else "float32"
+        assert restored[name].dtype == kept
+        np.testing.assert_array_equal(np.asarray(restored[name]), np.asarray(value.astype(kept)))
+    wide = split_model(load(tmp_path / "model", dtype="float32")[1])[1]
+    assert all(value.dtype == jnp.float32 for value in wide.values())
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) < 15
+
+
+def test_model_is_replaced_whole(tmp_path, model):
+    other = tiny.TinyModel(MODEL, rngs=nnx.Rngs(2))
+    save_model(tmp_path / "model", model, MODEL)
+    save_model(tmp_path / "model", other, MODEL, dtype="float32")
+    _, loaded = load(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.embedding[...], other.embedding[...])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_nothing_else_is_replaced(tmp_path, model):
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(CheckpointError, match="not a model: choose a new directory"):
+        save_model(tmp_path, model, MODEL)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_missing_model(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere does not exist: give a directory"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is no model .it has no model.json."):
+        load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_truncated_model(tmp_path, model):
+    save_model(tmp_path / "model", model, MODEL, dtype="float32")
+    noticed = 0
+    for _ in truncated_in_turn(tmp_path / "model"):
+        try:
+            loaded = load(tmp_path / "model")[1]
+        except CheckpointError as error:
+            assert str(tmp_path / "model") in str(error) and "copy it again" in str(error)
+            noticed += 1
+        else:  # a file that holds nothing that is needed
+            np.testing.assert_array_equal(loaded.embedding[...], model.embedding[...])
+    assert noticed >= 3
+
+
+def test_changed_bits_are_noticed(tmp_path, model):
+    save_model(tmp_path / "model", model, MODEL)
+    path = tmp_path / "model" / "model.json"
+    description = json.loads(path.read_text())
+    path.write_text(json.dumps({**description, "crc32": description["crc32"] ^ 1}))
+    with pytest.raises(CheckpointError, match="is damaged: copy it again"):
+        load(tmp_path / "model")
+
+
+def test_another_model_or_tokenizer(tmp_path, model):
+    save_model(tmp_path / "model", model, MODEL, "one")
+    with pytest.raises(CheckpointError, match="tokenizer one, the one in use is two: use the"):
+        load(tmp_path / "model", tokenizer_fingerprint="two")
+    wanted = dataclasses.replace(MODEL, layers="ls", attention=AttentionConfig(window=256))
+    with pytest.raises(CheckpointError, match="another model: ") as caught:
+        load(tmp_path / "model", config=wanted)
+    assert "layers is 'llls' there and 'ls' here" in str(caught.value)
+    assert "attention.window is 512 there and 256 here" in str(caught.value)
+    path = tmp_path / "model" / "model.json"
+    description = json.loads(path.read_text())
+    description["config"]["attention"]["flavour"] = 3
+    path.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="flavour.*use version"):
+        load(tmp_path / "model")
+
+
+def test_arrays_of_another_model(tmp_path, model):
+    save_model(tmp_path / "model", model, dataclasses.replace(MODEL, model_dim=16))
+    with pytest.raises(CheckpointError, match=r"embedding\[1\] is 8 there and 16 here"):
+        load(tmp_path / "model")
+
+
+def test_full_device_for_a_model(tmp_path, model, monkeypatch):
+    save_model(tmp_path / "model", model, MODEL)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ckpt.ocp.PyTreeCheckpointer, "save", full)
+    with pytest.raises(CheckpointError, match="model could not be written: no space left"):
+        save_model(tmp_path / "model", tiny.TinyModel(MODEL, rngs=nnx.Rngs(2)), MODEL)
+    np.testing.assert_array_equal(
+        np.asarray(load(tmp_path / "model")[1].embedding[...]),
+        np.asarray(model.embedding[...].astype(jnp.bfloat16)),
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_full_device_in_a_run(tmp_path, monkeypatch):
+    handler = ckpt.ocp.PyTreeCheckpointHandler
+    write, calls = handler.async_save, []
+
+    async def full(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) > 1:  # what tensorstore says, as measured on a full tmpfs
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
+        return await write(self, *arguments, **options)
+
+    monkeypatch.setattr(handler, "async_save", full)
+    with pytest.raises(CheckpointError, match="step 8 .* no space left on the device") as caught:
+        tiny.run(tmp_path)
+    assert "The one of step 4 is intact: free some space and run the same" in str(caught.value)
+    monkeypatch.setattr(handler, "async_save", write)
+    assert tiny.run(tmp_path).status == "finished"
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    tiny.run(tmp_path, dataclasses.replace(tiny.CONFIG, keep=3))
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"16", "20", "21"}
+
+
+# orbax leaves an asyncio callback behind when it cannot read.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_truncated_checkpoint_of_a_run(copied, finished):
+    whole = read(finished)
+    noticed = 0
+    for _ in truncated_in_turn(copied / "checkpoints" / "21"):
+        try:
+            arrays = read(copied)
+        except CheckpointError as error:
+            assert "checkpoints/21 " in str(error)
+            assert "delete it to go on from step 20" in str(error)
+            noticed += 1
+        else:
+            for name, value in whole.items():
+                np.testing.assert_array_equal(arrays[name], value)
+    assert noticed >= 3
+    shutil.rmtree(copied / "checkpoints" / "21")
+    assert tiny.run(copied).step == tiny.CONFIG.total_steps
+
+
+def test_checkpoint_of_a_run_without_metadata(copied):
+    shutil.rmtree(copied / "checkpoints" / "21" / "metadata")
+    with pytest.raises(CheckpointError, match="checkpoints/21 cannot be read"):
+        tiny.run(copied)
+
+
+def test_run_of_another_config(copied):
+    other = dataclasses.replace(
+        tiny.CONFIG,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=6),
+        stages=(tiny.CONFIG.stages[0], dataclasses.replace(tiny.CONFIG.stages[1], steps=13)),
+    )
+    with pytest.raises(TrainingError, match="begun with another config: ") as caught:
+        tiny.run(copied, other)
+    assert "optimizer.warmup_steps is 5 there and 6 here" in str(caught.value)
+    assert "stages[1].steps is 12 there and 13 here" in str(caught.value)
+    allowed = dataclasses.replace(
+        tiny.CONFIG, keep=1, log_every=1, checkpoint_every=1, data=DataConfig(workers=2)
+    )
+    assert tiny.run(copied, allowed).status == "finished"
+
+
+def test_run_with_another_tokenizer(copied):
+    with pytest.raises(CheckpointError, match="tokenizer tiny, the one in use is other"):
+        tiny.run(copied, tokenizer_fingerprint="other")
+
+
+def test_export_of_a_run(finished, tmp_path):
+    assert export_model(finished, tmp_path / "model") == tiny.CONFIG.total_steps
+    config, exported = load(tmp_path / "model", tokenizer_fingerprint="tiny")
+    _, shipped = load(finished / "model", config=config)
+    np.testing.assert_array_equal(exported.embedding[...], shipped.embedding[...])
+    with pytest.raises(CheckpointError, match="does not exist: give the run_dir"):
+        export_model(tmp_path, tmp_path / "other")
+
+
+def test_run_dir_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    for run_dir in (tmp_path / "file", "/proc/run"):
+        with pytest.raises(TrainingError, match=f"run_dir={run_dir} cannot be used .*: give a"):
+            tiny.run(run_dir)
+
+
+def test_loss_that_is_not_finite(tmp_path):
+    config = dataclasses.replace(tiny.CONFIG, optimizer=OptimizerConfig(learning_rate=1e30))
+    with pytest.raises(TrainingError, match=r"loss of step \d+ is (nan|inf): lower optimizer"):
+        tiny.run(tmp_path, config)
+
+
+def test_rows_beyond_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    truncate_rows(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    truncate_rows(tmp_path / "missing.jsonl", 2)

@@ -1,0 +1,201 @@
+"""An interrupted run ends with the bits of an uninterrupted one."""
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from sparsex_jax.config import DataConfig
+from sparsex_jax.training.metrics import TIME_FIELDS
+from tests.training import tiny
+
+ROOT = Path(__file__).parents[2]
+LAST = tiny.CONFIG.total_steps
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compilation")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    assert tiny.run(run_dir).status == "finished"
+    return run_dir
+
+
+@pytest.fixture
+def start(cache):
+    """Starts runs as processes, in a process group of their own."""
+    processes = []
+
+    def start(run_dir, environment=(), **options):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.training.tiny", str(run_dir), json.dumps(options)],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COMPILATION_CACHE_DIR": str(cache),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                **dict(environment),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(process, condition, seconds=60):
+    """Polls until the condition holds; fails if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def rows(run_dir):
+    """Rows of the metrics without what depends on the clock."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in TIME_FIELDS}
+        for line in lines
+    ]
+
+
+def final_arrays(run_dir):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(run_dir.absolute() / "checkpoints" / str(LAST) / "arrays")
+
+
+def assert_same_run(run_dir, other):
+    """Parameters, optimizer state, step and metrics, bit for bit."""
+    ours, theirs = final_arrays(run_dir), final_arrays(other)
+    assert set(ours) == set(theirs) and any("mu" in name for name in ours)
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        assert value.tobytes() == theirs[name].tobytes(), name
+    assert rows(run_dir) == rows(other)
+
+
+def complete(run_dir):
+    """Names of complete checkpoints, and whether there is an incomplete one."""
+    names = {path.name for path in (run_dir / "checkpoints").glob("*")}
+    return {int(name) for name in names if name.isdigit()}, any("tmp" in name for name in names)
+
+
+def test_rows_hold_what_was_trained(whole):
+    found = rows(whole)
+    assert [row["step"] for row in found] == [5, 9, 10, 15, 20, 21]
+    assert [row["stage"] for row in found] == [0, 0, 1, 1, 1, 1]
+    assert found[-1]["tokens"] == 9 * 4 * 16 + 12 * 2 * 32
+    assert found[-1]["loss"] < found[2]["loss"]
+    assert complete(whole) == ({20, 21}, False)
+
+
+def test_sigterm_saves_and_resumes(start, whole, tmp_path):
+    process = start(tmp_path, slow=0.1)
+    wait_for(process, (tmp_path / "checkpoints" / "4").is_dir)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert output.startswith("interrupted") and "SIGTERM" in output and "resume" in output
+    assert max(complete(tmp_path)[0]) == int(output.split()[1]) < LAST
+    assert tiny.run(tmp_path).status == "finished"
+    assert_same_run(tmp_path, whole)
+
+
+def test_sigkill_at_random_moments(start, whole, tmp_path):
+    moments, rows_file = random.Random(0), tmp_path / "metrics.jsonl"
+    for workers in (0, 1, 0):
+        begin = time.time()
+        process = start(tmp_path, slow=0.05, workers=workers)
+        wait_for(
+            process,
+            lambda begin=begin: rows_file.exists() and rows_file.stat().st_mtime > begin,
+        )
+        time.sleep(moments.uniform(0, 1.5))
+        process.kill()
+        process.communicate(timeout=30)  # returns once no worker holds the pipes any more
+    assert tiny.run(tmp_path).status == "finished"
+    assert_same_run(tmp_path, whole)
+
+
+def test_sigkill_during_a_save(start, whole, tmp_path):
+    for _ in range(5):
+        process = start(tmp_path, slow=0.1, checkpoint_every=2)
+        had = complete(tmp_path)[0]
+        wait_for(
+            process,
+            lambda had=had: complete(tmp_path)[0] != had and complete(tmp_path)[1],
+        )
+        process.kill()
+        process.wait()
+        if complete(tmp_path)[1]:
+            break
+    steps, torn = complete(tmp_path)
+    assert torn and steps and max(steps) < LAST
+    assert tiny.run(tmp_path).status == "finished"
+    assert_same_run(tmp_path, whole)
+    assert not complete(tmp_path)[1]
+
+
+def test_ctrl_c_with_workers(start, whole, tmp_path):
+    process = start(tmp_path, slow=0.05, workers=2)
+    wait_for(process, (tmp_path / "checkpoints" / "4").is_dir)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers receive it, too
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert output.startswith("interrupted") and "SIGINT" in output
+    config = dataclasses.replace(tiny.CONFIG, data=DataConfig(workers=1))
+    assert tiny.run(tmp_path, config).status == "finished"
+    assert_same_run(tmp_path, whole)
+
+
+def test_time_limit_saves_and_resumes(whole, tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(monotonic=itertools.count().__next__)  # a second per look
+    monkeypatch.setattr("sparsex_jax.training.stop.time", clock)
+    assert tiny.run(tmp_path, max_minutes=0).step == 0
+    for step in (6, 12):
+        result = tiny.run(tmp_path, max_minutes=7 / 60)
+        assert (result.status, result.step) == ("interrupted", step)
+        assert "stopped by max_minutes" in result.message and "to resume" in result.message
+    assert tiny.run(tmp_path).status == "finished"
+    assert_same_run(tmp_path, whole)
+    again = tiny.run(tmp_path)
+    assert again.status == "finished" and again.loss is None and "all 21 steps" in again.message
+
+
+def test_devices_share_a_batch(start, whole, tmp_path):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    process = start(tmp_path, environment=flags)
+    assert process.wait() == 0, process.communicate()[1]
+    ours, theirs = final_arrays(tmp_path), final_arrays(whole)
+    for name in ours:
+        if name.startswith("params/"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=2e-4)
+    for one, other in zip(rows(tmp_path), rows(whole), strict=True):
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)

@@ -1,0 +1,86 @@
+"""Data streams resume at the exact batch; stops are noticed."""
+
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from sparsex_jax.config import DataConfig
+from sparsex_jax.training.data import BatchStream, stage_seed
+from sparsex_jax.training.errors import TrainingError
+from sparsex_jax.training.stop import StopRequest
+from tests.training import tiny
+
+STAGE = tiny.CONFIG.stages[0]
+
+
+def stream(restored=None, workers=0, make=tiny.make_dataset, number=0, vocab_size=tiny.VOCAB):
+    return BatchStream(make, DataConfig(workers=workers), STAGE, number, 5, vocab_size, restored)
+
+
+def assert_same(batch, other):
+    for name, value in batch.items():
+        np.testing.assert_array_equal(value, other[name])
+
+
+def test_state_is_after_the_last_batch_drawn():
+    whole = stream()
+    batches = [whole.next() for _ in range(5)]
+    half = stream()
+    for batch in batches[:3]:
+        assert_same(half.next(), batch)
+    assert_same(stream(half.state()).next(), batches[3])
+    assert_same(half.next(), batches[3])
+
+
+@pytest.mark.parametrize("before, after", [(0, 1), (1, 0)])
+def test_workers_may_change(before, after):
+    whole = stream()
+    batches = [whole.next() for _ in range(4)]
+    first = stream(workers=before)
+    for batch in batches[:2]:
+        assert_same(first.next(), batch)
+    state = first.state()
+    first.close()
+    second = stream(state, workers=after)
+    assert_same(second.next(), batches[2])
+    assert_same(second.next(), batches[3])
+    second.close()
+
+
+def test_seeds_differ_between_stages_and_runs():
+    seeds = {stage_seed(seed, number) for seed in range(8) for number in range(8)}
+    assert len(seeds) == 64 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_data_that_end_say_so():
+    short = stream(make=lambda *arguments, seed: tiny.make_dataset(*arguments, seed=seed)[:2])
+    short.next(), short.next()
+    with pytest.raises(TrainingError, match=r"stages\[0\] ended after 2 of 9 .* endless"):
+        short.next()
+
+
+def test_batches_of_another_shape_say_so():
+    def make(data, stage, *, seed):
+        return tiny.make_dataset(data, dataclasses.replace(stage, length=8), seed=seed)
+
+    with pytest.raises(TrainingError, match=r"tokens .* \(4, 8\), .* = \(4, 16\)"):
+        stream(make=make).next()
+
+
+def test_tokens_beyond_the_vocabulary_say_so():
+    with pytest.raises(TrainingError, match="vocab_size=20 allows less"):
+        stream(vocab_size=20).next()
+
+
+def test_a_signal_asks_to_stop_and_a_second_one_acts_as_usual():
+    with StopRequest() as stop:
+        assert not stop.requested()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested() and stop.reason == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 1)
+    assert StopRequest(max_minutes=0).requested()
