@@ -36,6 +36,7 @@ class BlockCSR:
 
     @property
     def num_rows(self) -> int:
+        """Rows of the matrix: query tokens."""
         return self.indptr.shape[-1] - 1
 
     @classmethod

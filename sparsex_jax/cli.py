@@ -31,6 +31,7 @@ COMMANDS = {
 # Where a ValueError may come from that tells the user what to change; others are bugs.
 OUR_PACKAGES = ("sparsex_jax", "pallas_kernels")
 DEBUG = "SPARSEX_DEBUG"
+FULL = "RESOURCE_EXHAUSTED"  # how XLA says that the device's memory is full
 
 
 def usage() -> str:
@@ -79,6 +80,8 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if os.environ.get(DEBUG) == "1" or not _is_expected(error):
             raise
+        if FULL in str(error):
+            return _complain("the device's memory is full: use a smaller length or batch size")
         return _complain(str(error))
     return 0
 
@@ -93,7 +96,11 @@ def _is_expected(error: Exception) -> bool:
     if isinstance(error, OSError):
         return True
     if not isinstance(error, ValueError):
-        return "RESOURCE_EXHAUSTED" in str(error)  # how XLA says that the device's memory is full
+        return FULL in str(error)
     frames = traceback.extract_tb(error.__traceback__)
     folders = [str(Path(__file__).parents[1] / name) + os.sep for name in OUR_PACKAGES]
     return frames[-1].filename.startswith(tuple(folders))
+
+
+if __name__ == "__main__":
+    main()

@@ -60,6 +60,7 @@ def find_needles(
     haystack: np.ndarray,
     depths: Sequence[float] = DEPTHS,
     seed: int = 0,
+    chunk: int = 2048,
     progress: Callable[[int], None] | None = None,
 ) -> Search:
     """Reads a text once and asks for each needle in it.
@@ -71,6 +72,7 @@ def find_needles(
       haystack: int [N], text as tokens.
       depths: of the needles, per cent.
       seed: decides keys, values and the part of the haystack.
+      chunk: tokens read at a time.
       progress: called with the number of tokens read so far.
 
     Raises:
@@ -80,7 +82,7 @@ def find_needles(
         length, depths, rng=np.random.default_rng([seed, length]), tokenizer=tokenizer,
         haystack=haystack,
     )  # fmt: skip
-    engine = Engine(model, capacity=length)
+    engine = Engine(model, capacity=length, chunk=chunk)
     began = time.perf_counter()
     cache = engine.prefill(context.tokens[None], progress)
     cache.length.block_until_ready()
@@ -121,7 +123,7 @@ def draw_heat_map(
     figure = Figure(figsize=(2.5 + 1.1 * len(lengths), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.imshow(found, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(found, cmap="RdYlGn", vmin=-0.4, vmax=1.4, aspect="auto")
     for (row, column), value in np.ndenumerate(found):
         axes.text(column, row, "found" if value == 1 else "missed", ha="center", va="center")
     axes.set_xticks(range(len(lengths)), [label(length) for length in lengths])

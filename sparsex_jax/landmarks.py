@@ -110,7 +110,7 @@ def visible_nodes(segments: jax.Array, levels: int, nodes_per_level: int) -> lis
       nodes_per_level: r.
 
     Returns:
-      For each level (first, count): nodes [first, first + count), counted from the document's start.
+      For each level (first, count): nodes [first, first + count) of the document.
     """
     spans = []
     for _ in range(levels):

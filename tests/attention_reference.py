@@ -35,18 +35,14 @@ def landmark_positions(salience, first, past_end, config):
     if config.landmarks == "all":
         for i in range(segments):
             begin = first + i * size
-            found += segment_landmarks(
-                salience, begin, begin + size, config.landmarks_per_segment
-            )
+            found += segment_landmarks(salience, begin, begin + size, config.landmarks_per_segment)
         return found
     while segments > 0:
         taken = min(segments, r + (segments - r) % 2)
         width = size << level
         for i in range(segments - taken, segments):
             begin = first + i * width
-            found += segment_landmarks(
-                salience, begin, begin + width, config.landmarks_per_segment
-            )
+            found += segment_landmarks(salience, begin, begin + width, config.landmarks_per_segment)
         segments, level = (segments - taken) // 2, level + 1
     return found
 
@@ -84,7 +80,9 @@ def sparse_attention_reference(
                     bias = [scores[n] for n in best for _ in range(s)]
                 if config.fusion == "softmax":
                     everything = np.concatenate((near, far)).astype(int)
-                    out[b, t, head], _ = softmax(keys[everything] @ turned * scale, v[b, everything, h])
+                    out[b, t, head], _ = softmax(
+                        keys[everything] @ turned * scale, v[b, everything, h]
+                    )
                     continue
                 total = local
                 if far:

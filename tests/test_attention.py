@@ -88,18 +88,19 @@ def test_packed_documents_equal_their_definition_and_separate_ones(config):
     np.testing.assert_allclose(packed, expected, rtol=2e-5, atol=2e-5)
     begin = 0
     for length in lengths:
+
         def cut(name, x, begin=begin, length=length):
             unit = config.block_size if name == "block_features" else 1
             return x[:, begin // unit : (begin + length) // unit]
 
         alone = attend(config, {name: cut(name, x) for name, x in inputs.items()})
-        np.testing.assert_allclose(
-            packed[:, begin : begin + length], alone, rtol=2e-5, atol=2e-5
-        )
+        np.testing.assert_allclose(packed[:, begin : begin + length], alone, rtol=2e-5, atol=2e-5)
         begin += length
 
 
-@pytest.mark.parametrize("config", [AttentionConfig(), AttentionConfig(fusion="softmax", landmarks="off")])
+@pytest.mark.parametrize(
+    "config", [AttentionConfig(), AttentionConfig(fusion="softmax", landmarks="off")]
+)
 def test_window_covers_short_contexts_exactly(config):
     inputs = make_inputs(config, 130, dim=16)
     out = attend(config, inputs)
@@ -179,7 +180,9 @@ def test_gradients_against_the_reference_implementation(config):
     inputs = make_inputs(config, 100, batch=2, seed=4)
     cotangent = np.random.default_rng(5).standard_normal(inputs["q"].shape).astype(np.float32)
     gradients = [
-        jax.vjp(lambda x, name=name: attend(config, x, implementation=name), inputs)[1](cotangent)[0]
+        jax.vjp(lambda x, name=name: attend(config, x, implementation=name), inputs)[1](cotangent)[
+            0
+        ]
         for name in ("xla", "reference")
     ]
     for name in inputs:

@@ -127,6 +127,11 @@ def test_demo(model, text, tmp_path, capsys):
     assert all(row[2].strip() and row[4].strip() == "no" for row in rows)
     assert f"1 files in {text}" in shown
     assert (out / "needles.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((out / "demo.json").read_text())
+    assert written["config"]["model"]["dtype"] == "float32"  # the CPU's, whatever the checkpoint's
+    assert written["command"].startswith("sparsex demo --length 1K")
+    assert [row["tokens"] for row in written["rows"]] == [1024] * 10 + [2048] * 10
+    assert {"depth", "expected", "answered", "correct", "seconds"} < set(written["rows"][0])
 
 
 def test_heat_map_of_one_cell(tmp_path):
@@ -156,7 +161,10 @@ def test_eval_needle_writes_results(model, text, tmp_path, capsys):
     for row in results["rows"]:
         assert row["samples"] == 3 and row["correct"] == 0
         np.testing.assert_allclose(row["high"], 0.5615, atol=1e-4)  # Wilson: z^2 / (n + z^2)
-    assert str(out) in capsys.readouterr().out.replace("\n", "")
+    shown = capsys.readouterr().out
+    assert str(out) in shown.replace("\n", "")
+    assert "0.0% to 56.1%" in shown
+    assert results["command"].startswith("sparsex eval needle --checkpoint")
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
@@ -190,6 +198,9 @@ def test_eval_of_nothing(fail):
         (["demo", "--seed", "x"], "--seed"),
         (["eval", "needle", "--tasks", "single_9"], "single_9"),
         (["eval", "needle", "--tasks"], "at least one"),
+        (["eval", "needle", "--samples", "0"], "samples=0 must be positive"),
+        (["eval", "needle", "--batch-size", "0"], "batch_size=0 must be positive"),
+        (["eval", "needle", "--batch-size", "some"], "--batch-size"),
         (["info", "more"], "more"),
         (["train"], "must be a preset"),
         (["train", "nowhere.py"], "nowhere.py is not a file"),
@@ -248,6 +259,25 @@ def test_out_that_is_a_file(model, text, tmp_path, fail):
     fail("demo", "--checkpoint", model, "--haystack", text, "--out", out)
 
 
+def test_no_shipped_model(fail, monkeypatch, tmp_path):
+    from sparsex_jax.commands import demo, model
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model, "SHIPPED_MODEL", tmp_path / "nano")
+    command = demo.Arguments(checkpoint=tmp_path / "nano")
+    monkeypatch.setattr(demo, "parse", lambda *arguments: command)
+    assert "comes without its model: give --checkpoint DIR" in fail("demo")
+    assert not list(tmp_path.iterdir())
+
+
+def test_compute_dtype_is_the_callers(model):
+    from sparsex_jax.training import load_model
+
+    for dtype in ("bfloat16", "float32"):
+        config, loaded = load_model(model, dtype, compute_dtype=dtype)
+        assert config.dtype == dtype == loaded(np.zeros((1, 4), np.int32)).dtype
+
+
 def test_no_space_for_results(model, text, tmp_path, fail, monkeypatch):
     from sparsex_jax.benchmarks import results
 
@@ -262,6 +292,32 @@ def test_no_space_for_results(model, text, tmp_path, fail, monkeypatch):
     assert "No space left on device" in fail(*command, "--lengths", "1K", "--samples", 1)
     assert out.read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"needle.json", "text"}
+
+
+def test_out_of_memory_is_one_line(monkeypatch, fail):
+    from sparsex_jax.commands import info
+
+    def overflow(arguments):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand much more")
+
+    monkeypatch.setattr(info, "main", overflow)
+    assert "the device's memory is full: use a smaller" in fail("info")
+
+
+def test_results_outside_git_have_no_commit(monkeypatch):
+    from sparsex_jax.benchmarks import results
+
+    monkeypatch.delenv("SPARSEX_COMMIT", raising=False)
+    monkeypatch.setattr(results, "_output", lambda *command: None)
+    assert results.commit() == "unknown"
+    assert str(results.default_path("needle")) == "results/cpu/needle.json"
+
+
+def test_module_runs_without_the_console_script():
+    command = [sys.executable, "-m", "sparsex_jax.cli", "train", "nowhere.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "sparsex: preset nowhere.py is not a file: use one of configs/, say\n"
 
 
 def test_errors_of_others_and_debug_keep_their_traceback(monkeypatch):

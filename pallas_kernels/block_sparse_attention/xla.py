@@ -278,9 +278,10 @@ def _attend_fwd(q, k, v, indptr, indices, values, shapes):
 
 
 def _tile_gradients(tiles, rows, value, k, v, shapes: _Shapes, dtype):
-    """Gradients of the tiles: of the queries [P, R*G, D], of the logits' biases [P, R], and of
-    the keys and values [P, S, D]; `rows` are the chunk's queries, their lse, the cotangent of
-    their output and delta."""
+    """Gradients of the queries [P, R*G, D], of the entries' values [P, R], of K and V [P, S, D].
+
+    `rows` are the chunk's queries, their lse, the cotangent of their output, and delta.
+    """
     q, lse, out_bar, delta = (_gather_rows(x, tiles, shapes) for x in rows)
     keys, payload = (_gather_keys(x, tiles, shapes) for x in (k, v))
     value = value.ravel().at[tiles.entry].get(mode="fill", fill_value=0)

@@ -24,18 +24,21 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def commit() -> str | None:
+def commit() -> str:
     """The commit of this source tree, "+changes" behind it if files differ.
 
-    Without git it is what SPARSEX_COMMIT says (for copies of the tree on other machines), or None.
+    Without git it is what SPARSEX_COMMIT says (for copies of the tree on other machines), or
+    "unknown".
     """
     git = ("git", "-C", str(Path(__file__).parents[2]))
     if _output(*git, "ls-files", "pyproject.toml") != "pyproject.toml":
         # Installed somewhere, perhaps within a repository of another project.
-        return os.environ.get("SPARSEX_COMMIT")
+        return os.environ.get("SPARSEX_COMMIT", "unknown")
     name = _output(*git, "rev-parse", "HEAD")
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
-    return f"{name}+changes" if name and changed else name
+    if name is None:
+        return "unknown"
+    return f"{name}+changes" if changed else name
 
 
 def _cpu() -> str:
@@ -60,10 +63,13 @@ def hardware() -> dict[str, Any]:
 
 
 def default_path(benchmark: str) -> Path:
-    """results/<hardware>/<benchmark>.json, the hardware's kind in lower case with dashes."""
-    machine = hardware()
-    kind = re.sub(r"[^a-z0-9]+", "-", machine["kind"].lower()).strip("-")
-    return Path("results") / f"{kind}-x{machine['count']}" / f"{benchmark}.json"
+    """results/<hardware>/<benchmark>.json; the hardware is "cpu", "h200" or "h200-x8", say."""
+    devices = jax.devices()
+    name = "cpu"
+    if devices[0].platform != "cpu":
+        name = re.sub(r"[^a-z0-9]+", "-", devices[0].device_kind.lower()).strip("-")
+        name = name.removeprefix("nvidia-") + (f"-x{len(devices)}" if len(devices) > 1 else "")
+    return Path("results") / name / f"{benchmark}.json"
 
 
 def write_results(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import rich.console
+import rich.progress
 import tyro
 
 from sparsex_jax.config import ConfigError
@@ -79,3 +80,18 @@ def make_console() -> rich.console.Console:
     """The terminal, or a file wide enough for tables."""
     console = rich.console.Console(highlight=False)
     return console if console.is_terminal else rich.console.Console(highlight=False, width=120)
+
+
+def make_progress(console: rich.console.Console) -> rich.progress.Progress:
+    """A bar with the time left, which vanishes when it is done; nothing in a file."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

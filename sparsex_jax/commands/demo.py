@@ -1,20 +1,19 @@
 """`sparsex demo`."""
 
 import dataclasses
-import functools
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import rich.console
 import rich.markup
-import rich.progress
 import rich.table
 
 from sparsex_jax.commands.arguments import (
     SHIPPED_MODEL,
     format_length,
     make_console,
+    make_progress,
     parse,
     parse_lengths,
 )
@@ -22,7 +21,7 @@ from sparsex_jax.commands.arguments import (
 if TYPE_CHECKING:
     from sparsex_jax.demo import Finding
 
-HEAT_MAP = "needles.png"
+HEAT_MAP, FINDINGS = "needles.png", "demo.json"
 LONGEST_ANSWER = 40  # characters in the table; a uuid has 36
 
 
@@ -35,7 +34,7 @@ class Arguments:
       haystack: folder of text files to hide the needles in; by default the sources of Python's
         standard library that the model was not trained on.
       checkpoint: directory of a model; by default the one that comes with sparsex.
-      out: directory for the heat map, made if missing.
+      out: directory for the heat map (needles.png) and the answers (demo.json), made if missing.
       seed: decides keys, values and the part of the text.
     """
 
@@ -48,32 +47,38 @@ class Arguments:
 
 def main(arguments: list[str]) -> None:
     """Parses the arguments and runs the command."""
-    demo(parse(Arguments, "demo", arguments))
+    command = shlex.join(["sparsex", "demo", *arguments])
+    demo(parse(Arguments, "demo", arguments), command)
 
 
-def demo(arguments: Arguments) -> None:
-    """Runs the command."""
-    from sparsex_jax.commands.model import load, read_haystack
+def demo(arguments: Arguments, command: str) -> None:
+    """Runs the command, which is quoted in what it writes."""
+    from sparsex_jax.benchmarks.results import write_results
+    from sparsex_jax.commands.model import chunk_size, describe_run, load, read_haystack
     from sparsex_jax.demo import draw_heat_map, find_needles
 
     console = make_console()
     lengths = parse_lengths(arguments.length)
-    # Made first, so that a wrong name is told before the work.
-    arguments.out.mkdir(parents=True, exist_ok=True)
     model, tokenizer, description = load(arguments.checkpoint)
     console.print(f"model: {description}", markup=False, soft_wrap=True)
     haystack, description = read_haystack(
         arguments.haystack, tokenizer, max(lengths), arguments.seed
     )
     console.print(f"haystack: {description}", markup=False, soft_wrap=True)
+    # Made before the work, so that a wrong name does not spoil it.
+    arguments.out.mkdir(parents=True, exist_ok=True)
 
     findings: list[Finding] = []
     for length in lengths:
-        with _progress(console) as bar:
+        with make_progress(console) as bar:
             task = bar.add_task(f"reading {format_length(length)}", total=length)
+
+            def show(tokens: int, bar=bar, task=task) -> None:
+                bar.update(task, completed=tokens)
+
             search = find_needles(
                 model, length, tokenizer=tokenizer, haystack=haystack, seed=arguments.seed,
-                progress=functools.partial(_advance, bar, task),
+                chunk=chunk_size(), progress=show,
             )  # fmt: skip
         console.print(
             f"{format_length(length)} tokens read in {search.prefill_seconds:.1f} s,"
@@ -84,29 +89,16 @@ def demo(arguments: Arguments) -> None:
     console.print(_table(findings))
     path = arguments.out / HEAT_MAP
     draw_heat_map(findings, path, format_length)
-    console.print(f"heat map: {path}", markup=False, soft_wrap=True)
-
-
-def _advance(bar: rich.progress.Progress, task: rich.progress.TaskID, tokens: int) -> None:
-    bar.update(task, completed=tokens)
-
-
-def _progress(console: rich.console.Console) -> rich.progress.Progress:
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.TaskProgressColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left"),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
+    config = describe_run(arguments.checkpoint, model.config, description, arguments.seed)
+    rows = [{**dataclasses.asdict(each), "correct": each.correct} for each in findings]
+    write_results(arguments.out / FINDINGS, "demo", command, config, rows)
+    console.print(
+        f"heat map: {path}\nanswers: {arguments.out / FINDINGS}", markup=False, soft_wrap=True
     )
 
 
 def _table(findings: Sequence["Finding"]) -> rich.table.Table:
-    table = rich.table.Table()
+    table = rich.table.Table(caption="The first answer at each length includes compilation.")
     for name in ("length", "depth", "expected", "answered", "ok", "seconds"):
         table.add_column(name, overflow="fold")
     for finding in findings:

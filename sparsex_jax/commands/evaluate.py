@@ -2,18 +2,24 @@
 
 import dataclasses
 import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import rich.table
 
 from sparsex_jax.commands.arguments import (
     SHIPPED_MODEL,
     format_length,
     make_console,
+    make_progress,
     parse,
     parse_lengths,
 )
 from sparsex_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    from sparsex_jax.modules import Transformer
 
 Task = Literal[
     "single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3", "multivalue",
@@ -30,18 +36,18 @@ class NeedleArguments:
       tasks: which ones.
       lengths: tokens of a prompt with its answer; 4096, 16K and 1M are understood.
       samples: questions for each task and length.
-      batch_size: questions answered at the same time.
+      batch_size: questions answered at the same time; auto fits them to the device.
       haystack: folder of text files; by default the sources of Python's standard library that the
         model was not trained on.
       seed: decides the questions.
-      out: results file (JSON); by default results/HARDWARE/needle.json.
+      out: results file (JSON); by default results/HARDWARE/needle.json (cpu, h200, ...).
     """
 
     checkpoint: Path = SHIPPED_MODEL
     tasks: tuple[Task, ...] = ("single_2", "single_3")
     lengths: tuple[str, ...] = ("16K", "128K")
     samples: int = 100
-    batch_size: int = 1
+    batch_size: int | Literal["auto"] = "auto"
     haystack: Path | None = None
     seed: int = 0
     out: Path | None = None
@@ -52,67 +58,93 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] in (["-h"], ["--help"]):
         print("usage: sparsex eval needle [arguments]\n\n`sparsex eval needle --help` tells more.")
     elif arguments[:1] == ["needle"]:
-        needle(parse(NeedleArguments, "eval needle", arguments[1:]))
+        command = shlex.join(["sparsex", "eval", *arguments])
+        needle(parse(NeedleArguments, "eval needle", arguments[1:]), command)
     else:
         given = f"{arguments[0]!r}" if arguments else "nothing"
         raise ConfigError(f"eval must be followed by what to evaluate, not {given}: use needle")
 
 
-def needle(arguments: NeedleArguments) -> None:
-    """Runs the command."""
+def needle(arguments: NeedleArguments, command: str) -> None:
+    """Runs the command, which is quoted in what it writes."""
     from sparsex_jax.benchmarks.results import default_path, write_results
-    from sparsex_jax.cache import Engine
-    from sparsex_jax.commands.model import load, name_of, read_haystack
-    from sparsex_jax.tasks import evaluate
+    from sparsex_jax.commands.model import describe_run, load, read_haystack
+    from sparsex_jax.tasks import load as load_tokenizer
     from sparsex_jax.tasks.needle import check_length
-    from sparsex_jax.training.checkpoints import to_json
 
+    # What is wrong with the arguments is told before an hour of work.
     lengths = parse_lengths(arguments.lengths)
     if not arguments.tasks:
         raise ConfigError("tasks must name at least one: use single_2, say")
-    model, tokenizer, description = load(arguments.checkpoint)
-    for task in arguments.tasks:  # before an hour of work on the others
+    for name in ("samples", "batch_size"):
+        value = getattr(arguments, name)
+        if value != "auto" and value < 1:
+            raise ConfigError(f"{name}={value} must be positive: use at least 1")
+    for task in arguments.tasks:
         for length in lengths:
-            check_length(task, length, tokenizer)
+            check_length(task, length, load_tokenizer())
     console = make_console()
+    model, tokenizer, description = load(arguments.checkpoint)
     console.print(f"model: {description}", markup=False, soft_wrap=True)
     haystack, description = read_haystack(arguments.haystack, tokenizer)
     console.print(f"haystack: {description}", markup=False, soft_wrap=True)
     path = arguments.out or default_path("needle")
-    config = {
-        "checkpoint": name_of(arguments.checkpoint),
-        "model": to_json(model.config),
-        "haystack": description,
-        "batch_size": arguments.batch_size,
-        "seed": arguments.seed,
-    }
-    rows: list[dict[str, object]] = []
+    config = describe_run(arguments.checkpoint, model.config, description, arguments.seed)
+    config["batch_size"] = arguments.batch_size
+    rows: list[dict[str, Any]] = []
     for length in lengths:
-        engine = Engine(model, capacity=length, batch_size=arguments.batch_size)
-
-        def generate(prompts, max_new_tokens, engine=engine):
-            return engine.generate(prompts, max_new_tokens, tokenizer.stop_ids)
-
+        ask = _Questions(arguments, model, length, tokenizer, haystack)
         for task in arguments.tasks:
-            with console.status(f"{task}, {format_length(length)}") as status:
-                done: list[float] = []
-
-                def show(answer, task=task, length=length, status=status, done=done):
-                    done.append(answer.score)
-                    status.update(
-                        f"{task}, {format_length(length)}: {sum(done):g} of {len(done)} right,"
-                        f" {arguments.samples - len(done)} to go"
-                    )
-
-                row = evaluate(
-                    generate, task, length, arguments.samples, tokenizer=tokenizer,
-                    haystack=haystack, batch_size=arguments.batch_size, seed=arguments.seed,
-                    on_answer=show,
-                ).row  # fmt: skip
-            rows.append(row)
-            write_results(path, "needle", f"sparsex {shlex.join(sys.argv[1:])}", config, rows)
+            with make_progress(console) as bar:
+                rows.append(ask(task, bar))
+            write_results(path, "needle", command, config, rows)  # also if a later one fails
             console.print(
-                f"{task} at {format_length(length)}: {row['accuracy']:.1%}"
-                f" ({row['low']:.1%} to {row['high']:.1%}), {row['samples']} samples"
+                f"{task} at {format_length(length)}: {rows[-1]['correct']:g} of"
+                f" {arguments.samples} right"
             )
+    console.print(_table(rows))
     console.print(f"results: {path}", markup=False, soft_wrap=True)
+
+
+class _Questions:
+    """Asks the questions of any task at one length, with one compiled engine."""
+
+    def __init__(self, arguments, model: "Transformer", length: int, tokenizer, haystack):
+        from sparsex_jax.cache import Engine
+        from sparsex_jax.commands.model import chunk_size, fitting_batch_size
+
+        size = arguments.batch_size
+        if size == "auto":
+            size = fitting_batch_size(length, arguments.samples)
+        self.arguments, self.length, self.batch_size = arguments, length, size
+        self.tokenizer, self.haystack = tokenizer, haystack
+        self.engine = Engine(model, length, size, chunk_size())
+
+    def __call__(self, task: str, bar) -> dict[str, Any]:
+        """The row of a task."""
+        from sparsex_jax.tasks import evaluate
+
+        name = f"{task}, {format_length(self.length)}"
+        shown = bar.add_task(name, total=self.arguments.samples)
+        return evaluate(
+            lambda prompts, count: self.engine.generate(prompts, count, self.tokenizer.stop_ids),
+            task, self.length, self.arguments.samples, tokenizer=self.tokenizer,
+            haystack=self.haystack, batch_size=self.batch_size, seed=self.arguments.seed,
+            on_answer=lambda answer: bar.advance(shown),
+        ).row  # fmt: skip
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
+    table = rich.table.Table()
+    for name in ("task", "length", "samples", "correct", "accuracy", "95 % interval (Wilson)"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(
+            row["task"],
+            format_length(row["tokens"]),
+            str(row["samples"]),
+            f"{row['correct']:g}",
+            f"{row['accuracy']:.1%}",
+            f"{row['low']:.1%} to {row['high']:.1%}",
+        )
+    return table

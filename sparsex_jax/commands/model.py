@@ -2,32 +2,62 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 from flax import nnx
 
 from sparsex_jax.commands.arguments import SHIPPED_MODEL
+from sparsex_jax.config import ModelConfig
 from sparsex_jax.modules import Transformer
 from sparsex_jax.tasks import Corpus, Tokenizer
 from sparsex_jax.tasks import load as load_tokenizer
-from sparsex_jax.training import load_model
+from sparsex_jax.training import CheckpointError, load_model
+from sparsex_jax.training.checkpoints import to_json
+
+LARGEST_BATCH = 16
+
+
+def on_cpu() -> bool:
+    """Whether JAX computes on the CPU, where bfloat16 is slower than float32."""
+    return jax.default_backend() == "cpu"
+
+
+def chunk_size() -> int:
+    """Tokens that a prefill reads at a time: what keeps this device busy."""
+    return 2048 if on_cpu() else 4096
+
+
+def fitting_batch_size(length: int, samples: int) -> int:
+    """Prompts of a length that are read at the same time, if nobody says how many."""
+    tokens = 1 << (16 if on_cpu() else 19)
+    return max(1, min(LARGEST_BATCH, samples, tokens // length))
 
 
 def load(checkpoint: Path) -> tuple[Transformer, Tokenizer, str]:
-    """A model, its tokenizer, and both in words.
+    """A model in the type that suits the device, its tokenizer, and the model in words.
 
     Raises:
       CheckpointError: missing, damaged, or made with another tokenizer.
     """
+    if checkpoint == SHIPPED_MODEL and not checkpoint.exists():
+        raise CheckpointError(
+            "this copy of sparsex comes without its model: give --checkpoint DIR, made by"
+            " `sparsex train configs/nano.py`"
+        )
     tokenizer = load_tokenizer()
-    config, model = load_model(checkpoint, tokenizer_fingerprint=tokenizer.fingerprint)
+    dtype: Literal["bfloat16", "float32"] = "float32" if on_cpu() else "bfloat16"
+    config, model = load_model(
+        checkpoint, dtype, compute_dtype=dtype, tokenizer_fingerprint=tokenizer.fingerprint
+    )
     assert isinstance(model, Transformer)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     attention = config.attention
     description = (
         f"{name_of(checkpoint)}, {parameters / 1e6:.1f}M parameters, layers {config.layers},"
-        f" window {attention.window}, {attention.top_k} blocks of {attention.block_size} a query"
+        f" window {attention.window}, {attention.top_k} blocks of {attention.block_size} a query,"
+        f" {config.dtype} on {jax.default_backend()}"
     )
     return model, tokenizer, description
 
@@ -35,6 +65,19 @@ def load(checkpoint: Path) -> tuple[Transformer, Tokenizer, str]:
 def name_of(checkpoint: Path) -> str:
     """A name for people and results files, the same on every machine for the shipped model."""
     return "nano (shipped)" if checkpoint == SHIPPED_MODEL else str(checkpoint)
+
+
+def describe_run(
+    checkpoint: Path, model: ModelConfig, haystack: str, seed: int
+) -> dict[str, object]:
+    """What decides the outcome of a command that asks questions, for its results file."""
+    return {
+        "checkpoint": name_of(checkpoint),
+        "model": to_json(model),
+        "haystack": haystack,
+        "chunk": chunk_size(),
+        "seed": seed,
+    }
 
 
 def read_haystack(

@@ -302,6 +302,7 @@ def load_model(
     *,
     tokenizer_fingerprint: str | None = None,
     config: ModelConfig | None = None,
+    compute_dtype: Literal["bfloat16", "float32"] | None = None,
     model_class: Callable[..., nnx.Module] | None = None,
 ) -> tuple[ModelConfig, nnx.Module]:
     """Reads what `save_model` wrote.
@@ -311,10 +312,11 @@ def load_model(
       dtype: of the parameters; None takes them as they were saved.
       tokenizer_fingerprint: of the tokenizer in use, to be compared.
       config: what the model must be, if it must be something.
+      compute_dtype: of the arithmetic; None takes the saved config's.
       model_class: None takes `Transformer`.
 
     Returns:
-      The config and the model.
+      The config, with `compute_dtype`, and the model.
 
     Raises:
       CheckpointError: missing, damaged, of another model or with another tokenizer.
@@ -339,6 +341,8 @@ def load_model(
             arrays = checkpointer.restore(path.absolute() / "arrays")
         if crc32(arrays) != description["crc32"]:
             raise CheckpointError(f"{path} is damaged: copy it again from where it came")
+    if compute_dtype is not None:
+        config = dataclasses.replace(config, dtype=compute_dtype)
     skeleton, params = split_model(model_class(config, rngs=nnx.Rngs(0)))
     check_arrays(path, arrays, params)
     return config, skeleton.build({

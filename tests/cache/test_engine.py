@@ -64,9 +64,13 @@ def test_generation_equals_the_forward_pass_and_keeps_the_cache():
     assert seen == [32, 64, 90]
     for _ in range(2):
         np.testing.assert_array_equal(engine.answer(cache, tokens[:, 90:], 6), expected)
-    stopped = engine.answer(cache, tokens[:, 90:], 6, stop_tokens=(int(expected[0, 2]),))
-    np.testing.assert_array_equal(stopped[0, :3], expected[0, :3])
-    assert (stopped[0, 3:] == -1).all()
+    stop = int(expected[0, 2])
+    stopped = engine.answer(cache, tokens[:, 90:], 6, stop_tokens=(stop,))
+    for row, tokens_of_row in zip(stopped, expected, strict=True):
+        ends = np.flatnonzero(tokens_of_row == stop)
+        kept = ends[0] + 1 if ends.size else 6
+        np.testing.assert_array_equal(row[:kept], tokens_of_row[:kept])
+        assert (row[kept:] == -1).all()
 
 
 def test_bad_arguments():

@@ -59,9 +59,9 @@ def test_remat_changes_no_gradient():
 def test_every_parameter_has_a_gradient():
     model, tokens = make(), make_tokens(2, 129)
     weights = np.random.default_rng(1).standard_normal((2, 128)).astype(np.float32)
-    gradients = nnx.jit(
-        nnx.grad(lambda m: m.loss(tokens[:, :-1], tokens[:, 1:], weights)[0])
-    )(model)
+    gradients = nnx.jit(nnx.grad(lambda m: m.loss(tokens[:, :-1], tokens[:, 1:], weights)[0]))(
+        model
+    )
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
 
