@@ -4,7 +4,6 @@ import dataclasses
 
 import grain
 import numpy as np
-from absl import flags
 
 from sparsex_jax.config import DataConfig, StageConfig
 from sparsex_jax.tasks import words
@@ -35,7 +34,7 @@ class BatchMaker:
     """Makes batch number `index` from (seed, index) alone, whatever was made before.
 
     Sample j of the global batch i has the random stream (seed, i * batch_size + j), so the
-    samples do not depend on the number of processes or workers.
+    samples do not depend on the number of processes.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ def make_dataset(
     [B, T], with T = stage.length and B = stage.batch_size / process_count. Weights are those of
     the targets: 1 for tokens of an answer (its end included) and for the source "text",
     `data.text_weight` for the others. The iterator's `get_state()` can be written as JSON;
-    `set_state()` goes on exactly there (with the same `data.workers`).
+    `set_state()` goes on exactly there.
 
     Args:
       data, stage: what the batches are made of.
@@ -200,14 +199,7 @@ def make_dataset(
             f" use {-(-stage.batch_size // process_count) * process_count}"
         )
     maker = BatchMaker(data, stage, seed, tokenizer or load(), process_index, process_count)
-    # Tokenised here once, so that bad folders are told now and workers find the result on disk.
+    # Tokenised now, so that a bad folder is told before anything else starts.
     maker.corpus.all_tokens()
     dataset = grain.MapDataset.range(1 << 40).map(maker)
-    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-    if data.workers:
-        # Grain's workers read absl flags, which fails in a program that doesn't use absl's main.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        options = grain.multiprocessing.MultiprocessingOptions(num_workers=data.workers)
-        batches = batches.mp_prefetch(options)
-    return batches
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))

@@ -1,23 +1,14 @@
 """Batches of a stage, resumable at the exact batch."""
 
 import base64
-import dataclasses
-import logging
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from sparsex_jax.config import DataConfig, StageConfig
 from sparsex_jax.training.errors import TrainingError
-
-logger = logging.getLogger(__name__)
 
 
 def stage_seed(seed: int, stage_number: int) -> int:
@@ -25,29 +16,11 @@ def stage_seed(seed: int, stage_number: int) -> int:
     return int(np.random.SeedSequence([seed, stage_number]).generate_state(1)[0]) >> 1
 
 
-def _start_worker(index: int, count: int) -> None:
-    """Ties a worker to the training process: it leaves signals to it, and ends when it does."""
-    del index, count
-    # A terminal and a batch system send signals to all processes of a job.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow_parent():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
 class BatchStream:
     """The batches of one stage: dictionaries of NumPy arrays [B, T].
 
     Args:
-      make_dataset: (data, stage, *, seed) -> endless grain dataset of batches; the stream adds the
-        worker processes itself.
+      make_dataset: (data, stage, *, seed) -> endless grain dataset of batches.
       data: the run's.
       stage: the stage's.
       number: of the stage, from 0.
@@ -67,31 +40,14 @@ class BatchStream:
         restored: dict | None = None,
     ):
         self._stage, self._number, self._vocab_size = stage, number, vocab_size
-        self._workers = data.workers
         self._drawn = 0
-        # Workers are added here, where they can be tied to this process.
-        plain = dataclasses.replace(data, workers=0)
-        dataset = make_dataset(plain, stage, seed=stage_seed(seed, number))
+        dataset = make_dataset(data, stage, seed=stage_seed(seed, number))
         if isinstance(dataset, grain.MapDataset):
             dataset = dataset.to_iter_dataset()
-        if data.workers:
-            if not flags.FLAGS.is_parsed():  # grain reads its own, also outside absl programs
-                flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=2)
-            dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
         self._iterator = iter(dataset)
         if restored is not None:
-            self._restore(restored)
-
-    def _restore(self, restored: dict) -> None:
-        if restored["workers"] == self._workers:
             self._iterator.set_state(_from_json(restored["iterator"]))
             self._drawn = restored["drawn"]
-            return
-        # The state's form depends on the workers, the order of batches does not.
-        logger.info("data.workers changed: skipping %d batches", restored["drawn"])
-        while self._drawn < restored["drawn"]:
-            self.next()
 
     def next(self) -> dict[str, np.ndarray]:
         """The next batch; raises TrainingError where it does not fit the stage."""
@@ -121,14 +77,10 @@ class BatchStream:
 
     def state(self) -> dict:
         """Where the stream stands, as JSON."""
-        return {
-            "workers": self._workers,
-            "drawn": self._drawn,
-            "iterator": _to_json(self._iterator.get_state()),
-        }
+        return {"drawn": self._drawn, "iterator": _to_json(self._iterator.get_state())}
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the threads that prepare batches."""
         self._iterator.close()
 
 

@@ -32,7 +32,7 @@ from sparsex_jax.training.step import (
 from sparsex_jax.training.stop import StopRequest
 
 # What a resumed run may have another value of: it changes no parameter.
-MAY_CHANGE = ("checkpoint_every", "keep", "log_every", "data.workers")
+MAY_CHANGE = ("checkpoint_every", "keep", "log_every")
 # Steps that the host may run ahead of the devices: enough to hide its own work, few enough
 # that a stop is quick.
 STEPS_AHEAD = 4

@@ -15,9 +15,9 @@ ANSWER = re.compile(
 )
 
 
-def dataset(folder, *, seed=0, workers=0, text_weight=0.25, process=(0, 1), **stage):
+def dataset(folder, *, seed=0, text_weight=0.25, process=(0, 1), **stage):
     stage = {"steps": 1, "length": 1024, "batch_size": 4, **stage}
-    data = DataConfig(haystack=str(folder), text_weight=text_weight, workers=workers)
+    data = DataConfig(haystack=str(folder), text_weight=text_weight)
     return make_dataset(
         data, StageConfig(**stage), seed=seed, process_index=process[0], process_count=process[1]
     )
@@ -96,16 +96,6 @@ def test_resumes_exactly(folder):
     resumed.set_state(state)
     assert_equal(whole, first + take(resumed, 4))
     assert not np.array_equal(whole[0]["tokens"], next(iter(dataset(folder, seed=1)))["tokens"])
-
-
-def test_workers_give_the_same_batches_and_resume(folder):
-    expected = take(iter(dataset(folder, batch_size=2)), 4)
-    iterator = iter(dataset(folder, batch_size=2, workers=1))
-    first = take(iterator, 2)
-    state = json.loads(json.dumps(iterator.get_state()))
-    iterator.set_state(state)
-    assert_equal(expected, first + take(iterator, 2))
-    iterator.close()
 
 
 def test_processes_share_the_global_batch(folder):

@@ -1,6 +1,5 @@
 """An interrupted run ends with the bits of an uninterrupted one."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -16,7 +15,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from sparsex_jax.config import DataConfig
 from sparsex_jax.training.metrics import TIME_FIELDS
 from tests.training import tiny
 
@@ -130,16 +128,16 @@ def test_sigterm_saves_and_resumes(start, whole, tmp_path):
 
 def test_sigkill_at_random_moments(start, whole, tmp_path):
     moments, rows_file = random.Random(0), tmp_path / "metrics.jsonl"
-    for workers in (0, 1, 0):
+    for _ in range(3):
         begin = time.time()
-        process = start(tmp_path, slow=0.05, workers=workers)
+        process = start(tmp_path, slow=0.05)
         wait_for(
             process,
             lambda begin=begin: rows_file.exists() and rows_file.stat().st_mtime > begin,
         )
         time.sleep(moments.uniform(0, 1.5))
         process.kill()
-        process.communicate(timeout=30)  # returns once no worker holds the pipes any more
+        process.communicate(timeout=30)
     assert tiny.run(tmp_path).status == "finished"
     assert_same_run(tmp_path, whole)
 
@@ -163,15 +161,14 @@ def test_sigkill_during_a_save(start, whole, tmp_path):
     assert not complete(tmp_path)[1]
 
 
-def test_ctrl_c_with_workers(start, whole, tmp_path):
-    process = start(tmp_path, slow=0.05, workers=2)
+def test_ctrl_c(start, whole, tmp_path):
+    process = start(tmp_path, slow=0.05)
     wait_for(process, (tmp_path / "checkpoints" / "4").is_dir)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: workers receive it, too
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert output.startswith("interrupted") and "SIGINT" in output
-    config = dataclasses.replace(tiny.CONFIG, data=DataConfig(workers=1))
-    assert tiny.run(tmp_path, config).status == "finished"
+    assert tiny.run(tmp_path).status == "finished"
     assert_same_run(tmp_path, whole)
 
 

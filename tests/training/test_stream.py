@@ -16,8 +16,8 @@ from tests.training import tiny
 STAGE = tiny.CONFIG.stages[0]
 
 
-def stream(restored=None, workers=0, make=tiny.make_dataset, number=0, vocab_size=tiny.VOCAB):
-    return BatchStream(make, DataConfig(workers=workers), STAGE, number, 5, vocab_size, restored)
+def stream(restored=None, make=tiny.make_dataset, number=0, vocab_size=tiny.VOCAB):
+    return BatchStream(make, DataConfig(), STAGE, number, 5, vocab_size, restored)
 
 
 def assert_same(batch, other):
@@ -33,21 +33,6 @@ def test_state_is_after_the_last_batch_drawn():
         assert_same(half.next(), batch)
     assert_same(stream(half.state()).next(), batches[3])
     assert_same(half.next(), batches[3])
-
-
-@pytest.mark.parametrize("before, after", [(0, 1), (1, 0)])
-def test_workers_may_change(before, after):
-    whole = stream()
-    batches = [whole.next() for _ in range(4)]
-    first = stream(workers=before)
-    for batch in batches[:2]:
-        assert_same(first.next(), batch)
-    state = first.state()
-    first.close()
-    second = stream(state, workers=after)
-    assert_same(second.next(), batches[2])
-    assert_same(second.next(), batches[3])
-    second.close()
 
 
 def test_seeds_differ_between_stages_and_runs():

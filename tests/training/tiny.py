@@ -69,7 +69,6 @@ class MakeBatch(grain.transforms.RandomMap):
 
 def make_dataset(data: DataConfig, stage: StageConfig, *, seed: int):
     """An endless dataset of random batches."""
-    assert data.workers == 0
     return (
         grain.MapDataset.range(1 << 20)
         .seed(seed)
@@ -94,8 +93,7 @@ def main() -> None:
     """Options, as JSON: "slow" (seconds a batch takes) and fields of the config."""
     options = json.loads(sys.argv[2])
     slow = options.pop("slow", 0)
-    data = DataConfig(workers=options.pop("workers", 0))
-    config = dataclasses.replace(CONFIG, data=data, **options)
+    config = dataclasses.replace(CONFIG, **options)
 
     def make_slow_dataset(data, stage, *, seed):
         return make_dataset(data, stage, seed=seed).map(lambda batch: time.sleep(slow) or batch)
