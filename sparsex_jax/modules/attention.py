@@ -9,8 +9,8 @@ from flax import nnx
 
 from sparsex_jax.attention import sparse_attention
 from sparsex_jax.config import AttentionConfig, ModelConfig
-from sparsex_jax.modules.layers import CausalConvolution, Linear, RMSNorm
-from sparsex_jax.scoring import block_features, query_features
+from sparsex_jax.modules.layers import CausalConvolution, Linear
+from sparsex_jax.scoring import block_features, query_features, rms_normalize
 
 
 class KeySide(NamedTuple):
@@ -50,6 +50,11 @@ class QuerySide(NamedTuple):
 class SparseXAttention(nnx.Module):
     """Attention layer with QK-norm, grouped-query heads and a short convolution.
 
+    QK-norm has no learned scale: |q.k| / sqrt(D) stays below sqrt(D), which tells the tokens of a
+    block apart but not those of a long text, so that finding the block is left to the score.
+    With a learned scale, q.k does both while all blocks are selected, and the score learns
+    nothing (docs/log.md).
+
     Args:
       config: widths, heads and the attention's own config.
       sparse: all three branches; otherwise local attention only.
@@ -67,7 +72,6 @@ class SparseXAttention(nnx.Module):
         self.query = Linear((dim, query_width), ("model", "heads"), dtype, rngs=rngs)
         self.key = Linear((dim, key_width), ("model", "kv_heads"), dtype, rngs=rngs)
         self.value = Linear((dim, key_width), ("model", "kv_heads"), dtype, rngs=rngs)
-        self.query_norm, self.key_norm = RMSNorm(config.head_dim), RMSNorm(config.head_dim)
         self.output = Linear(
             (query_width, dim), ("heads", "model"), dtype,
             scale=(2 * len(config.layers)) ** -0.5, rngs=rngs,
@@ -90,7 +94,7 @@ class SparseXAttention(nnx.Module):
 
     def key_side(self, x: jax.Array, mixed: jax.Array) -> KeySide:
         """Projects the layer's input [B, T, C] and its convolution to what is attended to."""
-        k = self.key_norm(self._heads(self.key(mixed), self.config.num_kv_heads))
+        k = rms_normalize(self._heads(self.key(mixed), self.config.num_kv_heads))
         v = self._heads(self.value(mixed), self.config.num_kv_heads)
         if not self.sparse:
             return KeySide(k, v, None, None, None)
@@ -99,7 +103,7 @@ class SparseXAttention(nnx.Module):
 
     def query_side(self, x: jax.Array, mixed: jax.Array) -> QuerySide:
         """Projects the layer's input [B, T, C] and its convolution to what attends."""
-        q = self.query_norm(self._heads(self.query(mixed), self.config.num_heads))
+        q = rms_normalize(self._heads(self.query(mixed), self.config.num_heads))
         if not self.sparse:
             return QuerySide(q, None, None, None)
         projected = self._heads(self.score_query(mixed), self.config.num_kv_heads)
