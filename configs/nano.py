@@ -30,11 +30,11 @@ config = TrainConfig(
     ),
     # Every remote block is selected up to 4K tokens; then few of many.
     stages=(
-        StageConfig(steps=1500, length=1024, batch_size=64, top_k=16, needles=(1, 8), mix=MIX),
+        StageConfig(steps=2000, length=1024, batch_size=64, top_k=16, needles=(1, 8), mix=MIX),
         StageConfig(steps=600, length=2048, batch_size=32, top_k=32, needles=(1, 16), mix=MIX),
-        StageConfig(steps=600, length=4096, batch_size=16, top_k=64, needles=(1, 24), mix=MIX),
-        StageConfig(steps=1200, length=16384, batch_size=4, top_k=16, needles=(1, 48), mix=MIX),
-        StageConfig(steps=600, length=32768, batch_size=2, top_k=16, needles=(1, 64), mix=MIX),
+        StageConfig(steps=800, length=4096, batch_size=16, top_k=64, needles=(1, 24), mix=MIX),
+        StageConfig(steps=1800, length=16384, batch_size=4, top_k=16, needles=(1, 48), mix=MIX),
+        StageConfig(steps=1000, length=32768, batch_size=2, top_k=16, needles=(1, 64), mix=MIX),
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=300),
     checkpoint_every=1000,

@@ -21,6 +21,10 @@ _ONE_QUESTION = 0.3
 _SIMILAR_KEYS = 0.5
 _PREFACE = 0.5
 _ONE_KIND = 0.5
+# Share of sequences whose first question is about a needle in the last tokens of the text: in the
+# window or just beyond it, which is rare when depths are uniform and text is long.
+_LATE = 0.3
+_LATE_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +116,8 @@ class BatchMaker:
         answers: list[np.ndarray] = []
         asked: list[_Needle] = []
         size = 0
-        for index in rng.permutation(len(needles))[:most]:
+        order = rng.permutation(len(needles))
+        for index in order[:most]:
             needle = needles[index]
             question = self.phrases.question(needle.kind, [needle.key], single=True)
             answer = self.phrases.answer([needle.value])
@@ -127,8 +132,10 @@ class BatchMaker:
             parts.append(self.phrases.preface(asked[0].kind, single=len(asked) == 1))
         used = sum(map(len, [*parts, *lines, *questions, *answers]))
         text = take_text(self.corpus.all_tokens(), count - used, rng, self.tokenizer)
-        depths = rng.uniform(0, 100, len(lines)).tolist()
-        parts.append(insert(text, lines, depths, self.tokenizer)[0])
+        depths = rng.uniform(0, 100, len(lines))
+        if rng.random() < _LATE:
+            depths[order[0]] = 100 * max(0, 1 - rng.uniform(0, _LATE_TOKENS) / len(text))
+        parts.append(insert(text, lines, depths.tolist(), self.tokenizer)[0])
         is_answer = [np.zeros(sum(map(len, parts)), bool)]
         for question, answer in zip(questions, answers, strict=True):
             parts += [question, answer]

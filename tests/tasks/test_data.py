@@ -42,6 +42,16 @@ def test_shapes_and_shift(folder):
     np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
 
 
+def test_needles_just_before_the_question_are_common(folder, tokenizer):
+    late = 0
+    for batch in take(iter(dataset(folder, length=4096, needles=(1, 1), questions=1)), 8):
+        for tokens in batch["tokens"]:
+            before, question = tokenizer.decode(tokens).split("What is the special magic")
+            late += len(before.rsplit("One of the special magic", 1)[1]) < 256 * 3
+            assert question
+    assert 4 < late < 16  # of 32; uniform depths alone would give two
+
+
 def test_weights_mark_exactly_the_answers(folder, tokenizer):
     needles, questions, kinds = [], [], set()
     for batch in take(iter(dataset(folder, needles=(2, 8), questions=6)), 8):
