@@ -310,6 +310,8 @@ def test_results_outside_git_have_no_commit(monkeypatch):
     monkeypatch.delenv("SPARSEX_COMMIT", raising=False)
     monkeypatch.setattr(results, "_output", lambda *command: None)
     assert results.commit() == "unknown"
+    monkeypatch.setenv("SPARSEX_COMMIT", "0123abc")
+    assert results.commit() == "0123abc"
     assert str(results.default_path("needle")) == "results/cpu/needle.json"
 
 

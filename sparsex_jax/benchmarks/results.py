@@ -27,13 +27,14 @@ def _output(*command: str) -> str | None:
 def commit() -> str:
     """The commit of this source tree, "+changes" behind it if files differ.
 
-    Without git it is what SPARSEX_COMMIT says (for copies of the tree on other machines), or
-    "unknown".
+    SPARSEX_COMMIT, where it is set, says it for copies of the tree on other machines; without
+    it and without git it is "unknown".
     """
+    if given := os.environ.get("SPARSEX_COMMIT"):
+        return given
     git = ("git", "-C", str(Path(__file__).parents[2]))
     if _output(*git, "ls-files", "pyproject.toml") != "pyproject.toml":
-        # Installed somewhere, perhaps within a repository of another project.
-        return os.environ.get("SPARSEX_COMMIT", "unknown")
+        return "unknown"  # installed somewhere, perhaps within a repository of another project
     name = _output(*git, "rev-parse", "HEAD")
     changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
     if name is None:

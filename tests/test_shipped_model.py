@@ -1,0 +1,39 @@
+"""The model that comes with the package."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+from sparsex_jax.cache import Engine
+from sparsex_jax.commands.arguments import SHIPPED_MODEL
+from sparsex_jax.commands.model import load, read_haystack
+from sparsex_jax.tasks import make_haystack_with_needles
+
+PROJECT = Path(__file__).parents[1]
+
+
+def test_size():
+    files = [path for path in SHIPPED_MODEL.parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16 << 20
+
+
+def test_config_is_the_presets():
+    preset = runpy.run_path(str(PROJECT / "configs" / "nano.py"))["config"]
+    assert load(SHIPPED_MODEL)[0].config.attention == preset.model.attention
+
+
+def test_finds_needles():
+    model, tokenizer, _ = load(SHIPPED_MODEL)
+    haystack, _ = read_haystack(None, tokenizer, 100_000)
+    context = make_haystack_with_needles(
+        8192, np.linspace(0, 100, 10).tolist(), rng=np.random.default_rng(0),
+        tokenizer=tokenizer, haystack=haystack,
+    )  # fmt: skip
+    engine = Engine(model, 8192)
+    cache = engine.prefill(context.tokens[None])
+    found = 0
+    for needle in context.needles:
+        answer = engine.answer(cache, needle.prompt[None], context.answer_room, tokenizer.stop_ids)
+        found += needle.value in tokenizer.decode(answer[0][answer[0] >= 0])
+    assert found >= 9
