@@ -3,8 +3,8 @@
     sparsex train configs/nano.py --run-dir runs/nano
 
 Hardware: one H200, seven minutes (406M tokens).
-Result: results/h200/needle.json; 98 to 100 of 100 single needles right at 16K and at 128K tokens, by
-free generation.
+Result: results/h200/needle.json; 98 to 100 of 100 single needles right at 16K and at 128K tokens,
+by free generation.
 """
 
 from sparsex_jax.config import (
