@@ -73,15 +73,13 @@ def per_token(name: str, x, batch: int, tokens: int, *, monotone: bool = False) 
       x: integer [T] or [B, T]; what exceeds int32 is clipped.
       batch: B.
       tokens: T.
-      monotone: whether it must not decrease along T, which is checked if x is not a JAX array
-        (looking at one would wait for its device).
+      monotone: whether it must not decrease along T, which is checked unless x is traced.
 
     Raises:
       ValueError: if the shape is neither [T] nor [B, T], or x decreases where it must not.
       TypeError: if x is not of an integer dtype.
     """
-    concrete = not isinstance(x, jax.Array)
-    x = np.asarray(x) if concrete else x
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{name} is {x.dtype}, but must be integer: cast it to int32")
     if x.shape not in ((tokens,), (batch, tokens)):
@@ -89,12 +87,14 @@ def per_token(name: str, x, batch: int, tokens: int, *, monotone: bool = False) 
             f"{name} has shape {x.shape}, but must be [T] or [B, T]: give it shape"
             f" {(tokens,)} or {(batch, tokens)}"
         )
-    if monotone and concrete and np.any(x[..., 1:] < x[..., :-1]):
-        at = int(np.argwhere(x[..., 1:] < x[..., :-1])[0, -1])
-        raise ValueError(
-            f"{name} decreases from token {at} to {at + 1}, but must be non-decreasing:"
-            " sort the queries, or split the call"
-        )
+    if monotone and not isinstance(x, jax.core.Tracer):
+        seen = np.asarray(x)
+        falls = np.argwhere(seen[..., 1:] < seen[..., :-1])
+        if len(falls):
+            raise ValueError(
+                f"{name} decreases from token {falls[0, -1]} to {falls[0, -1] + 1}, but must be"
+                " non-decreasing: sort the queries, or split the call"
+            )
     own, wanted = jnp.iinfo(x.dtype), jnp.iinfo(jnp.int32)
     x = x.clip(max(own.min, wanted.min), min(own.max, wanted.max)).astype(np.int32)
     return jnp.broadcast_to(jnp.asarray(x), (batch, tokens))

@@ -14,7 +14,7 @@ from pallas_kernels.range_attention import range_attention
 from sparsex_jax.config import AttentionConfig
 from sparsex_jax.landmarks import Nodes, build_pyramid, leaf_nodes, visible_landmarks
 from sparsex_jax.rotary import apply_rotary
-from sparsex_jax.spans import check_segment_ids, document_starts, remote_end
+from sparsex_jax.spans import check_segment_ids, pasts, remote_end
 
 Branch = tuple[jax.Array, jax.Array]  # out [B, T, Hq, D], lse f32 [B, T, Hq]
 
@@ -58,42 +58,41 @@ def sparse_attention(
       ValueError: shapes, types or arguments that do not fit the config, or each other.
     """
     _check_arguments(
-        q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate
-    )
-    batch, tokens = q.shape[:2]
-    positions = jnp.arange(tokens, dtype=jnp.int32)
-    first = None
-    if segment_ids is not None:
-        check_segment_ids(segment_ids, (batch, tokens), config.block_size)
-        first = document_starts(segment_ids)
-    local_start = remote_end(positions, 0 if first is None else first, config)
+        q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
+        segment_ids,
+    )  # fmt: skip
+    positions = jnp.arange(q.shape[1], dtype=jnp.int32)
+    local_start, first, limit = pasts(positions, segment_ids, config)
     q_turned, k_turned = (apply_rotary(x, positions, config.rope_base) for x in (q, k))
     local = range_attention(
         q_turned, k_turned, v, local_start, positions + 1, implementation=implementation
     )
-    if tokens <= config.window:
+    if q.shape[1] <= config.window:
         return local[0]
 
-    dynamic = landmarks = None
+    dynamic = None
     if config.top_k:
-        softmax = config.fusion == "softmax"
+        q_and_k = (q_turned, k_turned) if config.fusion == "softmax" else (q, k)
         dynamic = dynamic_branch(
-            q_turned if softmax else q, k_turned if softmax else k, v,
-            query_features, block_features, local_start, first,
+            *q_and_k, v, query_features, block_features, limit, first,
             config=config, implementation=implementation,
         )  # fmt: skip
-    if config.landmarks == "pyramid":
-        pyramid = build_pyramid(
-            jax.lax.stop_gradient(salience), config, sliding=segment_ids is not None
-        )
-        landmarks = landmark_branch(
-            q, k, v, salience, pyramid, 0, first, config=config, implementation=implementation
-        )
-    elif config.landmarks == "all":
-        landmarks = all_landmarks_branch(
-            q, k, v, salience, local_start, first, config=config, implementation=implementation
-        )
+    landmarks = _landmarks(q, k, v, salience, limit, first, config, implementation)
     return fuse(local, landmarks, dynamic, landmark_gate, dynamic_gate, config)
+
+
+def _landmarks(q, k, v, salience, limit, first, config, implementation) -> Branch | None:
+    """The landmark branch of a whole sequence, in the config's scope."""
+    if config.landmarks == "off":
+        return None
+    if config.landmarks == "all":
+        return all_landmarks_branch(
+            q, k, v, salience, limit, first, config=config, implementation=implementation
+        )
+    pyramid = build_pyramid(jax.lax.stop_gradient(salience), config, sliding=first is not None)
+    return landmark_branch(
+        q, k, v, salience, pyramid, 0, first, config=config, implementation=implementation
+    )
 
 
 def dynamic_branch(
@@ -117,7 +116,7 @@ def dynamic_branch(
       query_features: u, scaled, [B, T, Hkv, d_s].
       block_features: c, [B, N // S, Hkv, d_s].
       local_start: a(t), int32 [T] or [B, T].
-      document_start: int32 [B, T], or None.
+      document_start: of the first whole block of each token's document, int32 [B, T], or None.
       config: block size, top_k, fusion (the score is a bias with "sum" only).
       implementation: as in `sparse_attention`.
     """
@@ -158,7 +157,8 @@ def landmark_branch(
       salience: f32 [B, N, Hkv].
       pyramid: over the keys; sliding if `document_start` is given.
       first_position: of the queries, int32.
-      document_start: int32 [B, T] (then queries begin at 0 and T = N), or None.
+      document_start: of the first whole block of each token's document, int32 [B, T] (then
+        queries begin at 0 and T = N), or None.
       config: the pyramid's shape.
       implementation: as in `sparse_attention`.
     """
@@ -183,7 +183,9 @@ def landmark_branch(
     begin = ((positions + shift) // group - first_group) * length
     end = begin + length
     if document_start is not None:  # a group's later tokens may begin a document: no remote past
-        end = jnp.where(remote_end(positions, document_start, config) > document_start, end, begin)
+        begin = jnp.where(
+            remote_end(positions, document_start, config) > document_start, begin, end
+        )
     return range_attention(
         q, keys, values, begin, end, key_bias=bias, implementation=implementation
     )
@@ -286,11 +288,13 @@ def merge_softmax(first: Branch, second: Branch) -> Branch:
     With m = max(lse_1, lse_2) the weights are exp(lse_i - m); docs/math.md has the numerics.
     """
     (out_1, lse_1), (out_2, lse_2) = first, second
+    empty = jnp.isneginf(lse_1) & jnp.isneginf(lse_2)
+    # Where both are -inf, differences have no value and no gradient: compute with 0 there.
+    lse_1, lse_2 = (jnp.where(empty, 0, lse) for lse in (lse_1, lse_2))
     lse = jnp.logaddexp(lse_1, lse_2)
-    safe = jnp.where(jnp.isneginf(lse), 0, lse)
-    weights = jnp.exp(lse_1 - safe)[..., None], jnp.exp(lse_2 - safe)[..., None]
+    weights = [jnp.where(empty, 0, jnp.exp(x - lse))[..., None] for x in (lse_1, lse_2)]
     out = weights[0] * out_1.astype(lse.dtype) + weights[1] * out_2.astype(lse.dtype)
-    return out.astype(out_1.dtype), lse
+    return out.astype(out_1.dtype), jnp.where(empty, -jnp.inf, lse)
 
 
 def _no_keys(q: jax.Array) -> Branch:
@@ -299,8 +303,9 @@ def _no_keys(q: jax.Array) -> Branch:
 
 
 def _check_arguments(
-    q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate
-):
+    q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
+    segment_ids,
+):  # fmt: skip
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q {q.shape} and k {k.shape} must be [batch, token, head, dim]")
     batch, tokens, heads, dim = q.shape
@@ -333,3 +338,5 @@ def _check_arguments(
             )
         elif value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape} but must be {shape}")
+    if segment_ids is not None:
+        check_segment_ids(segment_ids, (batch, tokens), config.block_size)

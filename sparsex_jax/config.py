@@ -1,7 +1,12 @@
 """Configurations of attention, model and training: frozen, and validated once, at construction."""
 
 import dataclasses
-from typing import Literal
+import math
+import types
+import typing
+from typing import Any, Literal
+
+SEEDS = 1 << 32  # JAX's random keys hold 32 bits of a seed
 
 
 class ConfigError(ValueError):
@@ -14,9 +19,49 @@ def _require(holds: bool, message: str) -> None:
 
 
 def _require_positive(config, *names: str) -> None:
+    types_of = {field.name: field.type for field in dataclasses.fields(config)}
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{name}={value} must be positive: use at least 1")
+        way_out = "use a number above 0" if types_of[name] is float else "use at least 1"
+        _require(value > 0, f"{name}={value} must be positive: {way_out}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for a seed that JAX or NumPy cannot take, or not distinguish."""
+    _require(0 <= seed < SEEDS, f"seed={seed} must lie in [0, 2^32): use 0, say")
+
+
+def _has_type(value: Any, wanted: Any) -> bool:
+    """Whether a value is of the type of an annotation; an int is a float, too, a bool neither."""
+    parts = typing.get_args(wanted)
+    if isinstance(wanted, types.UnionType):
+        return any(_has_type(value, part) for part in parts)
+    if typing.get_origin(wanted) is Literal:
+        return isinstance(value, str) and value in parts
+    if typing.get_origin(wanted) is tuple:
+        if isinstance(value, tuple) and parts[-1] is ...:
+            parts = parts[:1] * len(value)
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(parts)
+            and all(map(_has_type, value, parts))
+        )
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, int | float if wanted is float else wanted)
+
+
+def _check_types(config) -> None:
+    """Raises ConfigError unless each field has the type of its annotation; floats are finite."""
+    for field in dataclasses.fields(config):
+        name, value, wanted = field.name, getattr(config, field.name), field.type
+        if typing.get_origin(wanted) is Literal:
+            rule = f"must be one of {', '.join(map(repr, typing.get_args(wanted)))}"
+        else:
+            rule = f"must be of type {wanted.__name__ if isinstance(wanted, type) else wanted}"
+        _require(_has_type(value, wanted), f"{name}={value!r} {rule}")
+        if isinstance(value, float):
+            _require(math.isfinite(value), f"{name}={value} must be finite: use a number")
 
 
 def _multiples(value: int, unit: int) -> str:
@@ -34,7 +79,7 @@ class AttentionConfig:
       block_size: S, tokens of the unit that is scored and selected.
       top_k: K, blocks selected per query token and KV head; 0 switches the dynamic branch off.
       segment_length: L, tokens of a landmark segment; `block_size` times a power of two.
-      landmarks_per_segment: m.
+      landmarks_per_segment: m, tokens of a segment that later queries see.
       nodes_per_level: r, nodes of each pyramid level that a query sees (r or r + 1).
       landmarks: "pyramid" (O(log N) a query), "all" (cost 0.01 N^2, for ablation) or "off".
       fusion: "sum" of gated branches, or one exact "softmax" over local and selected keys
@@ -55,6 +100,7 @@ class AttentionConfig:
     rope_base: float = 10_000.0
 
     def __post_init__(self):
+        _check_types(self)
         _require_positive(
             self, "window", "block_size", "segment_length", "landmarks_per_segment",
             "nodes_per_level", "score_dim", "rope_base",
@@ -76,12 +122,6 @@ class AttentionConfig:
             f"landmarks_per_segment={self.landmarks_per_segment} must be at most"
             f" block_size={self.block_size}: use fewer landmarks",
         )
-        for name, allowed in (
-            ("landmarks", ("pyramid", "all", "off")),
-            ("fusion", ("sum", "softmax")),
-        ):
-            value = getattr(self, name)
-            _require(value in allowed, f"{name}={value!r} is not known: use one of {allowed}")
         _require(
             self.fusion == "sum" or self.landmarks == "off",
             f"fusion='softmax' with landmarks={self.landmarks!r} would count landmark tokens twice:"
@@ -97,6 +137,7 @@ class ModelConfig:
       vocab_size: entries of the (tied) embedding.
       model_dim: width of the residual stream.
       num_heads: query heads; a multiple of `num_kv_heads`.
+      num_kv_heads: heads of keys and values; each serves a group of query heads.
       head_dim: width of a head; even, for RoPE.
       mlp_dim: hidden width of SwiGLU.
       conv_width: taps of the causal convolution before q, k and v; 0 switches it off.
@@ -120,6 +161,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self):
+        _check_types(self)
         _require_positive(
             self, "vocab_size", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
             "loss_chunk",
@@ -138,9 +180,6 @@ class ModelConfig:
             bool(self.layers) and set(self.layers) <= {"l", "s"},
             f"layers={self.layers!r} must consist of 'l' (local) and 's' (sparse): use 'llls', say",
         )
-        for name, allowed in (("remat", ("none", "layer")), ("dtype", ("bfloat16", "float32"))):
-            value = getattr(self, name)
-            _require(value in allowed, f"{name}={value!r} is not known: use one of {allowed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +187,13 @@ class OptimizerConfig:
     """AdamW with linear warm-up, cosine decay and clipping of the global gradient norm.
 
     Attributes:
+      learning_rate: the highest, at the end of the warm-up.
+      warmup_steps: optimizer steps of linear warm-up; 0 for none.
       final_fraction: the last learning rate as a share of `learning_rate`.
+      beta1: share of the running mean of the gradients that a step keeps.
+      beta2: share of the running mean of their squares that a step keeps.
+      weight_decay: decay of matrices per step, in units of the learning rate.
+      clip_norm: largest global norm of the gradients; longer ones are scaled down to it.
     """
 
     learning_rate: float = 2e-3
@@ -160,11 +205,16 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
+        _check_types(self)
         _require_positive(self, "learning_rate", "clip_norm")
         _require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} is negative: use 0")
-        for name in ("final_fraction", "beta1", "beta2"):
+        _require(
+            0 <= self.final_fraction <= 1,
+            f"final_fraction={self.final_fraction} must lie in [0, 1]: use 0.1, say",
+        )
+        for name, usual in (("beta1", 0.9), ("beta2", 0.95)):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name}={value} must lie in [0, 1]")
+            _require(0 <= value < 1, f"{name}={value} must lie in [0, 1): use {usual}, say")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +230,7 @@ class DataConfig:
     text_weight: float = 0.1
 
     def __post_init__(self):
+        _check_types(self)
         _require(self.text_weight >= 0, f"text_weight={self.text_weight} is negative: use 0")
 
 
@@ -207,12 +258,13 @@ class StageConfig:
     questions: int = 16
 
     def __post_init__(self):
+        _check_types(self)
         _require_positive(self, "steps", "length", "batch_size", "questions")
         low, high = self.needles
         _require(1 <= low <= high, f"needles={self.needles} must be (fewest, most), at least 1")
         _require(
-            bool(self.mix) and all(weight > 0 for _, weight in self.mix),
-            f"mix={self.mix} must name a source, each with a positive weight",
+            bool(self.mix) and all(0 < weight < math.inf for _, weight in self.mix),
+            f"mix={self.mix} must name a source, each with a positive, finite weight",
         )
 
 
@@ -222,6 +274,7 @@ class TrainConfig:
 
     Attributes:
       accumulation: micro-batches of an optimizer step; divides every stage's batch_size.
+      seed: decides the initial parameters and the data; from 0 to 2^32 - 1.
       checkpoint_every: optimizer steps between checkpoints (the last step has one, too).
       keep: checkpoints kept.
       log_every: optimizer steps between rows of the metrics.
@@ -238,7 +291,9 @@ class TrainConfig:
     log_every: int = 20
 
     def __post_init__(self):
+        _check_types(self)
         _require_positive(self, "accumulation", "checkpoint_every", "keep", "log_every")
+        check_seed(self.seed)
         _require(bool(self.stages), "stages=() must hold at least one StageConfig")
         for number, stage in enumerate(self.stages):
             _require(

@@ -43,8 +43,43 @@ def document_starts(segment_ids: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
 
 
+def first_whole_block(document_start: jax.Array, block_size: int) -> jax.Array:
+    """Position of the first block that lies wholly in a document, where its remote past begins.
+
+    That is the document's start itself, if it stands at a block boundary as it must. Under `jit`,
+    where that cannot be checked, rounding up keeps a block of two documents from both.
+    """
+    return (document_start + block_size - 1) // block_size * block_size
+
+
+def pasts(
+    positions: jax.Array, segment_ids: jax.Array | None, config: AttentionConfig
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """What the tokens of a sequence see of their past.
+
+    Args:
+      positions: int32 [T], from 0.
+      segment_ids: int [B, T], checked, or None.
+      config: window and block size.
+
+    Returns:
+      The first local token; the first token of the remote past, None for 0; and the first token
+      behind the remote past. int32 [B, T], or [T] without documents.
+    """
+    if segment_ids is None:
+        local_start = remote_end(positions, 0, config)
+        return local_start, None, local_start
+    document_start = document_starts(segment_ids)
+    first = first_whole_block(document_start, config.block_size)
+    local_start, limit = (remote_end(positions, x, config) for x in (document_start, first))
+    return local_start, first, limit
+
+
 def check_segment_ids(segment_ids: jax.Array, shape: tuple[int, int], block_size: int) -> None:
     """Raises unless documents start at block boundaries (values are seen outside `jit` only).
+
+    Under `jit` a document that starts elsewhere sees nothing of others, but the part before its
+    first whole block is attended to within the window only.
 
     Raises:
       ValueError: the shape is not [B, T], the type no integer, or a document starts elsewhere.

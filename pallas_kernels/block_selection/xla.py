@@ -28,11 +28,12 @@ def _rows_per_chunk(u, floats_per_row):
     return math.ceil(tokens / math.ceil(tokens / most))
 
 
-def _split(x, rows):
-    """[B, T, ...] -> [chunks, B, rows, ...], padded with zeros."""
+def _split(x, rows, fill=0):
+    """[B, T, ...] -> [chunks, B, rows, ...], padded with `fill`."""
     batch, tokens = x.shape[:2]
     chunks = math.ceil(tokens / rows)
-    x = jnp.pad(x, [(0, 0), (0, chunks * rows - tokens)] + [(0, 0)] * (x.ndim - 2))
+    missing = [(0, 0), (0, chunks * rows - tokens)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, missing, constant_values=fill)
     return jnp.moveaxis(x.reshape(batch, chunks, rows, *x.shape[2:]), 1, 0)
 
 
@@ -83,18 +84,23 @@ def _select_fwd(u, c, limit, start, count):
     return (index, score), (u, c, index)
 
 
+def _places(index, num_blocks):
+    """Distinct places of a row's entries; those of missing ones (-1) are dropped: past the end."""
+    nowhere = num_blocks + jnp.arange(index.shape[-1], dtype=index.dtype)
+    return jnp.where(index < 0, nowhere, index)
+
+
 def _select_bwd(count, residuals, cotangents):
     u, c, index = residuals
     score_bar = jnp.where(index < 0, 0, cotangents[1])
     batch, tokens, heads, dim = u.shape
     num_blocks = c.shape[1]
     rows = _rows_per_chunk(u, max(num_blocks, count * dim))
-    b, t, h, k = jnp.ix_(*map(jnp.arange, (batch, rows, heads, count)))
+    b, t, h, _ = jnp.ix_(*map(jnp.arange, (batch, rows, heads, count)))
 
     def chunk(c_bar, operands):
         u, index, score_bar = operands
-        # Missing entries go to places of their own past the end, where indexing drops them.
-        block = jnp.where(index < 0, num_blocks + k, index)
+        block = _places(index, num_blocks)
         # A block that nobody selected may hold anything, so c is gathered, never multiplied by 0.
         chosen = c.at[b, block, h].get(mode="fill", fill_value=0)
         u_bar = _einsum("bthk,bthkd->bthd", score_bar.astype(c.dtype), chosen)
@@ -106,7 +112,7 @@ def _select_bwd(count, residuals, cotangents):
         )
         return c_bar + _einsum("bthn,bthd->bnhd", dense, u), u_bar.astype(u.dtype)
 
-    operands = _split(u, rows), _split(index, rows), _split(score_bar, rows)
+    operands = _split(u, rows), _split(index, rows, fill=-1), _split(score_bar, rows)
     c_bar, u_bar = jax.lax.scan(chunk, jnp.zeros(c.shape, _accumulator(c)), operands)
     return _join(u_bar, tokens), c_bar.astype(c.dtype), None, None
 

@@ -23,7 +23,8 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     batch, tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     dtype = jnp.promote_types(jnp.float32, q.dtype)
-    grouped = q.reshape(batch, tokens, num_kv_heads, -1, head_dim).astype(dtype)
+    groups = num_heads // num_kv_heads
+    grouped = q.reshape(batch, tokens, num_kv_heads, groups, head_dim).astype(dtype)
     k, v = k.astype(dtype), v.astype(dtype)
     bias = _dense_bias(blocks, block_size, k.shape[1])[:, :, None].astype(dtype)
     chosen = bias > -jnp.inf

@@ -9,7 +9,8 @@ def range_attention(q, k, v, start, end, key_bias, scale):
     batch, tokens, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     dtype = jnp.promote_types(jnp.float32, q.dtype)
-    grouped = q.reshape(batch, tokens, num_kv_heads, -1, head_dim).astype(dtype)
+    groups = num_heads // num_kv_heads
+    grouped = q.reshape(batch, tokens, num_kv_heads, groups, head_dim).astype(dtype)
     k, v = k.astype(dtype), v.astype(dtype)
     key = jnp.arange(num_keys)
     chosen = (start[..., None] <= key) & (key < end[..., None])  # [B, T, N]

@@ -7,13 +7,15 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from sparsex_jax.training.checkpoints import versions
+from sparsex_jax.config import ConfigError
+from sparsex_jax.training.checkpoints import describe, differences, versions
 
 
 def _output(*command: str) -> str | None:
@@ -63,6 +65,10 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def _versions() -> dict[str, str]:
+    return {**versions(), "python": platform.python_version()}
+
+
 def default_path(benchmark: str) -> Path:
     """results/<hardware>/<benchmark>.json; the hardware is "cpu", "h200" or "h200-x8", say."""
     devices = jax.devices()
@@ -73,12 +79,27 @@ def default_path(benchmark: str) -> Path:
     return Path("results") / name / f"{benchmark}.json"
 
 
+def check_writable(path: Path) -> None:
+    """Makes the folder of a results file; raises ConfigError if the file cannot be written."""
+    if path.is_dir():
+        raise ConfigError(f"out='{path}' is a folder: use a file in it, {path / 'name.json'} say")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"out='{path}' cannot be written ({error.strerror}): use a file in another folder"
+        ) from None
+
+
 def write_results(
     path: str | os.PathLike,
     benchmark: str,
     command: str,
     config: dict[str, Any],
     rows: Sequence[dict[str, Any]],
+    model_crc32: int | None = None,
 ) -> None:
     """Writes a results file (DESIGN.md, section 5), atomically.
 
@@ -88,11 +109,15 @@ def write_results(
       command: as typed.
       config: everything that decides the outcome, as JSON values.
       rows: flat objects.
+      model_crc32: names the weights (see `sparsex_jax.training.model_crc32`) and joins the config;
+        None where no model was measured.
 
     Raises:
       OSError: it cannot be written; what was there before is intact.
     """
     path = Path(path)
+    if model_crc32 is not None:
+        config = {**config, "model_crc32": model_crc32}
     results = {
         "benchmark": benchmark,
         "command": command,
@@ -100,7 +125,7 @@ def write_results(
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "versions": {**versions(), "python": platform.python_version()},
+        "versions": _versions(),
         "rows": list(rows),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,3 +135,46 @@ def write_results(
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def read_results(path: str | os.PathLike) -> dict[str, Any]:
+    """A results file as an object.
+
+    Raises:
+      ConfigError: it is none.
+      OSError: it cannot be read.
+    """
+    try:
+        results = json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        results = None
+    rows = results.get("rows") if isinstance(results, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{path} is not a results file of sparsex: use another")
+    return results
+
+
+def check_same_run(
+    saved: dict[str, Any], benchmark: str, config: dict[str, Any], path: str | os.PathLike
+) -> None:
+    """Raises ConfigError unless rows measured here and now may join those of a results file.
+
+    Args:
+      saved: the file's content.
+      benchmark: what is measured.
+      config: of the measurement.
+      path: of the file, for the message.
+    """
+    here = {
+        "benchmark": benchmark,
+        "config": json.loads(json.dumps(config)),
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": _versions(),
+    }
+    found = differences({name: saved.get(name) for name in here}, here)
+    if found:
+        raise ConfigError(
+            f"the rows in {path} are of another run ({describe(found)}): use another --out, or"
+            " start again without --resume"
+        )

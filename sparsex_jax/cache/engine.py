@@ -79,13 +79,13 @@ class Engine:
 
     def __init__(self, model: Transformer, capacity: int, batch_size: int = 1, chunk: int = 2048):
         for name, value in (("capacity", capacity), ("batch_size", batch_size), ("chunk", chunk)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be positive: use at least 1")
+            _check_positive(name, value)
         if model.config.attention.landmarks == "all":
             raise ValueError(
                 "landmarks='all' is for ablation and has no cache: use 'pyramid' or 'off'"
             )
         self.capacity, self.batch_size, self.chunk = capacity, batch_size, min(chunk, capacity)
+        self.vocab_size = model.config.vocab_size
         self._graph, self._state = nnx.split(model)
 
         def read(state, cache, tokens, valid):
@@ -108,7 +108,8 @@ class Engine:
           A cache, which `answer` does not change.
 
         Raises:
-          ValueError: tokens are not [batch_size, P], or more than the capacity.
+          ValueError: tokens are no integers within the vocabulary, not [batch_size, P], or more
+            than the capacity.
         """
         tokens = self._checked(tokens, 0)
         cache = self._empty()
@@ -141,8 +142,10 @@ class Engine:
           int32 [B, max_new_tokens], -1 after the end of a sequence.
 
         Raises:
-          ValueError: the suffix is empty or not [batch_size, Q], or the capacity is too small.
+          ValueError: the suffix is empty, not [batch_size, Q] or no integers within the vocabulary,
+            max_new_tokens is not positive, or the capacity is too small.
         """
+        _check_positive("max_new_tokens", max_new_tokens)
         suffix = self._checked(suffix, int(cache.length) + max_new_tokens)
         valid = suffix.shape[1]
         if not 1 <= valid <= self.chunk:
@@ -163,6 +166,7 @@ class Engine:
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """`prefill` of all but the end of the prompt, then `answer`; arguments as there."""
+        _check_positive("max_new_tokens", max_new_tokens)
         prompt = self._checked(prompt, max_new_tokens)
         split = max(prompt.shape[1] - 1, 0) // self.chunk * self.chunk
         cache = self.prefill(prompt[:, :split], progress)
@@ -175,6 +179,14 @@ class Engine:
                 f"tokens have shape {tokens.shape} but must be"
                 f" [batch_size={self.batch_size}, tokens]"
             )
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"tokens have dtype {tokens.dtype}: use an integer type")
+        wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+        if wrong.size:
+            raise ValueError(
+                f"tokens hold {wrong[0]} but must lie within the vocabulary: use 0 to"
+                f" {self.vocab_size - 1}"
+            )
         if tokens.shape[1] + used > self.capacity:
             raise ValueError(
                 f"{tokens.shape[1] + used} tokens are more than capacity={self.capacity}:"
@@ -183,23 +195,31 @@ class Engine:
         return tokens.astype(np.int32)
 
 
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}={value} must be positive: use at least 1")
+
+
 def _answer(graph, state, cache, suffix, stop_tokens, max_new_tokens: int) -> jax.Array:
     model = nnx.merge(graph, state)
     logits, cache = extend(model, cache, *suffix)
     batch = logits.shape[0]
+
+    def choose(step, logits, out, ended):
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        out = out.at[:, step].set(jnp.where(ended, -1, token))
+        return token, out, ended | (token[:, None] == stop_tokens).any(axis=1)
 
     def running(carry):
         step, _, _, ended, _ = carry
         return (step < max_new_tokens) & ~ended.all()
 
     def generate(carry):
-        step, out, logits, ended, cache = carry
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        out = out.at[:, step].set(jnp.where(ended, -1, token))
-        ended = ended | (token[:, None] == stop_tokens).any(axis=1)
+        step, token, out, ended, cache = carry
         logits, cache = extend(model, cache, token[:, None], jnp.int32(1))
-        return step + 1, out, logits, ended, cache
+        return step + 1, *choose(step, logits, out, ended), cache
 
     out = jnp.full((batch, max_new_tokens), -1, jnp.int32)
-    start = (jnp.int32(0), out, logits, jnp.zeros(batch, bool), cache)
-    return jax.lax.while_loop(running, generate, start)[1]
+    chosen = choose(0, logits, out, jnp.zeros(batch, bool))
+    _, _, out, _, _ = jax.lax.while_loop(running, generate, (jnp.int32(1), *chosen, cache))
+    return out

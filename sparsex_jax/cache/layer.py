@@ -14,7 +14,7 @@ from pallas_kernels.range_attention import range_attention
 from sparsex_jax.attention import dynamic_branch, fuse, landmark_branch
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.landmarks import Nodes, leaf_nodes, merge_pairs, num_levels
-from sparsex_jax.modules.attention import KeySide
+from sparsex_jax.modules.attention import KeySide, QuerySide
 from sparsex_jax.modules.transformer import Block
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.scoring import block_features
@@ -113,28 +113,48 @@ def extend_layer(
     config = layer.attention_config()
     normed = block.attention_norm(x)
     mixed = layer.mix(normed, cache.history)
-    keys, inputs = layer.key_side(normed, mixed), normed
+    keys = layer.key_side(normed, mixed)
     positions = length + jnp.arange(x.shape[1], dtype=jnp.int32)
     turned_k = apply_rotary(keys.k, positions, config.rope_base)
     remote = cache.remote
     if remote is not None:
         stored = keys._replace(k=turned_k) if config.fusion == "softmax" else keys
         remote = _append_remote(remote, stored, length, valid, config)
+    after = LayerCache(
+        _newest(cache.history, normed, valid),
+        _newest(cache.window_k, turned_k, valid),
+        _newest(cache.window_v, keys.v, valid),
+        remote,
+    )
     if last_only:
         positions = (length + valid - 1)[None]
         x, normed, mixed = (
             jax.lax.dynamic_slice_in_dim(y, valid - 1, 1, axis=1) for y in (x, normed, mixed)
         )
-    queries = layer.query_side(normed, mixed)
+    near = (
+        jnp.concatenate((cache.window_k, turned_k), axis=1),
+        jnp.concatenate((cache.window_v, keys.v), axis=1),
+    )
+    first = length - cache.window_k.shape[1]
+    attended = _attend(layer.query_side(normed, mixed), positions, near, first, remote, config)
+    return block.feed_forward(x + layer.project_out(attended)), after
+
+
+def _attend(
+    queries: QuerySide,
+    positions: jax.Array,
+    near: tuple[jax.Array, jax.Array],
+    first: jax.Array,
+    remote: RemoteCache | None,
+    config: AttentionConfig,
+) -> jax.Array:
+    """Attention of queries at `positions` to a window of keys and values, and to the remote past.
+
+    Key n of the window, which has RoPE, stands at position `first` + n.
+    """
     turned_q = apply_rotary(queries.q, positions, config.rope_base)
     local_start = remote_end(positions, 0, config)
-
-    window_k = jnp.concatenate((cache.window_k, turned_k), axis=1)
-    window_v = jnp.concatenate((cache.window_v, keys.v), axis=1)
-    first = length - cache.window_k.shape[1]  # position of the window's first key
-    local = range_attention(
-        turned_q, window_k, window_v, local_start - first, positions + 1 - first
-    )
+    local = range_attention(turned_q, *near, local_start - first, positions + 1 - first)
     landmarks = dynamic = None
     if remote is not None and config.landmarks != "off":
         landmarks = landmark_branch(
@@ -146,15 +166,7 @@ def extend_layer(
             turned_q if config.fusion == "softmax" else queries.q, remote.k, remote.v,
             queries.features, remote.features, local_start, None, config=config,
         )  # fmt: skip
-    attended = fuse(local, landmarks, dynamic, queries.landmark_gate, queries.dynamic_gate, config)
-
-    after = LayerCache(
-        _newest(cache.history, inputs, valid),
-        _newest(cache.window_k, turned_k, valid),
-        _newest(cache.window_v, keys.v, valid),
-        remote,
-    )
-    return block.feed_forward(x + layer.project_out(attended)), after
+    return fuse(local, landmarks, dynamic, queries.landmark_gate, queries.dynamic_gate, config)
 
 
 def _newest(old: jax.Array, new: jax.Array, valid: jax.Array) -> jax.Array:

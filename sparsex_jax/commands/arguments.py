@@ -10,7 +10,7 @@ import rich.console
 import rich.progress
 import tyro
 
-from sparsex_jax.config import ConfigError
+from sparsex_jax.config import ConfigError, check_seed
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "nano"
@@ -48,7 +48,7 @@ def parse[T](target: type[T], name: str, arguments: list[str], default: T | None
     """Like `tyro.cli`, but what is wrong with the arguments is raised, in one line.
 
     Args:
-      target: a dataclass.
+      target: a dataclass; a field `seed` must be one that `check_seed` accepts.
       name: of the command.
       arguments: what follows it.
       default: the defaults; None takes those of the dataclass.
@@ -61,11 +61,12 @@ def parse[T](target: type[T], name: str, arguments: list[str], default: T | None
     try:
         with contextlib.redirect_stderr(errors):
             parsed: T = tyro.cli(target, prog=program, args=arguments, default=default)  # type: ignore[assignment]
-            return parsed
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         raise ConfigError(f"{_unboxed(errors.getvalue())} (see {program} --help)") from None
+    check_seed(getattr(parsed, "seed", 0))
+    return parsed
 
 
 def _unboxed(text: str) -> str:

@@ -31,8 +31,8 @@ class Arguments:
 
     Attributes:
       length: tokens of each text; 4096, 16K and 1M are understood.
-      haystack: folder of text files to hide the needles in; by default the sources of Python's
-        standard library that the model was not trained on.
+      haystack: folder of text files to hide the needles in; by default the held-out split of the
+        sources of Python's standard library.
       checkpoint: directory of a model; by default the one that comes with sparsex.
       out: directory for the heat map (needles.png) and the answers (demo.json), made if missing.
       seed: decides keys, values and the part of the text.
@@ -56,10 +56,12 @@ def demo(arguments: Arguments, command: str) -> None:
     from sparsex_jax.benchmarks.results import write_results
     from sparsex_jax.commands.model import chunk_size, describe_run, load, read_haystack
     from sparsex_jax.demo import draw_heat_map, find_needles
+    from sparsex_jax.training import model_crc32
 
     console = make_console()
     lengths = parse_lengths(arguments.length)
     model, tokenizer, description = load(arguments.checkpoint)
+    crc32 = model_crc32(arguments.checkpoint)
     console.print(f"model: {description}", markup=False, soft_wrap=True)
     haystack, description = read_haystack(
         arguments.haystack, tokenizer, max(lengths), arguments.seed
@@ -91,7 +93,7 @@ def demo(arguments: Arguments, command: str) -> None:
     draw_heat_map(findings, path, format_length)
     config = describe_run(arguments.checkpoint, model.config, description, arguments.seed)
     rows = [{**dataclasses.asdict(each), "correct": each.correct} for each in findings]
-    write_results(arguments.out / FINDINGS, "demo", command, config, rows)
+    write_results(arguments.out / FINDINGS, "demo", command, config, rows, crc32)
     console.print(
         f"heat map: {path}\nanswers: {arguments.out / FINDINGS}", markup=False, soft_wrap=True
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,7 @@ from sparsex_jax.config import ConfigError
 if TYPE_CHECKING:
     from sparsex_jax.modules import Transformer
 
+FULL = "RESOURCE_EXHAUSTED"  # how XLA says that the device's memory is full
 Task = Literal[
     "single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3", "multivalue",
     "multiquery", "vt",
@@ -37,8 +39,8 @@ class NeedleArguments:
       lengths: tokens of a prompt with its answer; 4096, 16K and 1M are understood.
       samples: questions for each task and length.
       batch_size: questions answered at the same time; auto fits them to the device.
-      haystack: folder of text files; by default the sources of Python's standard library that the
-        model was not trained on.
+      haystack: folder of text files; by default the held-out split of the sources of Python's
+        standard library.
       seed: decides the questions.
       out: results file (JSON); by default results/HARDWARE/needle.json (cpu, h200, ...).
     """
@@ -71,6 +73,7 @@ def needle(arguments: NeedleArguments, command: str) -> None:
     from sparsex_jax.commands.model import describe_run, load, read_haystack
     from sparsex_jax.tasks import load as load_tokenizer
     from sparsex_jax.tasks.needle import check_length
+    from sparsex_jax.training import model_crc32
 
     # What is wrong with the arguments is told before an hour of work.
     lengths = parse_lengths(arguments.lengths)
@@ -83,12 +86,14 @@ def needle(arguments: NeedleArguments, command: str) -> None:
     for task in arguments.tasks:
         for length in lengths:
             check_length(task, length, load_tokenizer())
+    path = arguments.out or default_path("needle")
+    _check_writable(path)
     console = make_console()
     model, tokenizer, description = load(arguments.checkpoint)
     console.print(f"model: {description}", markup=False, soft_wrap=True)
     haystack, description = read_haystack(arguments.haystack, tokenizer)
     console.print(f"haystack: {description}", markup=False, soft_wrap=True)
-    path = arguments.out or default_path("needle")
+    crc32 = model_crc32(arguments.checkpoint)
     config = describe_run(arguments.checkpoint, model.config, description, arguments.seed)
     config["batch_size"] = arguments.batch_size
     rows: list[dict[str, Any]] = []
@@ -97,13 +102,25 @@ def needle(arguments: NeedleArguments, command: str) -> None:
         for task in arguments.tasks:
             with make_progress(console) as bar:
                 rows.append(ask(task, bar))
-            write_results(path, "needle", command, config, rows)  # also if a later one fails
-            console.print(
-                f"{task} at {format_length(length)}: {rows[-1]['correct']:g} of"
-                f" {arguments.samples} right"
-            )
+            # After each task, since a later one may fail.
+            write_results(path, "needle", command, config, rows, crc32)
+            console.print(f"{task} at {format_length(length)}: {_outcome(rows[-1])}")
     console.print(_table(rows))
     console.print(f"results: {path}", markup=False, soft_wrap=True)
+
+
+def _check_writable(path: Path) -> None:
+    """Makes the folder of a results file; raises ConfigError if the file cannot be written."""
+    if path.is_dir():
+        raise ConfigError(f"out='{path}' is a folder: use a file in it, {path / 'needle.json'} say")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"out='{path}' cannot be written ({error.strerror}): use a file in another folder"
+        ) from None
 
 
 class _Questions:
@@ -121,17 +138,30 @@ class _Questions:
         self.engine = Engine(model, length, size, chunk_size())
 
     def __call__(self, task: str, bar) -> dict[str, Any]:
-        """The row of a task."""
-        from sparsex_jax.tasks import evaluate
+        """The row of a task, without numbers if the device's memory is too small for it."""
+        from jax.errors import JaxRuntimeError
+
+        from sparsex_jax.tasks import evaluate, make_row
 
         name = f"{task}, {format_length(self.length)}"
         shown = bar.add_task(name, total=self.arguments.samples)
-        return evaluate(
-            lambda prompts, count: self.engine.generate(prompts, count, self.tokenizer.stop_ids),
-            task, self.length, self.arguments.samples, tokenizer=self.tokenizer,
-            haystack=self.haystack, batch_size=self.batch_size, seed=self.arguments.seed,
-            on_answer=lambda answer: bar.advance(shown),
-        ).row  # fmt: skip
+        try:
+            return evaluate(
+                lambda prompts, room: self.engine.generate(prompts, room, self.tokenizer.stop_ids),
+                task, self.length, self.arguments.samples, tokenizer=self.tokenizer,
+                haystack=self.haystack, batch_size=self.batch_size, seed=self.arguments.seed,
+                on_answer=lambda answer: bar.advance(shown),
+            ).row  # fmt: skip
+        except JaxRuntimeError as error:
+            if FULL not in str(error):
+                raise
+            return make_row("sparsex", task, self.length, [], status="out_of_memory")
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    if row["status"] == "out_of_memory":
+        return "out of memory"
+    return f"{row['correct']:g} of {row['samples']} right"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
@@ -139,12 +169,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     for name in ("task", "length", "samples", "correct", "accuracy", "95 % interval (Wilson)"):
         table.add_column(name)
     for row in rows:
-        table.add_row(
-            row["task"],
-            format_length(row["tokens"]),
-            str(row["samples"]),
-            f"{row['correct']:g}",
-            f"{row['accuracy']:.1%}",
-            f"{row['low']:.1%} to {row['high']:.1%}",
-        )
+        cells = [row["task"], format_length(row["tokens"]), str(row["samples"])]
+        if row["status"] == "measured":
+            interval = f"{row['low']:.1%} to {row['high']:.1%}"
+            cells += [f"{row['correct']:g}", f"{row['accuracy']:.1%}", interval]
+        else:
+            cells.append(_outcome(row))
+        table.add_row(*cells)
     return table

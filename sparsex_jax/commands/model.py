@@ -86,7 +86,7 @@ def read_haystack(
     """Tokens of text to hide needles in, int [N], and where they come from in words.
 
     Args:
-      folder: of text files; None takes those of the standard library kept out of training.
+      folder: of text files; None takes the held-out split of the standard library's sources.
       tokenizer: of the model.
       count: tokens, of files in a random order; a shorter corpus repeats. None takes all.
       seed: decides that order.
@@ -101,8 +101,8 @@ def read_haystack(
     else:
         version = ".".join(map(str, sys.version_info[:3]))
         description = (
-            f"{len(corpus.files)} source files of Python {version}'s standard library, never"
-            " trained on"
+            f"{len(corpus.files)} source files of Python {version}'s standard library, the"
+            " held-out split"
         )
     tokens = corpus.all_tokens() if count is None else corpus.tokens(count, seed)
     return tokens, description

@@ -16,11 +16,13 @@ class Arguments:
     """Trains a model, or goes on where its run directory stands.
 
     Each field of the preset's TrainConfig is an option, too: --model.attention.top-k 8.
+    SIGTERM, Ctrl-C and --max-minutes end the current step, save and exit with status 0; the same
+    command goes on from there.
 
     Attributes:
       preset: a Python file that defines `config`, a TrainConfig (see configs/).
       run_dir: directory of the run: checkpoints, metrics, and at the end the model.
-      max_minutes: minutes after which to save and stop; the same command goes on from there.
+      max_minutes: minutes after which to save and stop.
       config: the preset's.
     """
 
@@ -36,8 +38,6 @@ def main(arguments: list[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         preset = Path(arguments[0])
         default = Arguments(preset, Path("runs") / preset.stem, config=load_preset(preset))
-        # The preset is known: as a default it need not be given again.
-        arguments = arguments[1:]
     elif not {"-h", "--help"} & set(arguments):
         raise ConfigError("the first argument of train must be a preset: configs/nano.py, say")
     train(parse(Arguments, "train", arguments, default))

@@ -120,7 +120,8 @@ class SparseXAttention(nnx.Module):
 
     def project_out(self, attended: jax.Array) -> jax.Array:
         """[B, T, Hq, D] to [B, T, C]."""
-        return self.output(attended.reshape(*attended.shape[:2], -1))
+        batch, tokens, heads, dim = attended.shape
+        return self.output(attended.reshape(batch, tokens, heads * dim))
 
     def __call__(
         self,
@@ -163,4 +164,4 @@ class SparseXAttention(nnx.Module):
         return self.project_out(attended)
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
-        return x.reshape(*x.shape[:2], heads, -1)
+        return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)

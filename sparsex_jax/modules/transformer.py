@@ -113,11 +113,14 @@ class Transformer(nnx.Module):
           (sum of weighted nats, sum of weights), f32 scalars.
         """
         hidden = self(tokens, segment_ids, top_k, implementation)
-        flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
-        chunk = min(self.config.loss_chunk, flat[1].size)
-        padding = -flat[1].size % chunk
+        flat = hidden.reshape(targets.size, hidden.shape[2]), targets.ravel(), weights.ravel()
+        chunk = max(1, min(self.config.loss_chunk, targets.size))
+        chunks = -(-targets.size // chunk)
+        padding = chunks * chunk - targets.size
         hidden, targets, weights = (
-            jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+            jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(
+                chunks, chunk, *x.shape[1:]
+            )
             for x in flat
         )
         table = self.embedding[...].astype(self.config.dtype)

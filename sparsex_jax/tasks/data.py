@@ -68,7 +68,7 @@ class BatchMaker:
             if source not in SOURCES:
                 raise ValueError(f"mix: {source!r} is no source: use {', '.join(SOURCES)}")
             if source in TASKS:
-                check_length(source, stage.length + 1, self.tokenizer)
+                check_length(source, stage.length + 1, self.tokenizer, "train")
         if "needle" in self.sources:
             key = longest_value(self.tokenizer, "words")
             value = longest_value(self.tokenizer, "uuids")

@@ -4,11 +4,11 @@ import dataclasses
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from sparsex_jax.tasks.needle import make_sample, score
+from sparsex_jax.tasks.needle import Sample, make_sample, score
 from sparsex_jax.tasks.tokenizer import Tokenizer
 
 # (prompts int32 [B, P], max_new_tokens) -> B sequences of new tokens, each at most that long.
@@ -129,31 +129,42 @@ def evaluate(
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value} must be positive: use at least 1")
+
+    def make(index: int) -> Sample:
+        rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, index])
+        depth = depths[index % len(depths)] if depths else None
+        return make_sample(
+            task, length, rng=rng, tokenizer=tokenizer, haystack=haystack, depth=depth
+        )
+
     answers: list[Answer] = []
     for first in range(0, samples, batch_size):
-        batch = []
-        for index in range(first, min(first + batch_size, samples)):
-            rng = np.random.default_rng([seed, zlib.crc32(task.encode()), length, index])
-            depth = depths[index % len(depths)] if depths else None
-            batch.append(
-                make_sample(
-                    task, length, rng=rng, tokenizer=tokenizer, haystack=haystack, depth=depth
-                )
-            )
-        # A last batch that is not full repeats its last prompt: one shape, one compilation.
-        rows = [sample.prompt for sample in batch]
-        rows += [rows[-1]] * (batch_size - len(rows))
-        began = time.perf_counter()
-        outputs = list(generate_fn(np.stack(rows), batch[0].answer_room))
-        seconds = (time.perf_counter() - began) / len(batch)
-        for offset, (sample, output) in enumerate(zip(batch, outputs, strict=False)):
-            text = decode_answer(output, tokenizer)
-            answer = Answer(
-                first + offset, sample.depth, sample.question, sample.references, text,
-                score(text, sample.references), seconds,
-            )  # fmt: skip
+        batch = [make(index) for index in range(first, min(first + batch_size, samples))]
+        for answer in _ask(generate_fn, batch, first, batch_size, tokenizer):
             answers.append(answer)
             if on_answer is not None:
                 on_answer(answer)
     row = make_row(system, task, length, [answer.score for answer in answers])
     return Evaluation(row, tuple(answers))
+
+
+def _ask(
+    generate_fn: GenerateFn,
+    batch: Sequence[Sample],
+    first: int,
+    batch_size: int,
+    tokenizer: Tokenizer,
+) -> Iterator[Answer]:
+    """The answers to a batch of samples, which are numbered from `first`."""
+    # A last batch that is not full repeats its last prompt: one shape, one compilation.
+    prompts = [sample.prompt for sample in batch]
+    prompts += [prompts[-1]] * (batch_size - len(prompts))
+    began = time.perf_counter()
+    outputs = list(generate_fn(np.stack(prompts), batch[0].answer_room))
+    seconds = (time.perf_counter() - began) / len(batch)
+    for offset, (sample, output) in enumerate(zip(batch, outputs, strict=False)):
+        text = decode_answer(output, tokenizer)
+        yield Answer(
+            first + offset, sample.depth, sample.question, sample.references, text,
+            score(text, sample.references), seconds,
+        )  # fmt: skip

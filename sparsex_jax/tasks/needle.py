@@ -91,9 +91,19 @@ def longest_value(tokenizer: Tokenizer, kind: Kind) -> int:
         return 8
     if kind == "uuids":
         return 37
+    return sum(max(sizes) for sizes in _word_sizes(tokenizer))
+
+
+def _word_sizes(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens of each adjective and of each noun of a key."""
     adjectives = tokenizer.encode_batch([" " + word for word in words.ADJECTIVES])
     nouns = tokenizer.encode_batch(["-" + word for word in words.NOUNS])
-    return max(map(len, adjectives)) + max(map(len, nouns))
+    return list(map(len, adjectives)), list(map(len, nouns))
+
+
+def _frame_size(value: Kind, phrases: Phrases) -> int:
+    """Tokens of a needle without its key and value."""
+    return len(phrases.needle(value, "a-a", "0")) - len(phrases.value("a-a")) - 2
 
 
 @functools.cache
@@ -105,7 +115,7 @@ def smallest_length(task: str, tokenizer: Tokenizer) -> int:
     phrases = Phrases(tokenizer)
     key = longest_value(tokenizer, spec.key)
     value = longest_value(tokenizer, spec.value)
-    frame = len(phrases.needle(spec.value, "a-a", "0")) - len(phrases.value("a-a")) - 2
+    frame = _frame_size(spec.value, phrases)
     asked = ["a-a"] * spec.queries
     empty = len(phrases.value("a-a"))
     question = len(phrases.question(spec.value, asked, spec.single))
@@ -115,19 +125,43 @@ def smallest_length(task: str, tokenizer: Tokenizer) -> int:
     return preface + needles + question + spec.answer_room
 
 
+@functools.cache
+def largest_length(task: str, tokenizer: Tokenizer, split: words.KeySplit) -> int | None:
+    """Most tokens of a sample of a task, None without a bound.
+
+    A haystack of needles needs ever more pairs of words as keys, all different, of which a split
+    has so many. They are drawn at random, so the last few would take very long: nine tenths count.
+    """
+    spec = _spec(task)
+    if spec.haystack != "needles" or spec.key != "words":
+        return None
+    key = sum(sum(sizes) / len(sizes) for sizes in _word_sizes(tokenizer))
+    value = longest_value(tokenizer, spec.value)
+    line = _frame_size(spec.value, Phrases(tokenizer)) + key + value
+    return int(0.9 * words.num_pairs(split) * line)
+
+
 def _spec(task: str) -> TaskSpec:
     if task not in TASKS:
         raise ValueError(f"task={task!r} is not known: use one of {', '.join(TASKS)}")
     return TASKS[task]
 
 
-def check_length(task: str, length: int, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if `length` tokens cannot hold a sample of the task."""
+def check_length(
+    task: str, length: int, tokenizer: Tokenizer, split: words.KeySplit = "held_out"
+) -> None:
+    """Raises ValueError if no sample of the task has `length` tokens, with keys of the split."""
     least = smallest_length(task, tokenizer)
     if length < least:
         raise ValueError(
             f"length={length} cannot hold the needles and the question of task={task!r}:"
             f" use at least {least}"
+        )
+    largest = largest_length(task, tokenizer, split)
+    if largest is not None and length > largest:
+        raise ValueError(
+            f"length={length} needs more different keys than task={task!r} has: use at most"
+            f" {largest}, or another task"
         )
 
 
@@ -155,10 +189,11 @@ def make_sample(
       answer_room: tokens kept for the answer; None takes the task's, 0 exactly the answer's.
 
     Raises:
-      ValueError: the task is unknown, or the length cannot hold needles and question.
+      ValueError: the task is unknown, the length cannot hold needles and question, or there are
+        not enough keys to fill it.
     """
     spec = _spec(task)
-    check_length(task, length, tokenizer)
+    check_length(task, length, tokenizer, split)
     if depth is not None and not 0 <= depth <= 100:
         raise ValueError(f"depth={depth} must lie in [0, 100] per cent: use 50 for the middle")
     if answer_room is None:

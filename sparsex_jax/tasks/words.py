@@ -38,6 +38,12 @@ def split_of(adjective: str, noun: str) -> KeySplit:
     return "held_out" if held_out else "train"
 
 
+def num_pairs(split: KeySplit) -> int:
+    """About how many pairs of words a split has."""
+    held_out = len(ADJECTIVES) * len(NOUNS) // _HELD_OUT
+    return held_out if split == "held_out" else len(ADJECTIVES) * len(NOUNS) - held_out
+
+
 def draw_pair(rng: np.random.Generator, split: KeySplit) -> tuple[str, str]:
     """A random adjective and noun of a split."""
     while True:

@@ -1,8 +1,8 @@
 """Training: the loop, its optimizer, data streams, checkpoints and metrics."""
 
-from sparsex_jax.training.checkpoints import load_model, save_model
 from sparsex_jax.training.errors import CheckpointError, TrainingError
-from sparsex_jax.training.loop import TrainResult, export_model, train
+from sparsex_jax.training.loop import TrainResult, train
+from sparsex_jax.training.models import export_model, load_model, model_crc32, save_model
 
 __all__ = [
     "CheckpointError",
@@ -10,6 +10,7 @@ __all__ = [
     "TrainingError",
     "export_model",
     "load_model",
+    "model_crc32",
     "save_model",
     "train",
 ]

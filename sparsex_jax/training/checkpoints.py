@@ -3,25 +3,21 @@
 import dataclasses
 import json
 import logging
-import os
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 
 import sparsex_jax
 from sparsex_jax.config import AttentionConfig, ConfigError, ModelConfig
+from sparsex_jax.training import manifest
 from sparsex_jax.training.errors import CheckpointError, first_line, is_disk_full
-from sparsex_jax.training.parameters import split_model
 
 
 def versions() -> dict[str, str]:
@@ -65,7 +61,7 @@ def describe(found: list[tuple[str, Any, Any]], limit: int = 6) -> str:
 
 
 @contextmanager
-def _writing(what: str, way_out: str) -> Iterator[None]:
+def writing(what: str, way_out: str) -> Iterator[None]:
     """Turns errors of writing into a CheckpointError."""
     try:
         yield
@@ -78,7 +74,7 @@ def _writing(what: str, way_out: str) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(path: Path, way_out: str) -> Iterator[None]:
+def reading(path: Path, way_out: str) -> Iterator[None]:
     """Turns errors of reading into a CheckpointError."""
     try:
         yield
@@ -97,11 +93,15 @@ def _is_news(record: logging.LogRecord) -> bool:
     )
 
 
+# What orbax adds to the name of a checkpoint that is not complete.
+TEMPORARY = ".orbax-checkpoint-tmp"
+
+
 class RunCheckpoints:
     """The checkpoints of a run: asynchronous, atomic, the last `keep` of them.
 
     A checkpoint that is not complete has a temporary name, is never read, and is removed when the
-    run goes on.
+    run goes on. A complete one has a manifest of its files, which is checked before it is read.
 
     Args:
       directory: made if missing.
@@ -110,15 +110,23 @@ class RunCheckpoints:
 
     def __init__(self, directory: Path, keep: int | None):
         self._directory = directory
+        self._saving: int | None = None
         logging.getLogger("absl").addFilter(_is_news)
-        with _writing(str(directory), "Choose a run directory that can be written to."):
+        with writing(str(directory), "Choose a run directory that can be written to."):
+            if keep is not None and jax.process_index() == 0:
+                # orbax would do this in a thread that a process that ends early leaves behind.
+                for unfinished in directory.glob(f"*{TEMPORARY}*"):
+                    shutil.rmtree(unfinished)
             self._manager = ocp.CheckpointManager(
                 directory.absolute(),
                 options=ocp.CheckpointManagerOptions(
                     read_only=True, save_interval_steps=0, create=False
                 )
                 if keep is None
-                else ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+                else ocp.CheckpointManagerOptions(
+                    max_to_keep=keep,
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                ),
                 item_names=("arrays", "metadata"),
             )
 
@@ -136,15 +144,21 @@ class RunCheckpoints:
           metadata: JSON.
         """
         self.wait()
+        self._saving = step
         with self._guard(step):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     arrays=ocp.args.PyTreeSave(dict(arrays)),
-                    metadata=ocp.args.JsonSave({**metadata, "crc32": crc32(arrays)}),
+                    metadata=ocp.args.JsonSave(metadata),
                 ),
                 force=True,
             )
+
+    def _seal(self) -> None:
+        """Writes the manifest; called in the background before the folder gets its final name."""
+        (folder,) = self._directory.glob(f"{self._saving}{TEMPORARY}*")
+        manifest.write(folder)
 
     def check(self) -> None:
         """Raises CheckpointError if writing failed in the background."""
@@ -160,30 +174,23 @@ class RunCheckpoints:
         good = [n for n in self._manager.all_steps() if (self._directory / str(n)).is_dir()]
         intact = f"The one of step {max(good)} is intact" if good else "There is none before it"
         what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-        return _writing(
+        return writing(
             f"{what} in {self._directory}",
             f"{intact}: free some space and run the same command again.",
         )
 
-    def metadata(self, step: int) -> dict:
-        """Metadata of a checkpoint; raises CheckpointError where it cannot be read."""
-        with _reading(self._directory / str(step), self._way_out(step)):
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-            )
-            return restored["metadata"]
-
-    def arrays(self, step: int) -> dict[str, np.ndarray]:
-        """Arrays of a checkpoint; raises CheckpointError where they cannot be read."""
+    def restore(self, step: int) -> tuple[dict, dict[str, np.ndarray]]:
+        """Metadata and arrays of a checkpoint; raises CheckpointError where they are not whole."""
         path = self._directory / str(step)
-        with _reading(path, self._way_out(step)):
+        with reading(path, self._way_out(step)):
+            manifest.verify(path)
             restored = self._manager.restore(
-                step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore())
+                step,
+                args=ocp.args.Composite(
+                    metadata=ocp.args.JsonRestore(), arrays=ocp.args.PyTreeRestore()
+                ),
             )
-            arrays = restored["arrays"]
-            if crc32(arrays) != self.metadata(step)["crc32"]:
-                raise CheckpointError(f"{path} is damaged: {self._way_out(step)}")
-        return arrays
+            return restored["metadata"], restored["arrays"]
 
     def _way_out(self, step: int) -> str:
         before = [name for name in self._manager.all_steps() if name < step]
@@ -239,120 +246,3 @@ def check_tokenizer(path: Path, saved: str | None, wanted: str | None) -> None:
             f"{path} was trained with the tokenizer {saved}, the one in use is {wanted}: use the"
             " tokenizer that it was trained with, or another checkpoint"
         )
-
-
-def save_model(
-    directory: str | os.PathLike,
-    params: nnx.Module | Mapping[str, Any],
-    config: ModelConfig,
-    tokenizer_fingerprint: str | None = None,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
-) -> None:
-    """Writes a model alone: model.json and a few files of arrays; replaces the directory.
-
-    Args:
-      directory: what to write.
-      params: a model, or its parameters by dotted name.
-      config: of the model.
-      tokenizer_fingerprint: of the tokenizer that it was trained with.
-      dtype: of matrices; vectors and scalars stay float32.
-
-    Raises:
-      CheckpointError: the directory cannot be written; what was there before is intact.
-    """
-    path = Path(directory)
-    if isinstance(params, nnx.Module):
-        params = split_model(params)[1]
-    arrays = {
-        name: np.asarray(value, dtype=jnp.dtype(dtype) if np.ndim(value) >= 2 else np.float32)
-        for name, value in params.items()
-    }
-    description = {
-        "config": to_json(config),
-        "tokenizer": tokenizer_fingerprint,
-        "dtype": dtype,
-        "crc32": crc32(arrays),
-        "versions": versions(),
-    }
-    fresh = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _writing(f"the model in {path}", "Choose a directory with space that can be written to."):
-        try:
-            if path.exists() and not (path / "model.json").exists() and os.listdir(path):
-                raise CheckpointError(
-                    f"{path} holds something that is not a model: choose a new directory"
-                )
-            fresh.mkdir(parents=True)
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                checkpointer.save(fresh / "arrays", arrays)
-            (fresh / "model.json").write_text(json.dumps(description, indent=1) + "\n")
-            if path.exists():
-                old = fresh.with_suffix(".old")
-                path.rename(old)
-                fresh.rename(path)
-                shutil.rmtree(old)
-            else:
-                fresh.rename(path)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-
-
-def load_model(
-    directory: str | os.PathLike,
-    dtype: Literal["bfloat16", "float32"] | None = None,
-    *,
-    tokenizer_fingerprint: str | None = None,
-    config: ModelConfig | None = None,
-    compute_dtype: Literal["bfloat16", "float32"] | None = None,
-    model_class: Callable[..., nnx.Module] | None = None,
-) -> tuple[ModelConfig, nnx.Module]:
-    """Reads what `save_model` wrote.
-
-    Args:
-      directory: the model's.
-      dtype: of the parameters; None takes them as they were saved.
-      tokenizer_fingerprint: of the tokenizer in use, to be compared.
-      config: what the model must be, if it must be something.
-      compute_dtype: of the arithmetic; None takes the saved config's.
-      model_class: None takes `Transformer`.
-
-    Returns:
-      The config, with `compute_dtype`, and the model.
-
-    Raises:
-      CheckpointError: missing, damaged, of another model or with another tokenizer.
-    """
-    if model_class is None:
-        from sparsex_jax.modules.transformer import Transformer
-
-        model_class = Transformer
-    path = Path(directory)
-    if not (path / "model.json").is_file():
-        state = "is no model (it has no model.json)" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {state}: give a directory that `sparsex train` or"
-                              " `save_model` wrote")  # fmt: skip
-    with _reading(path, "copy it again from where it came"):
-        description = json.loads((path / "model.json").read_text())
-        saved = description["config"]
-        check_tokenizer(path, description["tokenizer"], tokenizer_fingerprint)
-        if config is not None:
-            check_model(path, saved, config)
-        config = model_config(path, saved, description["versions"])
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(path.absolute() / "arrays")
-        if crc32(arrays) != description["crc32"]:
-            raise CheckpointError(f"{path} is damaged: copy it again from where it came")
-    if compute_dtype is not None:
-        config = dataclasses.replace(config, dtype=compute_dtype)
-    skeleton, params = split_model(model_class(config, rngs=nnx.Rngs(0)))
-    check_arrays(path, arrays, params)
-    return config, skeleton.build({
-        name: jnp.asarray(value, dtype=dtype) for name, value in arrays.items()
-    })  # fmt: skip
-
-
-def crc32(arrays: Mapping[str, np.ndarray]) -> int:
-    """One checksum over all arrays in the order of their names."""
-    total = 0
-    for name in sorted(arrays):
-        total = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8), total)
-    return total

@@ -1,10 +1,12 @@
 """Batches of a stage, resumable at the exact batch."""
 
 import base64
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from sparsex_jax.config import DataConfig, StageConfig
@@ -16,11 +18,20 @@ def stage_seed(seed: int, stage_number: int) -> int:
     return int(np.random.SeedSequence([seed, stage_number]).generate_state(1)[0]) >> 1
 
 
+def corpus_fingerprint(data: DataConfig) -> str:
+    """A hash of all tokens that `sparsex_jax.tasks` trains on; raises what its Corpus raises."""
+    from sparsex_jax import tasks
+
+    corpus = tasks.Corpus(data.haystack, tokenizer=tasks.load(), split="train")
+    return hashlib.sha256(corpus.all_tokens()).hexdigest()
+
+
 class BatchStream:
-    """The batches of one stage: dictionaries of NumPy arrays [B, T].
+    """The batches of one stage: dictionaries of NumPy arrays [B, T], B being this process's share.
 
     Args:
-      make_dataset: (data, stage, *, seed) -> endless grain dataset of batches.
+      make_dataset: (data, stage, *, seed, process_index, process_count) -> endless grain dataset of
+        batches, of which each process makes its own rows.
       data: the run's.
       stage: the stage's.
       number: of the stage, from 0.
@@ -41,7 +52,10 @@ class BatchStream:
     ):
         self._stage, self._number, self._vocab_size = stage, number, vocab_size
         self._drawn = 0
-        dataset = make_dataset(data, stage, seed=stage_seed(seed, number))
+        dataset = make_dataset(
+            data, stage, seed=stage_seed(seed, number), process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )  # fmt: skip
         if isinstance(dataset, grain.MapDataset):
             dataset = dataset.to_iter_dataset()
         self._iterator = iter(dataset)
@@ -59,12 +73,12 @@ class BatchStream:
                 f" {self._stage.steps} batches: make_dataset must return an endless dataset"
             ) from None
         self._drawn += 1
-        shape = (self._stage.batch_size, self._stage.length)
+        shape = (self._stage.batch_size // jax.process_count(), self._stage.length)
         for name, value in batch.items():
             if value.shape != shape:
                 raise TrainingError(
                     f"{name} of a batch of stages[{self._number}] has shape {value.shape},"
-                    f" its config says (batch_size, length) = {shape}"
+                    f" its config says (batch_size / processes, length) = {shape}"
                 )
         for name in ("tokens", "targets"):
             low, high = batch[name].min(), batch[name].max()

@@ -2,12 +2,11 @@
 
 import collections
 import dataclasses
-import fcntl
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -17,11 +16,13 @@ from flax import nnx
 
 from sparsex_jax.config import TrainConfig
 from sparsex_jax.training import checkpoints as ckpt
-from sparsex_jax.training.data import BatchStream
-from sparsex_jax.training.errors import CheckpointError, TrainingError
+from sparsex_jax.training.data import BatchStream, corpus_fingerprint
+from sparsex_jax.training.errors import TrainingError
 from sparsex_jax.training.metrics import Metrics, Progress
+from sparsex_jax.training.models import save_model
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
+from sparsex_jax.training.run_directory import lock, prepare
 from sparsex_jax.training.step import (
     check_divisible,
     make_mesh,
@@ -63,6 +64,7 @@ def train(
     model_class: Callable[..., nnx.Module] | None = None,
     make_dataset: Callable | None = None,
     tokenizer_fingerprint: str | None = None,
+    data_fingerprint: str | None = None,
 ) -> TrainResult:
     """Trains a model, or goes on where the run directory stands.
 
@@ -75,14 +77,16 @@ def train(
       run_dir: its directory, made if missing.
       max_minutes: wall-clock limit in minutes, set-up and compilation included.
       model_class: called as (ModelConfig, rngs=nnx.Rngs); has `.loss`. None takes `Transformer`.
-      make_dataset: (DataConfig, StageConfig, *, seed) -> endless grain dataset of batches; None
-        takes that of `sparsex_jax.tasks`.
+      make_dataset: (DataConfig, StageConfig, *, seed, process_index, process_count) -> endless
+        grain dataset of a process's rows of the batches; None takes that of `sparsex_jax.tasks`.
       tokenizer_fingerprint: identifies the tokenizer; None takes that of `sparsex_jax.tasks` along
         with its `make_dataset`.
+      data_fingerprint: identifies what the data are made from; None takes the text of
+        `sparsex_jax.tasks` along with its `make_dataset`.
 
     Raises:
-      TrainingError: the directory cannot be used or belongs to another config; the data do not fit
-        the config; the loss is not finite.
+      TrainingError: the directory cannot be used or belongs to another config or other data; the
+        data do not fit the config; the loss or the state is not finite; max_minutes is negative.
       CheckpointError: a checkpoint cannot be written, or the last one cannot be read.
     """
     with ExitStack() as stack:
@@ -96,75 +100,15 @@ def train(
 
             make_dataset = tasks.make_dataset
             tokenizer_fingerprint = tokenizer_fingerprint or tasks.load().fingerprint
-        run_dir = _prepare(Path(run_dir))
-        stack.enter_context(_lock(run_dir))
-        trainer = Trainer(config, run_dir, model_class, make_dataset, tokenizer_fingerprint)
+            data_fingerprint = data_fingerprint or corpus_fingerprint(config.data)
+        run_dir = prepare(Path(run_dir))
+        if jax.process_index() == 0:
+            stack.enter_context(lock(run_dir))
+        trainer = Trainer(
+            config, run_dir, model_class, make_dataset, tokenizer_fingerprint, data_fingerprint
+        )
         stack.callback(trainer.close)
         return trainer.run(stop)
-
-
-def export_model(
-    run_dir: str | os.PathLike,
-    directory: str | os.PathLike,
-    *,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
-) -> int:
-    """Ships the last checkpoint of a run, finished or not.
-
-    Args:
-      run_dir: of the run.
-      directory: for `save_model`.
-      dtype: for `save_model`.
-
-    Returns:
-      The step of the checkpoint.
-    """
-    folder = Path(run_dir) / "checkpoints"
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist: give the run_dir of `sparsex train`")
-    manager = ckpt.RunCheckpoints(folder, keep=None)
-    try:
-        step = manager.latest
-        if step is None:
-            raise CheckpointError(f"{folder} has no checkpoint: let the run reach its first one")
-        metadata, arrays = manager.metadata(step), manager.arrays(step)
-    finally:
-        manager.close()
-    prefix = "params/"
-    params = {
-        name.removeprefix(prefix): value
-        for name, value in arrays.items()
-        if name.startswith(prefix)
-    }
-    config = ckpt.model_config(folder, metadata["config"]["model"], metadata["versions"])
-    ckpt.save_model(directory, params, config, metadata["tokenizer"], dtype)
-    return step
-
-
-def _prepare(run_dir: Path) -> Path:
-    """Makes the run directory and checks that it can be written to."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "lock").touch()
-    except OSError as error:
-        raise TrainingError(
-            f"run_dir={run_dir} cannot be used ({error.strerror}): give a directory that can be"
-            " made and written to"
-        ) from error
-    return run_dir
-
-
-@contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
-    """Keeps other processes out of the run directory; the lock ends with this process."""
-    with (run_dir / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainingError(
-                f"another process is training in run_dir={run_dir}: stop it, or use another one"
-            ) from error
-        yield
 
 
 class Trainer:
@@ -177,9 +121,11 @@ class Trainer:
         model_class: Callable[..., nnx.Module],
         make_dataset: Callable,
         tokenizer_fingerprint: str | None,
+        data_fingerprint: str | None,
     ):
         self.config, self.run_dir = config, run_dir
-        self.make_dataset, self.tokenizer = make_dataset, tokenizer_fingerprint
+        self.make_dataset = make_dataset
+        self.tokenizer, self.data = tokenizer_fingerprint, data_fingerprint
         self.mesh = make_mesh()
         for number, stage in enumerate(config.stages):
             check_divisible(f"stages[{number}]", stage.batch_size, config.accumulation, self.mesh)
@@ -193,7 +139,7 @@ class Trainer:
         }
         self.step = 0
         self.window: list[list[float]] = []  # metrics of steps since the last row
-        self.pending: collections.deque = collections.deque()  # (step, metrics on the device)
+        self.pending: collections.deque = collections.deque()  # (step, two arrays on the device)
         self.loss: float | None = None
         self.steps_by_top_k: dict[int | None, Callable] = {}
         self.stream: BatchStream | None = None
@@ -241,12 +187,14 @@ class Trainer:
         if self.step and self.saved_step != self.step:
             self._save()
         self.checkpoints.wait()
+        where = f"and saved after step {self.step} of {total}: to resume"
+        if self.step == 0:
+            where = "before the first step, nothing is saved: to start"
         return TrainResult(
             "interrupted",
             self.step,
             self.loss,
-            f"stopped by {stop.reason} and saved after step {self.step} of {total}: to resume, run"
-            " the same command again",
+            f"stopped by {stop.reason} {where}, run the same command again",
         )
 
     def _stage_number(self, step: int) -> int:
@@ -279,21 +227,25 @@ class Trainer:
             self.steps_by_top_k[stage.top_k] = make_step(
                 self.skeleton, self.optimizer, self.schedule, stage.top_k, self.mesh
             )
-        self.state, metrics = self.steps_by_top_k[stage.top_k](self.state, batch)
+        self.state, *results = self.steps_by_top_k[stage.top_k](self.state, batch)
         self.step += 1
-        self.pending.append((self.step, metrics))
+        self.pending.append((self.step, *results))
         self._log(keep=STEPS_AHEAD)
 
     def _log(self, keep: int) -> None:
         """Fetches metrics of all but the last `keep` steps; writes the rows they complete."""
         while len(self.pending) > keep:
-            step, metrics = self.pending.popleft()
+            step, metrics, finite = self.pending.popleft()
             self.window.append(np.asarray(metrics).tolist())
-            if not math.isfinite(self.window[-1][0]):
+            loss = self.window[-1][0]
+            if not (math.isfinite(loss) and finite):
+                what = f"the state after step {step} is not finite"
+                if not math.isfinite(loss):
+                    what = f"the loss of step {step} is {loss}"
+                kept = f"the last checkpoint is of step {self.saved_step}"
                 raise TrainingError(
-                    f"the loss of step {step} is {self.window[-1][0]}: lower"
-                    f" optimizer.learning_rate={self.config.optimizer.learning_rate}; the last"
-                    f" checkpoint is of step {self.saved_step}"
+                    f"{what}: lower optimizer.learning_rate={self.config.optimizer.learning_rate};"
+                    f" {kept if self.saved_step else 'no checkpoint was saved'}"
                 )
             ends = step in (end for _, end, _ in self.bounds)
             if step % self.config.log_every == 0 or ends:
@@ -345,8 +297,9 @@ class Trainer:
             {
                 "config": ckpt.to_json(self.config),
                 "tokenizer": self.tokenizer,
+                "data_fingerprint": self.data,
                 "data": self.stream.state(),
-                "window": self.window,
+                "window": list(self.window),  # written while steps are added
                 "versions": ckpt.versions(),
             },
         )
@@ -355,7 +308,7 @@ class Trainer:
     def _restore(self, step: int) -> None:
         """Takes over a checkpoint; raises TrainingError or CheckpointError if it does not fit."""
         path = self.run_dir / "checkpoints" / str(step)
-        metadata = self.checkpoints.metadata(step)
+        metadata, arrays = self.checkpoints.restore(step)
         found = [
             difference
             for difference in ckpt.differences(metadata["config"], ckpt.to_json(self.config))
@@ -367,7 +320,12 @@ class Trainer:
                 " config that it was begun with, or another run_dir"
             )
         ckpt.check_tokenizer(path, metadata["tokenizer"], self.tokenizer)
-        arrays, names = self.checkpoints.arrays(step), self._arrays()
+        if metadata["data_fingerprint"] != self.data:
+            raise TrainingError(
+                f"the text of haystack={self.config.data.haystack or 'the standard library'} has"
+                f" changed since {self.run_dir} was begun: restore it, or use another run_dir"
+            )
+        names = self._arrays()
         ckpt.check_arrays(path, arrays, names)
         treedef = jax.tree.structure(self.state["optimizer"])
         self.state = {
@@ -384,7 +342,7 @@ class Trainer:
     def _export(self) -> None:
         """Writes the model alone, unless it is there."""
         if jax.process_index() == 0 and not (self.run_dir / "model").exists():
-            ckpt.save_model(
+            save_model(
                 self.run_dir / "model", self.state["params"], self.config.model, self.tokenizer
             )
 

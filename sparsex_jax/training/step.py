@@ -17,8 +17,8 @@ TrainState = dict
 
 
 def make_mesh() -> Mesh | None:
-    """A mesh with the axis "data" over all local devices; None for a single one."""
-    devices = jax.local_devices()
+    """A mesh with the axis "data" over the devices of all processes; None for a single one."""
+    devices = jax.devices()
     if len(devices) == 1:
         return None
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
@@ -38,17 +38,30 @@ def check_divisible(name: str, batch_size: int, accumulation: int, mesh: Mesh | 
 
 def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
     """Puts a state (NumPy or JAX arrays) onto the devices, a copy on each."""
-    return jax.device_put(state, NamedSharding(mesh, P()) if mesh else jax.local_devices()[0])
+    if mesh is None:
+        return jax.device_put(state, jax.devices()[0])
+    # From the host: arrays on one device cannot be copied to those of other processes.
+    return jax.device_put(jax.device_get(state), NamedSharding(mesh, P()))
 
 
 def place_batch(batch: dict[str, np.ndarray], accumulation: int, mesh: Mesh | None) -> dict:
-    """Puts a batch [B, T] onto the devices as [A, B / A, T], split along the second axis."""
+    """Puts a batch onto the devices as [A, B / A, T], split along the second axis.
+
+    Args:
+      batch: leaves [B, T], B being this process's share of the global batch.
+      accumulation: A.
+      mesh: of `make_mesh`.
+    """
     split = {
         name: value.reshape(accumulation, -1, *value.shape[1:]) for name, value in batch.items()
     }
     if mesh is None:
-        return jax.device_put(split, jax.local_devices()[0])
-    return jax.device_put(split, NamedSharding(mesh, P(None, "data")))
+        return jax.device_put(split, jax.devices()[0])
+    sharding = NamedSharding(mesh, P(None, "data"))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in split.items()
+    }
 
 
 def _summed_gradients(skeleton: Skeleton, top_k: int | None) -> Callable:
@@ -90,7 +103,7 @@ def make_step(
     schedule: optax.Schedule,
     top_k: int | None,
     mesh: Mesh | None,
-) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array]]:
+) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array, jax.Array]]:
     """Builds the compiled step; the state passed in is consumed.
 
     Loss and gradients are sums over the whole batch (all micro-batches, all devices) divided by
@@ -105,7 +118,7 @@ def make_step(
 
     Returns:
       A function (state, batch with leaves [A, B / A, T]) -> (state, f32 [3]: loss, learning rate,
-      gradient norm before clipping).
+      gradient norm before clipping, bool []: whether the new state is finite throughout).
     """
     summed = _summed_gradients(skeleton, top_k)
     if mesh is not None:
@@ -126,10 +139,12 @@ def make_step(
         metrics = jnp.stack(
             [nll * scale, schedule(state["step"]), optax.tree.norm(gradients)]
         ).astype(jnp.float32)
-        return {
+        state = {
             "params": optax.apply_updates(state["params"], updates),
             "optimizer": moments,
             "step": state["step"] + 1,
-        }, metrics
+        }
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]
+        return state, metrics, jnp.all(jnp.stack(finite))
 
     return jax.jit(step, donate_argnums=0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,29 @@ def test_generation_equals_the_forward_pass_and_keeps_the_cache():
         assert (row[kept:] == -1).all()
 
 
+def test_no_step_is_wasted(monkeypatch):
+    from sparsex_jax.cache import engine as module
+
+    read = []
+
+    def counted(model, cache, tokens, valid):
+        jax.debug.callback(lambda size=tokens.shape[1]: read.append(size))
+        return extend(model, cache, tokens, valid)
+
+    monkeypatch.setattr(module, "extend", counted)
+    engine = Engine(make(), capacity=64, chunk=16)
+    cache = engine.prefill(make_tokens(1, 10))
+    jax.effects_barrier()
+    read.clear()
+    answer = engine.answer(cache, make_tokens(1, 2), 5)
+    jax.effects_barrier()
+    assert sorted(read) == [1] * 4 + [module.SUFFIX_UNIT]
+    read.clear()
+    engine.answer(cache, make_tokens(1, 2), 5, stop_tokens=[int(answer[0, 0])])
+    jax.effects_barrier()
+    assert read == [module.SUFFIX_UNIT]
+
+
 def test_bad_arguments():
     model = make()
     engine = Engine(model, capacity=64, chunk=16)
@@ -82,6 +106,18 @@ def test_bad_arguments():
         engine.prefill(make_tokens(2, 5))
     with pytest.raises(ValueError, match="suffix has 0 tokens"):
         engine.answer(engine.prefill(make_tokens(1, 5)), make_tokens(1, 0), 1)
+    for wrong, message in (
+        ([[3, 64]], "tokens hold 64 but must lie within the vocabulary: use 0 to 63"),
+        ([[-1, 3]], "tokens hold -1"),
+        ([[0.5, 3]], "tokens have dtype float64: use an integer type"),
+    ):
+        for call in (engine.prefill, lambda x: engine.generate(x, 1)):
+            with pytest.raises(ValueError, match=message):
+                call(np.array(wrong))
+    for call in (engine.generate, lambda *x: engine.answer(engine.prefill(make_tokens(1, 5)), *x)):
+        for count in (0, -3):
+            with pytest.raises(ValueError, match=f"max_new_tokens={count} must be positive"):
+                call(make_tokens(1, 3), count)
     with pytest.raises(ValueError, match="capacity=0 must be positive"):
         Engine(model, capacity=0)
     all_landmarks = dataclasses.replace(ATTENTION, landmarks="all")

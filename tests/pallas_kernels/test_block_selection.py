@@ -104,6 +104,23 @@ def test_gradients(num_blocks, small_chunks):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_scatter_to_distinct_places(small_chunks, monkeypatch):
+    # 13 tokens in chunks of 5: the last chunk is padded.
+    u, c, limit, start = make(np.random.default_rng(3))
+    seen, places = [], xla._places
+    monkeypatch.setattr(xla, "_places", lambda *x: seen.append(places(*x)) or seen[-1])
+
+    def score(u, c):
+        return select_blocks(u, c, limit, 4, start=start, implementation="xla")[1]
+
+    with jax.disable_jit():
+        out, pull = jax.vjp(score, jnp.asarray(u), jnp.asarray(c))
+        pull(jnp.ones_like(out))
+    rows = np.concatenate([np.asarray(x).reshape(-1, 4) for x in seen])
+    assert len(rows) == 3 * 2 * 5 * 2 and rows.min() >= 0
+    assert all(len(set(row)) == 4 for row in rows.tolist())
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_blocks_beyond_the_limit_do_not_leak(implementation):
     rng = np.random.default_rng(4)

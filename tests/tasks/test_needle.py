@@ -15,6 +15,7 @@ from sparsex_jax.tasks import (
     words,
 )
 from sparsex_jax.tasks.haystack import DEPTHS, insert
+from sparsex_jax.tasks.needle import check_length, largest_length
 from sparsex_jax.tasks.phrases import Phrases
 
 NEEDLE = re.compile(r"^One of the special magic (\w+) for (\S+) is: (\S+)\.$", re.MULTILINE)
@@ -48,6 +49,34 @@ def test_too_short_a_length_says_what_fits(task, tokenizer, haystack):
     least = smallest_length(task, tokenizer)
     with pytest.raises(ValueError, match=f"length={least - 1} .*{task}.*use at least {least}$"):
         draw(task, tokenizer, haystack, length=least - 1)
+
+
+def test_more_lines_than_keys_say_what_fits(tokenizer):
+    for split in ("train", "held_out"):
+        largest = largest_length("multikey_2", tokenizer, split)
+        check_length("multikey_2", largest, tokenizer, split)
+        message = f"length={largest + 1} .*multikey_2.*use at most {largest}, or another task$"
+        with pytest.raises(ValueError, match=message):
+            check_length("multikey_2", largest + 1, tokenizer, split)
+    with pytest.raises(ValueError, match="use at most"):
+        draw("multikey_2", tokenizer, np.zeros(0, np.int32), length=16 << 20)
+    for task in set(TASKS) - {"multikey_2"}:
+        check_length(task, 64 << 20, tokenizer)
+
+
+def test_the_keys_are_enough_for_the_largest_length(tokenizer):
+    phrases = Phrases(tokenizer)
+    empty = len(phrases.value("a-a"))
+    adjectives = {word: len(phrases.value(f"{word}-a")) - empty for word in words.ADJECTIVES}
+    nouns = {word: len(phrases.value(f"a-{word}")) - empty for word in words.NOUNS}
+    line = len(phrases.needle("numbers", "a-a", "1234567"))
+    total = sum(
+        line + adjectives[adjective] + nouns[noun]
+        for adjective in adjectives
+        for noun in nouns
+        if words.split_of(adjective, noun) == "held_out"
+    )
+    assert 0.88 * total < largest_length("multikey_2", tokenizer, "held_out") < 0.92 * total
 
 
 @pytest.mark.parametrize("task", TASKS)

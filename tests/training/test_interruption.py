@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,6 +100,16 @@ def assert_same_run(run_dir, other):
     assert rows(run_dir) == rows(other)
 
 
+def assert_close_run(run_dir, other):
+    """Parameters and losses but for the order in which devices add."""
+    ours, theirs = final_arrays(run_dir), final_arrays(other)
+    for name in ours:
+        if name.startswith("params/"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=2e-4)
+    for one, another in zip(rows(run_dir), rows(other), strict=True):
+        np.testing.assert_allclose(one["loss"], another["loss"], rtol=1e-4)
+
+
 def complete(run_dir):
     """Names of complete checkpoints, and whether there is an incomplete one."""
     names = {path.name for path in (run_dir / "checkpoints").glob("*")}
@@ -130,7 +141,7 @@ def test_sigkill_at_random_moments(start, whole, tmp_path):
     moments, rows_file = random.Random(0), tmp_path / "metrics.jsonl"
     for _ in range(3):
         begin = time.time()
-        process = start(tmp_path, slow=0.05)
+        process = start(tmp_path, slow=0.2)  # longer than all moments together
         wait_for(
             process,
             lambda begin=begin: rows_file.exists() and rows_file.stat().st_mtime > begin,
@@ -175,7 +186,8 @@ def test_ctrl_c(start, whole, tmp_path):
 def test_time_limit_saves_and_resumes(whole, tmp_path, monkeypatch):
     clock = types.SimpleNamespace(monotonic=itertools.count().__next__)  # a second per look
     monkeypatch.setattr("sparsex_jax.training.stop.time", clock)
-    assert tiny.run(tmp_path, max_minutes=0).step == 0
+    result = tiny.run(tmp_path, max_minutes=0)
+    assert result.step == 0 and "before the first step, nothing is saved" in result.message
     for step in (6, 12):
         result = tiny.run(tmp_path, max_minutes=7 / 60)
         assert (result.status, result.step) == ("interrupted", step)
@@ -190,9 +202,33 @@ def test_devices_share_a_batch(start, whole, tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     process = start(tmp_path, environment=flags)
     assert process.wait() == 0, process.communicate()[1]
-    ours, theirs = final_arrays(tmp_path), final_arrays(whole)
-    for name in ours:
-        if name.startswith("params/"):
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=2e-4)
-    for one, other in zip(rows(tmp_path), rows(whole), strict=True):
-        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
+    assert_close_run(tmp_path, whole)
+
+
+def start_two(start, run_dir, **options):
+    """Starts a run of two processes with a device each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [
+        start(
+            run_dir,
+            process={"coordinator_address": address, "num_processes": 2, "process_id": index},
+            **options,
+        )
+        for index in range(2)
+    ]
+
+
+def test_processes_share_a_batch_and_stop_together(start, whole, tmp_path):
+    first, second = start_two(start, tmp_path, slow=0.1)
+    wait_for(first, (tmp_path / "checkpoints" / "4").is_dir)
+    second.send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=60) for process in (first, second)]
+    assert first.returncode == second.returncode == 0, outputs
+    assert all("interrupted" in output and "saved" in output for output, _ in outputs)
+    assert "stopped by process 1" in outputs[0][0] and "SIGTERM" in outputs[1][0]
+    for process in start_two(start, tmp_path):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert_close_run(tmp_path, whole)

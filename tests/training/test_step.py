@@ -19,7 +19,9 @@ CONFIG = OptimizerConfig(learning_rate=0.1, warmup_steps=4, final_fraction=0.1)
 
 def first_batch():
     stage = tiny.CONFIG.stages[0]
-    return next(iter(tiny.make_dataset(tiny.CONFIG.data, stage, seed=0)))
+    return next(
+        iter(tiny.make_dataset(tiny.CONFIG.data, stage, seed=0, process_index=0, process_count=1))
+    )
 
 
 def take_step(batch, accumulation, config=CONFIG, top_k=None):
@@ -27,7 +29,8 @@ def take_step(batch, accumulation, config=CONFIG, top_k=None):
     optimizer = make_optimizer(config, 20)
     state = {"params": params, "optimizer": optimizer.init(params), "step": np.int32(0)}
     step = make_step(skeleton, optimizer, make_schedule(config, 20), top_k, None)
-    state, metrics = step(state, place_batch(batch, accumulation, None))
+    state, metrics, finite = step(state, place_batch(batch, accumulation, None))
+    assert finite == all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     return jax.device_get((state, metrics))
 
 

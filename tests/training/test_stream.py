@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparsex_jax.config import DataConfig
-from sparsex_jax.training.data import BatchStream, stage_seed
+from sparsex_jax.training.data import BatchStream, corpus_fingerprint, stage_seed
 from sparsex_jax.training.errors import TrainingError
 from sparsex_jax.training.stop import StopRequest
 from tests.training import tiny
@@ -41,15 +41,15 @@ def test_seeds_differ_between_stages_and_runs():
 
 
 def test_data_that_end_say_so():
-    short = stream(make=lambda *arguments, seed: tiny.make_dataset(*arguments, seed=seed)[:2])
+    short = stream(make=lambda *given, **options: tiny.make_dataset(*given, **options)[:2])
     short.next(), short.next()
     with pytest.raises(TrainingError, match=r"stages\[0\] ended after 2 of 9 .* endless"):
         short.next()
 
 
 def test_batches_of_another_shape_say_so():
-    def make(data, stage, *, seed):
-        return tiny.make_dataset(data, dataclasses.replace(stage, length=8), seed=seed)
+    def make(data, stage, **options):
+        return tiny.make_dataset(data, dataclasses.replace(stage, length=8), **options)
 
     with pytest.raises(TrainingError, match=r"tokens .* \(4, 8\), .* = \(4, 16\)"):
         stream(make=make).next()
@@ -58,6 +58,26 @@ def test_batches_of_another_shape_say_so():
 def test_tokens_beyond_the_vocabulary_say_so():
     with pytest.raises(TrainingError, match="vocab_size=20 allows less"):
         stream(vocab_size=20).next()
+
+
+def test_fingerprint_is_that_of_the_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "file.txt").write_text("the quick brown fox\n" * 20)
+    os.utime(second / "file.txt", (1, 1))
+    fingerprint = corpus_fingerprint(DataConfig(str(first)))
+    assert corpus_fingerprint(DataConfig(str(second))) == fingerprint
+    (first / "file.txt").write_text("the quick brown cat\n" * 20)
+    assert corpus_fingerprint(DataConfig(str(first))) != fingerprint
+
+
+@pytest.mark.parametrize("minutes", [-1, float("nan")])
+def test_time_limit_that_is_none(minutes, tmp_path):
+    with pytest.raises(TrainingError, match=f"max_minutes={minutes} must not be negative"):
+        tiny.run(tmp_path / "run", max_minutes=minutes)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_asks_to_stop_and_a_second_one_acts_as_usual():

@@ -67,12 +67,17 @@ class MakeBatch(grain.transforms.RandomMap):
         return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
 
-def make_dataset(data: DataConfig, stage: StageConfig, *, seed: int):
+def make_dataset(
+    data: DataConfig, stage: StageConfig, *, seed: int, process_index: int, process_count: int
+):
     """An endless dataset of random batches."""
+    rows = stage.batch_size // process_count
+    mine = slice(process_index * rows, (process_index + 1) * rows)
     return (
         grain.MapDataset.range(1 << 20)
         .seed(seed)
         .random_map(MakeBatch(stage.batch_size, stage.length))
+        .map(lambda batch: {name: value[mine] for name, value in batch.items()})
         .repeat()
     )
 
@@ -90,13 +95,19 @@ def run(run_dir, config=CONFIG, tokenizer_fingerprint="tiny", **options):
 
 
 def main() -> None:
-    """Options, as JSON: "slow" (seconds a batch takes) and fields of the config."""
+    """Options, as JSON: "slow" (seconds a batch takes), "process" (arguments of
+    jax.distributed.initialize) and fields of the config.
+    """
     options = json.loads(sys.argv[2])
-    slow = options.pop("slow", 0)
+    slow, process = options.pop("slow", 0), options.pop("process", None)
+    if process is not None:
+        jax.distributed.initialize(**process)
     config = dataclasses.replace(CONFIG, **options)
 
-    def make_slow_dataset(data, stage, *, seed):
-        return make_dataset(data, stage, seed=seed).map(lambda batch: time.sleep(slow) or batch)
+    def make_slow_dataset(*arguments, **options):
+        dataset = make_dataset(*arguments, **options).map(lambda batch: time.sleep(slow) or batch)
+        # One batch after the other: many threads together would not be slow.
+        return dataset.to_iter_dataset(grain.ReadOptions(num_threads=0))
 
     result = train(
         config,

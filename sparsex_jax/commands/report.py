@@ -1,0 +1,119 @@
+"""`sparsex report`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from sparsex_jax.benchmarks import tables
+from sparsex_jax.benchmarks.names import DIRECTIONS
+from sparsex_jax.commands.arguments import format_length, parse
+from sparsex_jax.config import ConfigError
+
+ATTENTION = ("attention", "attention_peers")
+ACCURACY = ("needle",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Prints tables of all results (Markdown) and draws those of `sparsex bench attention`.
+
+    Attributes:
+      results: folder with a folder for each hardware, which holds results files.
+      out: folder for the pictures, one in it for each hardware; by default
+        RESULTS/HARDWARE/plots.
+    """
+
+    results: Path = Path("results")
+    out: Path | None = None
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the arguments and runs the command."""
+    report(parse(Arguments, "report", arguments))
+
+
+def report(arguments: Arguments) -> None:
+    """Runs the command."""
+    from sparsex_jax.benchmarks.plots import draw_attention
+
+    found = _read(arguments.results)
+    if not found:
+        raise ConfigError(
+            f"results='{arguments.results}' must hold files like h200/attention.json: run `sparsex"
+            " bench attention` first, or give --results DIR"
+        )
+    for hardware, files in found.items():
+        for path, results in files:
+            if results["benchmark"] in ACCURACY:
+                _print_section(hardware, path, results)
+                print(tables.accuracy_table(results["rows"], format_length), end="\n\n")
+        timed = [(path, x) for path, x in files if x["benchmark"] in ATTENTION]
+        for path, results in timed:
+            _print_section(hardware, path, results)
+            _print_attention(results["rows"])
+        rows = [row for _, results in timed for row in results["rows"]]
+        folder = arguments.results / hardware / "plots"
+        if arguments.out is not None:
+            folder = arguments.out / hardware
+        shapes = tables.shapes(rows)
+        for shape in shapes:
+            suffix = "" if len(shapes) == 1 else "-" + "-".join(map(str, shape))
+            chosen = tables.of_shape(rows, shape)
+            for path in draw_attention(chosen, folder, format_length, suffix):
+                print(f"![{path.stem}]({path})")
+    sys.stdout.flush()
+
+
+def _read(folder: Path) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
+    """Results files by hardware; what is no such file is named on stderr and left out."""
+    from sparsex_jax.benchmarks.results import read_results
+
+    found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            results = read_results(path)
+            _check(path, results)
+        except ConfigError as error:
+            print(f"sparsex: {error}: left out", file=sys.stderr)
+        else:
+            found.setdefault(path.parent.name, []).append((path, results))
+    return found
+
+
+def _check(path: Path, results: dict[str, Any]) -> None:
+    """Raises ConfigError unless rows are of a known kind and have its fields."""
+    name = results.get("benchmark")
+    if name in ATTENTION:
+        fields = tables.ATTENTION_FIELDS
+    elif name in ACCURACY:
+        fields = tables.ACCURACY_FIELDS
+    else:
+        raise ConfigError(f"{path} has benchmark={name!r}, not {', '.join(ATTENTION + ACCURACY)}")
+    for number, row in enumerate(results["rows"]):
+        missing = [field for field in fields if field not in row]
+        if missing:
+            raise ConfigError(f"{path}: row {number} lacks {', '.join(missing)}")
+
+
+def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
+    """A heading, and what the numbers rest on."""
+    machine = results.get("hardware") or {}
+    print(f"### {hardware}: {results['benchmark']}\n")
+    print(
+        f"`{results.get('command')}` on {machine.get('count')} x {machine.get('kind')}, driver"
+        f" {machine.get('driver')}, commit {results.get('commit')}, {results.get('date')}"
+        f" (`{path}`)\n"
+    )
+
+
+def _print_attention(rows: list[dict[str, Any]]) -> None:
+    for shape in tables.shapes(rows):
+        chosen = tables.of_shape(rows, shape)
+        print("{} query heads, {} KV heads, head dim {}:\n".format(*shape))
+        if any(row["part"] == "op" for row in chosen):
+            print(tables.op_table(chosen, format_length), end="\n\n")
+        for direction in DIRECTIONS:
+            table = tables.parts_table(chosen, direction, format_length)
+            if table:
+                print(f"Parts, {direction.replace('_', ' and ')}, milliseconds:\n\n{table}\n")
