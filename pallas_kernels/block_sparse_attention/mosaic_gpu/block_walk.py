@@ -1,0 +1,255 @@
+"""dK and dV: tiles of queries that chose the same block, summed over the block's tiles.
+
+Two warpgroups share a tile of 64 query rows: the first sums dV, the second dK. A thread block has
+a contiguous share of the tiles, which are sorted by block. It alone writes the blocks that lie in
+its share whole; of its first and last block, which others may share, it writes partial sums, as
+pairs of bf16 (the sum rounded, and the remainder), that are added up afterwards in a fixed order.
+"""
+
+import functools
+import types
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import sums_by_tile
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
+    BATCH,
+    BLOCK,
+    FIRST,
+    HEAD,
+    HEADER,
+    LAST,
+    TURN,
+    Chunk,
+    Config,
+    Sizes,
+)
+from pallas_kernels.hopper import HALF, Ring
+
+
+class _BlockWalk:
+    """A thread block that walks over its share of the tiles, block by block.
+
+    Products are transposed: rows are the block's keys, columns the tile's queries. `at` has the
+    references: q, k, v, out_bar, tiles, num_tiles and sums in device memory; q_tile, out_bar_tile,
+    sums_tile, k_tile, v_tile and bar_tile in shared memory; and the rings' barriers.
+    """
+
+    def __init__(self, sizes: Sizes, config: Config, at):
+        self.sizes, self.config, self.at = sizes, config, at
+        self.q_ring = Ring(config.stages, *at.q_ring)
+        self.k_ring = Ring(config.key_stages, *at.k_ring)
+        self.width = HALF // sizes.groups
+        self.first, self.count = hopper.contiguous_share(at.num_tiles[0], at)
+
+    @staticmethod
+    def scratch(sizes: Sizes, config: Config):
+        """What the walk needs in shared memory."""
+        queries = hopper.operand_tile((config.stages, HALF, sizes.head_dim))
+        keys = hopper.operand_tile((config.key_stages, sizes.block_size, sizes.head_dim))
+        return {
+            "q_tile": queries,
+            "out_bar_tile": queries,
+            "sums_tile": plgpu.SMEM((config.stages, 2, HALF), jnp.float32),
+            "k_tile": keys,
+            "v_tile": keys,
+            "bar_tile": hopper.operand_tile((2, sizes.block_size, sizes.head_dim)),
+            "q_ring": Ring.barriers(config.stages, 2 * HALF // sizes.groups + 1),
+            "k_ring": Ring.barriers(config.key_stages, 2),
+        }
+
+    def turn(self, i):
+        """The number of own tile i's block, among those of this thread block."""
+        tiles = self.at.tiles
+        return tiles[self.first + i, TURN] - tiles[self.first, TURN]
+
+    def load(self):
+        """Fills the rings, tile after tile."""
+        at, copy, groups = self.at, plgpu.copy_gmem_to_smem, self.sizes.groups
+
+        def load_tile(i, turns):
+            tile = self.first + i
+            b, h, block = (at.tiles[tile, n] for n in (BATCH, HEAD, BLOCK))
+            tokens = [at.tiles[tile, HEADER + n] for n in range(self.width)]
+            turn = self.turn(i)
+
+            @pl.when(turn >= turns)
+            def _():
+                slot = self.k_ring.claim(turn)
+                ready = self.k_ring.ready.at[slot]
+                copy(at.k.at[b, self.keys(block), h], at.k_tile.at[slot], ready)
+                copy(at.v.at[b, self.keys(block), h], at.v_tile.at[slot], ready)
+
+            slot = self.q_ring.claim(i)
+            ready = self.q_ring.ready.at[slot]
+            copy(at.sums.at[tile], at.sums_tile.at[slot], ready)
+            heads = pl.ds(pl.multiple_of(h * groups, groups), groups)
+            for n, token in enumerate(tokens):
+                rows = pl.ds(n * groups, groups)
+                copy(at.q.at[b, token, heads], at.q_tile.at[slot, rows], ready)
+                copy(at.out_bar.at[b, token, heads], at.out_bar_tile.at[slot, rows], ready)
+            return turn + 1
+
+        lax.fori_loop(0, self.count, load_tile, jnp.int32(0))
+
+    def keys(self, block):
+        """The keys of a block."""
+        size = self.sizes.block_size
+        return pl.ds(pl.multiple_of(block * size, size), size)
+
+    def compute(self):
+        """Sums dV in the first warpgroup, dK in the second."""
+        for warpgroup, step, target in (
+            (0, self._value_step, self.at.v_bar),
+            (1, self._key_step, self.at.k_bar),
+        ):
+            visit = functools.partial(self._visit_block, step, target)
+
+            @pl.when(self.at.warpgroup == warpgroup)
+            def _(visit=visit):
+                lax.while_loop(lambda i: i < self.count, visit, jnp.int32(0))
+
+    def _visit_block(self, step, target, i):
+        """Sums over a block's tiles from own tile i on; returns the tile after the last."""
+        turn = self.turn(i)
+        stop = jnp.minimum(self.at.tiles[self.first + i, LAST] + 1 - self.first, self.count)
+        slot = self.k_ring.receive(turn)
+        zeros = hopper.full((self.sizes.block_size, self.sizes.head_dim), 0)
+        total = lax.fori_loop(i, stop, functools.partial(step, slot), zeros)
+        self.k_ring.release(turn)
+        self._store(i, target, total)
+        return stop
+
+    def _weights(self, key_slot, slot):
+        logits = hopper.scores(
+            self.at.k_tile.at[key_slot], self.at.q_tile.at[slot], None, None,
+            scale=self.sizes.scale,
+        )  # fmt: skip
+        lse = plgpu.load(self.at.sums_tile.at[slot, 0], layout=hopper.COLUMN)
+        return jnp.exp2(logits - hopper.along_columns(lse, logits.shape))
+
+    def _value_step(self, key_slot, i, v_bar):
+        slot = self.q_ring.receive(i)
+        weights = self._weights(key_slot, slot).astype(self.at.v.dtype)
+        v_bar = hopper.multiply_add(v_bar, weights, self.at.out_bar_tile.at[slot])
+        self.q_ring.release(i)
+        return v_bar
+
+    def _key_step(self, key_slot, i, k_bar):
+        at = self.at
+        slot = self.q_ring.receive(i)
+        weights = self._weights(key_slot, slot)
+        out_bar = hopper.transposed(at.out_bar_tile.at[slot])
+        weights_bar = hopper.multiply(at.v_tile.at[key_slot], out_bar, weights.shape)
+        delta = plgpu.load(at.sums_tile.at[slot, 1], layout=hopper.COLUMN)
+        logits_bar = weights * (weights_bar - hopper.along_columns(delta, weights.shape))
+        logits_bar = (logits_bar * self.sizes.scale).astype(at.k.dtype)
+        k_bar = hopper.multiply_add(k_bar, logits_bar, at.q_tile.at[slot])
+        self.q_ring.release(i)
+        return k_bar
+
+    def _store(self, i, target, total):
+        """Copies a block's sum to its place, or, if others may add to it, to the edges."""
+        at, tile = self.at, self.first + i
+        whole = at.tiles[tile, FIRST] >= self.first
+        whole &= at.tiles[tile, LAST] < self.first + self.count
+        high = total.astype(target.dtype)
+
+        def put(x, place):
+            plgpu.wait_smem_to_gmem(0)  # of the copy before
+            at.bar_tile[at.warpgroup] = x
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(at.bar_tile.at[at.warpgroup], place)
+
+        @pl.when(whole)
+        def _():
+            b, h, block = (at.tiles[tile, n] for n in (BATCH, HEAD, BLOCK))
+            put(high, target.at[b, self.keys(block), h])
+
+        @pl.when(jnp.logical_not(whole))
+        def _():
+            edge = at.edges.at[at.program, (i > 0).astype(jnp.int32), at.warpgroup]
+            put(high, edge.at[0])
+            put((total - high.astype(jnp.float32)).astype(target.dtype), edge.at[1])
+
+        plgpu.wait_smem_to_gmem(0)
+
+
+def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, config: Config):
+    """dK and dV, [B, blocks, S, Hkv, D], of a chunk of queries planned for tiles of 64 rows.
+
+    Args:
+      q: [B, T, Hkv * groups, D].
+      k: [B, N, Hkv, D].
+      v: [B, N, Hkv, D].
+      out_bar: [B, T, Hkv * groups, D].
+      lse: f32 [B, T, Hkv * groups], finite.
+      delta: f32 [B, T, Hkv * groups].
+      chunk: the entries.
+      sizes: of the call.
+      config: of the kernel.
+    """
+    block = sizes.block_size, sizes.head_dim
+    padded = sizes.batch, sizes.num_blocks * sizes.block_size, sizes.num_kv_heads, sizes.head_dim
+    results = hopper.launch(
+        hopper.roles(functools.partial(_BlockWalk, sizes, config)),
+        programs=config.programs,
+        operands={
+            "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,
+            "num_tiles": chunk.num_tiles, "sums": sums_by_tile(lse, delta, chunk, sizes),
+        },
+        outputs={
+            "k_bar": jax.ShapeDtypeStruct(padded, k.dtype),
+            "v_bar": jax.ShapeDtypeStruct(padded, v.dtype),
+            "edges": jax.ShapeDtypeStruct((config.programs, 2, 2, 2, *block), k.dtype),
+        },
+        scratch=_BlockWalk.scratch(sizes, config),
+    )  # fmt: skip
+    place, sums = _add_edges(results["edges"], chunk, sizes, config.programs)
+    used = chunk.used.reshape(sizes.batch, sizes.num_kv_heads, sizes.num_blocks)
+    used = used.swapaxes(1, 2)[:, :, None, :, None]
+
+    def finish(x, sums):
+        x = x.reshape(sizes.batch, sizes.num_blocks, block[0], sizes.num_kv_heads, block[1])
+        b, h, n = place
+        return jnp.where(used, x, 0).at[b, n, :, h].set(sums.astype(x.dtype), mode="drop")
+
+    return finish(results["k_bar"], sums[:, 1]), finish(results["v_bar"], sums[:, 0])
+
+
+def _add_edges(edges, chunk: Chunk, sizes: Sizes, programs: int):
+    """Adds the partial sums of blocks that several thread blocks share, always in one order.
+
+    Args:
+      edges: [programs, 2, 2, 2, S, D]: of a program's first and another last block, dV and dK,
+        rounded and remainder; anything where there is none.
+      chunk: the entries.
+      sizes: of the call.
+      programs: thread blocks.
+
+    Returns:
+      (batch element, KV head, block) of each sum, out of bounds if there is none, int32
+      [2 programs]; and the sums, f32 [2 programs, 2, S, D].
+    """
+    at = types.SimpleNamespace(program=jnp.arange(programs, dtype=jnp.int32), programs=programs)
+    first, count = hopper.contiguous_share(chunk.num_tiles[0], at)
+    last = first + count - 1
+    own = jnp.stack([chunk.tiles[first], chunk.tiles[jnp.maximum(last, first)]], axis=1)
+    # A last block that is also the first was written as the first.
+    some = (count > 0)[:, None] & jnp.stack(
+        [jnp.ones_like(first, bool), own[:, 1, TURN] != own[:, 0, TURN]], axis=1
+    )
+    shared = some & ((own[..., FIRST] < first[:, None]) | (own[..., LAST] > last[:, None]))
+    own, shared = own.reshape(-1, own.shape[2]), shared.ravel()
+    edges = jnp.where(shared[:, None], edges.reshape(len(shared), -1), 0).astype(jnp.float32)
+    edges = edges.reshape(len(shared), 2, 2, -1).sum(axis=2)
+    same = (own[:, None, TURN] == own[None, :, TURN]) & shared[:, None] & shared[None]
+    sums = jnp.einsum("ij,jax->iax", same.astype(jnp.float32), edges, precision="highest")
+    leads = shared & (jnp.argmax(same, axis=1) == jnp.arange(len(shared)))
+    place = jnp.where(leads, own[:, BATCH], sizes.batch), own[:, HEAD], own[:, BLOCK]
+    return place, sums.reshape(*sums.shape[:2], sizes.block_size, sizes.head_dim)

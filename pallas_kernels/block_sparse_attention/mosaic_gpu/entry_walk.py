@@ -1,0 +1,266 @@
+"""Forward and dQ: tiles of queries that chose the same block, with results per entry."""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
+    BATCH,
+    BLOCK,
+    HEAD,
+    HEADER,
+    TURN,
+    Chunk,
+    Config,
+    Sizes,
+)
+from pallas_kernels.hopper import HALF, LOG2E, ROWS, Ring
+
+
+class EntryWalk:
+    """A thread block that walks over its share of the tiles, which are sorted by block.
+
+    A tile is 128 rows: the query heads of `ROWS // groups` entries. A block's keys stay in shared
+    memory for all of its tiles. `at` has the references: q, k, v, tiles and num_tiles in device
+    memory; q_tile, info_tile, k_tile and v_tile in shared memory; and the rings' barriers.
+    """
+
+    def __init__(self, sizes: Sizes, config: Config, at):
+        self.sizes, self.config, self.at = sizes, config, at
+        self.q_ring = Ring(config.stages, *at.q_ring)
+        self.k_ring = Ring(config.key_stages, *at.k_ring)
+        self.width = ROWS // sizes.groups
+        self.rows = hopper.half_of(at.warpgroup)
+        self.first, self.count = hopper.contiguous_share(at.num_tiles[0], at)
+
+    @staticmethod
+    def scratch(sizes: Sizes, config: Config, arrays: int):
+        """What every walk needs, for tiles of so many arrays of rows, each with one of numbers."""
+        width = ROWS // sizes.groups
+        keys = hopper.operand_tile((config.key_stages, sizes.block_size, sizes.head_dim))
+        return {
+            "q_tile": hopper.operand_tile((config.stages, ROWS, sizes.head_dim)),
+            "info_tile": plgpu.SMEM((config.stages, HEADER + 2 * width), jnp.int32),
+            "k_tile": keys,
+            "v_tile": keys,
+            "q_ring": Ring.barriers(config.stages, arrays * (width + 1)),
+            "k_ring": Ring.barriers(config.key_stages, 2),
+        }
+
+    def load(self):
+        """Fills the rings, tile after tile."""
+        at, size = self.at, self.sizes.block_size
+
+        def load_tile(i, turns):
+            tile = self.first + i
+            b, h, block, turn = (at.tiles[tile, n] for n in (BATCH, HEAD, BLOCK, TURN))
+            tokens = [at.tiles[tile, HEADER + n] for n in range(self.width)]
+            turn = turn - at.tiles[self.first, TURN]
+
+            @pl.when(turn >= turns)
+            def _():
+                keys = pl.ds(pl.multiple_of(block * size, size), size)
+                slot = self.k_ring.claim(turn)
+                ready = self.k_ring.ready.at[slot]
+                plgpu.copy_gmem_to_smem(at.k.at[b, keys, h], at.k_tile.at[slot], ready)
+                plgpu.copy_gmem_to_smem(at.v.at[b, keys, h], at.v_tile.at[slot], ready)
+
+            slot = self.q_ring.claim(i)
+            self.load_tile(slot, self.q_ring.ready.at[slot], tile, b, h, tokens)
+            return turn + 1
+
+        lax.fori_loop(0, self.count, load_tile, jnp.int32(0))
+
+    def load_tile(self, slot, ready, tile, b, h, tokens):
+        """Starts the copies that make a tile."""
+        at = self.at
+        plgpu.copy_gmem_to_smem(at.tiles.at[tile], at.info_tile.at[slot], ready)
+        self.load_rows(at.q, at.q_tile, slot, ready, b, h, tokens)
+
+    def load_rows(self, x, tile_ref, slot, ready, b, h, tokens):
+        """Copies the tile's rows of x [B, T, Hkv * groups, D], an entry at a time."""
+        groups = self.sizes.groups
+        heads = pl.ds(pl.multiple_of(h * groups, groups), groups)
+        for n, token in enumerate(tokens):
+            target = tile_ref.at[slot, pl.ds(n * groups, groups)]
+            plgpu.copy_gmem_to_smem(x.at[b, token, heads], target, ready)
+
+    def compute(self):
+        """Computes tile after tile; results leave while the next tile is under way."""
+
+        def compute_tile(i, held):
+            slot = self.q_ring.receive(i)
+            turn = self.at.info_tile[slot, TURN] - self.at.tiles[self.first, TURN]
+
+            @pl.when(turn > held)
+            def _():
+                pl.when(held >= 0)(lambda: self.k_ring.release(held))
+                self.k_ring.receive(turn)
+
+            meanwhile = functools.partial(pl.when(i > 0), lambda: self.finish_store(i - 1))
+            self.compute_tile(slot, lax.rem(turn, self.config.key_stages), meanwhile)
+            plgpu.commit_smem_to_gmem_group()
+            return turn
+
+        lax.fori_loop(0, self.count, compute_tile, jnp.int32(-1))
+        pl.when(self.count > 0)(lambda: self.finish_store(self.count - 1))
+
+    def finish_store(self, i):
+        """Waits until tile i's results have left, then gives its slot back."""
+        plgpu.wait_smem_to_gmem(0)
+        self.q_ring.release(i)
+
+    def seen(self, slot):
+        """A mask of the keys that exist, in the last block; None if all blocks are whole."""
+        if self.sizes.num_keys % self.sizes.block_size == 0:
+            return None
+        keys = self.sizes.num_keys - self.at.info_tile[slot, BLOCK] * self.sizes.block_size
+
+        def seen(shape):
+            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+            return key < keys
+
+        return seen
+
+    def store_entries(self, slot, *pairs):
+        """Starts the copies of this warpgroup's entries from tiles to arrays of entries."""
+        groups, own = self.sizes.groups, HALF // self.sizes.groups
+        for n in range(own):
+            member = self.at.warpgroup * own + n
+            entry = self.at.info_tile[slot, HEADER + self.width + member]
+            row = pl.ds(pl.multiple_of(member * groups, groups), groups)
+
+            @pl.when(entry >= 0)
+            def _(entry=entry, row=row):
+                for tile_ref, array in pairs:
+                    source = tile_ref.at[slot, row]
+                    plgpu.copy_smem_to_gmem(source, array.at[entry], commit_group=False)
+
+
+class _Forward(EntryWalk):
+    def compute_tile(self, slot, key_slot, meanwhile):
+        """Attention within the block."""
+        at = self.at
+        queries = at.q_tile.at[slot, self.rows]
+        logits = hopper.scores(
+            queries,
+            at.k_tile.at[key_slot],
+            None,
+            self.seen(slot),
+            scale=self.sizes.scale,
+            meanwhile=meanwhile,
+        )
+        top = logits.max(axis=1)
+        weights = jnp.exp2(logits - hopper.along_rows(top, logits.shape))
+        total = weights.sum(axis=1)
+        shape = (HALF, self.sizes.head_dim)
+        acc = hopper.multiply(weights.astype(at.v.dtype), at.v_tile.at[key_slot], shape)
+        at.q_tile[slot, self.rows] = (acc / hopper.along_rows(total, shape)).astype(at.q.dtype)
+        at.lse_tile[slot, self.rows] = top * (1 / LOG2E) + jnp.log(total)
+        plgpu.commit_smem()
+        self.store_entries(slot, (at.q_tile, at.out), (at.lse_tile, at.lse))
+
+
+class _QueryGradient(EntryWalk):
+    def load_tile(self, slot, ready, tile, b, h, tokens):
+        super().load_tile(slot, ready, tile, b, h, tokens)
+        at = self.at
+        self.load_rows(at.out_bar, at.out_bar_tile, slot, ready, b, h, tokens)
+        plgpu.copy_gmem_to_smem(at.sums.at[tile], at.sums_tile.at[slot], ready)
+
+    def compute_tile(self, slot, key_slot, meanwhile):
+        """What the block contributes to dQ, and to the gradient of each row's bias."""
+        at, sums = self.at, self.at.sums_tile
+        keys, values = at.k_tile.at[key_slot], at.v_tile.at[key_slot]
+        lse, delta = (plgpu.load(sums.at[slot, n, self.rows], layout=hopper.ROW) for n in (0, 1))
+        queries, out_bar = (x.at[slot, self.rows] for x in (at.q_tile, at.out_bar_tile))
+        logits = hopper.scores(
+            queries, keys, None, self.seen(slot), scale=self.sizes.scale, meanwhile=meanwhile
+        )
+        weights = jnp.exp2(logits - hopper.along_rows(lse, logits.shape))
+        weights_bar = hopper.multiply(out_bar, hopper.transposed(values), logits.shape)
+        logits_bar = weights * (weights_bar - hopper.along_rows(delta, logits.shape))
+        at.bias_tile[slot, self.rows] = logits_bar.sum(axis=1)
+        narrow = (logits_bar * self.sizes.scale).astype(at.k.dtype)
+        acc = hopper.multiply(narrow, keys, (HALF, self.sizes.head_dim))
+        at.q_tile[slot, self.rows] = acc.astype(at.q.dtype)
+        plgpu.commit_smem()
+        self.store_entries(slot, (at.q_tile, at.q_bar), (at.bias_tile, at.bias_bar))
+
+
+def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
+    """(out, lse) of each entry on its own: [entries, groups, D], f32 [entries, groups].
+
+    Both hold anything where an entry is empty.
+    """
+    scratch = EntryWalk.scratch(sizes, config, arrays=1)
+    results = hopper.launch(
+        hopper.roles(functools.partial(_Forward, sizes, config)),
+        programs=config.programs,
+        operands={"q": q, "k": k, "v": v, "tiles": chunk.tiles, "num_tiles": chunk.num_tiles},
+        outputs=_per_entry(sizes, q.dtype, "out", "lse"),
+        scratch=scratch | {"lse_tile": plgpu.SMEM((config.stages, ROWS), jnp.float32)},
+    )
+    return results["out"], results["lse"]
+
+
+def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, config: Config):
+    """(dQ, d bias) of each entry on its own: [entries, groups, D], f32 [entries, groups].
+
+    Args:
+      q: [B, T, Hkv * groups, D].
+      k: [B, N, Hkv, D].
+      v: [B, N, Hkv, D].
+      out_bar: [B, T, Hkv * groups, D].
+      lse: f32 [B, T, Hkv * groups], finite.
+      delta: f32 [B, T, Hkv * groups].
+      chunk: the entries.
+      sizes: of the call.
+      config: of the kernel.
+    """
+    scratch = EntryWalk.scratch(sizes, config, arrays=2)
+    results = hopper.launch(
+        hopper.roles(functools.partial(_QueryGradient, sizes, config)),
+        programs=config.programs,
+        operands={
+            "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,
+            "num_tiles": chunk.num_tiles, "sums": sums_by_tile(lse, delta, chunk, sizes),
+        },
+        outputs=_per_entry(sizes, q.dtype, "q_bar", "bias_bar"),
+        scratch=scratch
+        | {
+            "out_bar_tile": scratch["q_tile"],
+            "sums_tile": plgpu.SMEM((config.stages, 2, ROWS), jnp.float32),
+            "bias_tile": plgpu.SMEM((config.stages, ROWS), jnp.float32),
+        },
+    )  # fmt: skip
+    return results["q_bar"], results["bias_bar"]
+
+
+def _per_entry(sizes: Sizes, dtype, matrix: str, row: str):
+    rows = sizes.entries, sizes.groups
+    return {
+        matrix: jax.ShapeDtypeStruct((*rows, sizes.head_dim), dtype),
+        row: jax.ShapeDtypeStruct(rows, jnp.float32),
+    }
+
+
+def sums_by_tile(lse, delta, chunk: Chunk, sizes: Sizes):
+    """f32 [tiles, 2, R * groups]: of the tiles' rows lse - bias in units of log 2, and delta.
+
+    For a missing entry lse is so high that its weights are 0.
+    """
+    width = (chunk.tiles.shape[1] - HEADER) // 2
+    b, h = chunk.tiles[:, BATCH, None], chunk.tiles[:, HEAD, None]
+    token = chunk.tiles[:, HEADER : HEADER + width]
+    entry = chunk.tiles[:, HEADER + width :, None]
+    shape = *lse.shape[:2], sizes.num_kv_heads, sizes.groups
+    lse, delta = (x.reshape(shape)[b, token, h] for x in (lse, delta))  # [tiles, R, groups]
+    shift = (lse - chunk.value.ravel()[jnp.maximum(entry, 0)]) * LOG2E
+    sums = jnp.stack([jnp.where(entry >= 0, shift, -hopper.LOWEST), delta], axis=1)
+    return sums.reshape(len(sums), 2, width * sizes.groups)

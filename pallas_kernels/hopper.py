@@ -1,0 +1,236 @@
+"""What the Hopper kernels (Pallas Mosaic GPU, sm_90) share.
+
+A kernel is a persistent grid of thread blocks, each of three warpgroups: the last copies tiles
+into rings in shared memory by TMA, the first two compute on 64 rows each.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+LOADER = 2  # the warpgroup that loads
+HALF = 64  # rows of a tile that one compute warpgroup owns: of one wgmma
+ROWS = 2 * HALF
+LOG2E = math.log2(math.e)
+LOWEST = float(jnp.finfo(jnp.float32).min)
+ROW = plgpu.Layout.WGMMA.reduce(1)  # one number per row of a product
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+SHARED_MEMORY = 227 * 1024  # bytes that a thread block may use
+MULTIPROCESSORS = 132  # of an H100 SXM, H200: one thread block each
+
+
+def operand_tile(shape, dtype=jnp.bfloat16):
+    """Shared memory for an operand of wgmma; its last two axes are a matrix of rows of D."""
+    swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    return plgpu.SMEM(shape, dtype, transforms=swizzled)
+
+
+def full(shape, value, layout=plgpu.Layout.WGMMA):
+    """A constant f32 array in registers."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def along_rows(x, shape):
+    """One number per row, as a matrix."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def along_columns(x, shape):
+    """One number per column, as a matrix."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def multiply(a, b, shape, meanwhile: Callable = lambda: None):
+    """a @ b in f32; b lies in shared memory, a there or in registers."""
+
+    def compute(acc):
+        plgpu.wgmma(acc, a, b)
+        meanwhile()
+        return acc[...]
+
+    return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
+
+
+def multiply_add(acc, a, b):
+    """acc + a @ b in f32."""
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+
+
+def transposed(ref):
+    """The transpose of a matrix in shared memory."""
+    return ref.transpose((1, 0))
+
+
+def half_of(warpgroup):
+    """The rows of a tile that a compute warpgroup owns."""
+    return pl.ds(pl.multiple_of(warpgroup * HALF, HALF), HALF)
+
+
+def scores(q_tile, k_tile, bias, seen, *, scale: float, meanwhile: Callable = lambda: None):
+    """q k^T of tiles in shared memory, in units of log 2.
+
+    Args:
+      q_tile: [M, D].
+      k_tile: [N, D].
+      bias: None, or a function of the shape that gives the bias in natural units.
+      seen: None, or a function of the shape that gives a mask; elsewhere the result is -inf.
+      scale: of the products.
+      meanwhile: is called while the product is being computed.
+    """
+    shape = q_tile.shape[0], k_tile.shape[0]
+    logits = multiply(q_tile, transposed(k_tile), shape, meanwhile) * (scale * LOG2E)
+    if bias is not None:
+        logits = logits + bias(shape) * LOG2E
+    return logits if seen is None else jnp.where(seen(shape), logits, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Slots in shared memory that are filled and emptied in turns.
+
+    Attributes:
+      size: slots.
+      ready: a barrier per slot, at which every copy into it arrives.
+      used: a barrier per slot, at which every consumer arrives; None where slots are used once.
+    """
+
+    size: int
+    ready: jax.Ref
+    used: jax.Ref
+
+    @staticmethod
+    def barriers(size: int, copies: int, consumers: int = 2):
+        """The scratch that a ring needs: its two barriers."""
+        return (
+            plgpu.Barrier(num_arrivals=copies, num_barriers=size),
+            plgpu.Barrier(num_arrivals=consumers, num_barriers=size),
+        )
+
+    def claim(self, turn):
+        """The slot of a turn, once it is free to be filled."""
+        slot = lax.rem(turn, self.size)
+        pl.when(turn >= self.size)(lambda: plgpu.barrier_wait(self.used.at[slot]))
+        return slot
+
+    def receive(self, turn):
+        """The slot of a turn, once it is filled."""
+        slot = lax.rem(turn, self.size)
+        plgpu.barrier_wait(self.ready.at[slot])
+        return slot
+
+    def release(self, turn):
+        """Says that this warpgroup has done with a turn's slot."""
+        plgpu.barrier_arrive(self.used.at[lax.rem(turn, self.size)])
+
+
+def launch(run: Callable, *, programs: int, operands, outputs, scratch):
+    """Runs a kernel.
+
+    Args:
+      run: is called once per warpgroup with a namespace: `program`, `programs`, `warpgroup`, and
+        a reference for each name in the three dicts below, None for None.
+      programs: thread blocks.
+      operands: dict of arrays, or None.
+      outputs: dict of shapes and dtypes.
+      scratch: dict of scratch types, trees of them, or None.
+
+    Returns:
+      A dict of arrays, like `outputs`.
+    """
+    given = {name: x for name, x in operands.items() if x is not None}
+
+    def kernel(*refs):
+        run(
+            types.SimpleNamespace(
+                program=lax.axis_index("program"),
+                programs=programs,
+                warpgroup=lax.axis_index("warpgroup"),
+                **dict.fromkeys(operands) | dict(zip((*given, *outputs), refs[:-1], strict=True)),
+                **refs[-1],
+            )
+        )
+
+    results = plgpu.kernel(
+        kernel,
+        out_type=tuple(outputs.values()),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=[scratch],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*given.values())
+    # plgpu.kernel forgets over which axes of a mesh (shard_map) its results vary.
+    axes = frozenset().union(*map(_varying, given.values()))
+    return {name: _vary_over(axes, x) for name, x in zip(outputs, results, strict=True)}
+
+
+def share(items: int, at):
+    """How many items a program has, of which it takes every `programs`-th."""
+    return lax.div(items - at.program + at.programs - 1, at.programs)
+
+
+def contiguous_share(items, at):
+    """(first item, how many) of a program, where each has neighbouring ones; `items` is traced."""
+    each, more = lax.div(items, at.programs), lax.rem(items, at.programs)
+    first = at.program * each + jnp.minimum(at.program, more)
+    return first, each + (at.program < more).astype(jnp.int32)
+
+
+def roles(block: Callable) -> Callable:
+    """For `launch`: `block(at)` makes what loads and computes, in one warpgroup and two."""
+
+    def run(at):
+        member = block(at)
+
+        @pl.when(at.warpgroup == LOADER)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            member.load()
+
+        @pl.when(at.warpgroup != LOADER)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            member.compute()
+
+    return run
+
+
+def _varying(x):
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def _vary_over(axes, x):
+    missing = axes - _varying(x)
+    return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
+def pad(x, axis: int, multiple: int, mode: str = "constant"):
+    """Pads an axis to a multiple of a number."""
+    missing = -x.shape[axis] % multiple
+    widths = [(0, missing if each == axis else 0) for each in range(x.ndim)]
+    return jnp.pad(x, widths, mode=mode) if missing else x
+
+
+def batchable(f: Callable) -> Callable:
+    """Makes vmap of f, whose arrays all have a batch axis first, one call with a larger batch."""
+    call = jax.custom_batching.custom_vmap(f)
+
+    @call.def_vmap
+    def _(axis_size, batched, *args):
+        def merge(x, is_batched):
+            x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        merged = jax.tree.map(merge, args, tuple(batched))
+        outs = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), batchable(f)(*merged))
+        return outs, jax.tree.map(lambda _: True, outs)
+
+    return call

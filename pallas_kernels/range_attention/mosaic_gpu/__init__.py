@@ -1,0 +1,115 @@
+"""Attention to a range of keys per query on Hopper GPUs (Pallas Mosaic GPU, sm_90).
+
+Forward and dQ: a tile is 128 rows, the G query heads of a KV head over neighbouring tokens, and
+walks over the keys of its tokens, with an online softmax (arXiv:2205.14135). The two compute
+warpgroups take turns with the tensor cores (arXiv:2407.08608). dK and dV: a tile is 128 keys, and
+walks over the query rows that see them. Ranges are compared only in steps at the edges, which not
+all rows see whole; the arithmetic is the same in all steps, so that a query's result does not
+depend on its neighbours by one bit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.hopper import LOG2E
+from pallas_kernels.range_attention import xla
+from pallas_kernels.range_attention.mosaic_gpu.key_walk import forward, query_gradient
+from pallas_kernels.range_attention.mosaic_gpu.plan import Config
+from pallas_kernels.range_attention.mosaic_gpu.query_walk import key_gradients
+
+
+def config_for(kernel: str, head_dim: int) -> Config:
+    """How "forward", "query_gradient" or "key_gradients" is cut, to fit shared memory."""
+    if kernel == "forward":
+        return Config(stages=4) if head_dim <= 128 else Config(stages=2, places=1)
+    if kernel == "query_gradient":
+        return Config(stages=4 if head_dim == 64 else 2)
+    return Config(stages=4 if head_dim == 64 else 3)
+
+
+def _hide_unseen_keys(k, v, start, end, key_bias):
+    """Zeros for keys that no query sees: they may hold anything, and 0 * NaN is no zero."""
+    removed = None if key_bias is None else (key_bias == -jnp.inf).swapaxes(1, 2)
+    gaps = jnp.any(start[:, 1:] > end[:, :-1])
+    gaps |= jnp.any(start[:, 0] > 0) | jnp.any(end[:, -1] < k.shape[1])
+    if removed is not None:
+        gaps |= jnp.any(removed)
+
+    def hide(k, v):
+        # Of the queries whose end is past a key, the first has the lowest start.
+        key = jnp.arange(k.shape[1], dtype=jnp.int32)
+        first = jax.vmap(lambda end: jnp.searchsorted(end, key, side="right"))(end)
+        start_of_first = jnp.take_along_axis(
+            start, first, axis=1, mode="fill", fill_value=2**31 - 1
+        )
+        seen = (start_of_first <= key)[..., None]
+        if removed is not None:
+            seen = seen & ~removed
+        return tuple(jnp.where(seen[..., None], x, 0) for x in (k, v))
+
+    return lax.cond(gaps, hide, lambda k, v: (k, v), k, v)
+
+
+def _hide_blind_queries(q, out_bar, seen):
+    """Zeros for queries without keys, should they or their cotangents not be finite."""
+    total = jnp.sum(q, axis=-1, dtype=jnp.float32) + jnp.sum(out_bar, axis=-1, dtype=jnp.float32)
+
+    def hide(q, out_bar):
+        return tuple(jnp.where(seen[..., None], x, 0) for x in (q, out_bar))
+
+    return lax.cond(
+        jnp.any(~seen & ~jnp.isfinite(total)), hide, lambda q, out_bar: (q, out_bar), q, out_bar
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, k, v, start, end, key_bias, scale):
+    return _attend_fwd(q, k, v, start, end, key_bias, scale)[0]
+
+
+def _attend_fwd(q, k, v, start, end, key_bias, scale):
+    shown_k, shown_v = _hide_unseen_keys(k, v, start, end, key_bias)
+    config = config_for("forward", q.shape[3])
+    attend = hopper.batchable(functools.partial(forward, scale=scale, config=config))
+    out, lse = attend(q, shown_k, shown_v, start, end, key_bias)
+    return (out, lse), (q, k, v, start, end, key_bias, out, lse)
+
+
+def _attend_bwd(scale, residuals, cotangents):
+    q, k, v, start, end, key_bias, out, lse = residuals
+    out_bar, lse_bar = cotangents
+    seen = lse > -jnp.inf
+    delta = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - lse_bar
+    lse, delta = jnp.where(seen, lse * LOG2E, 0), jnp.where(seen, delta, 0)
+    k, v = _hide_unseen_keys(k, v, start, end, key_bias)
+    q, out_bar = _hide_blind_queries(q, out_bar, seen)
+    operands = q, k, v, start, end, key_bias, out_bar, lse, delta
+    q_bar, (k_bar, v_bar, bias_bar) = (
+        hopper.batchable(functools.partial(f, scale=scale, config=config_for(name, q.shape[3])))(
+            *operands
+        )
+        for f, name in ((query_gradient, "query_gradient"), (key_gradients, "key_gradients"))
+    )
+    return q_bar, k_bar, v_bar, None, None, bias_bar
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def range_attention(q, k, v, start, end, key_bias, scale):
+    """See `pallas_kernels.range_attention.range_attention`; start and end are int32 [B, T]."""
+    if 0 in (*q.shape, k.shape[1]):
+        return xla.range_attention(q, k, v, start, end, key_bias, scale)
+    tokens = q.shape[1]
+    # Copies by TMA begin at multiples of 8 rows, so arrays are made to end at such.
+    q, start, end = (hopper.pad(x, 1, 8, mode) for x, mode in (
+        (q, "constant"), (start, "edge"), (end, "edge")))  # fmt: skip
+    k, v = (hopper.pad(x, 1, 8) for x in (k, v))
+    if key_bias is not None:
+        key_bias = hopper.pad(key_bias, 1, 8).swapaxes(1, 2)
+    out, lse = _attend(q, k, v, start, end, key_bias, scale)
+    return out[:, :tokens], lse[:, :tokens]
