@@ -1,7 +1,7 @@
 """What the Hopper kernels (Pallas Mosaic GPU, sm_90) share.
 
-A kernel is a persistent grid of thread blocks, each of three warpgroups: the last copies tiles
-into rings in shared memory by TMA, the first two compute on 64 rows each.
+A kernel is a persistent grid of thread blocks, mostly of three warpgroups: the last copies tiles
+into rings in shared memory by TMA, the others compute, on 64 rows each.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-LOADER = 2  # the warpgroup that loads
 HALF = 64  # rows of a tile that one compute warpgroup owns: of one wgmma
 ROWS = 2 * HALF
 LOG2E = math.log2(math.e)
@@ -130,7 +129,7 @@ class Ring:
         plgpu.barrier_arrive(self.used.at[lax.rem(turn, self.size)])
 
 
-def launch(run: Callable, *, programs: int, operands, outputs, scratch):
+def launch(run: Callable, *, programs: int, operands, outputs, scratch, computing: int = 2):
     """Runs a kernel.
 
     Args:
@@ -140,6 +139,7 @@ def launch(run: Callable, *, programs: int, operands, outputs, scratch):
       operands: dict of arrays, or None.
       outputs: dict of shapes and dtypes.
       scratch: dict of scratch types, trees of them, or None.
+      computing: warpgroups that compute; one more loads.
 
     Returns:
       A dict of arrays, like `outputs`.
@@ -162,7 +162,7 @@ def launch(run: Callable, *, programs: int, operands, outputs, scratch):
         out_type=tuple(outputs.values()),
         grid=(programs,),
         grid_names=("program",),
-        num_threads=3,
+        num_threads=computing + 1,
         thread_name="warpgroup",
         scratch_types=[scratch],
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -184,20 +184,23 @@ def contiguous_share(items, at):
     return first, each + (at.program < more).astype(jnp.int32)
 
 
-def roles(block: Callable) -> Callable:
-    """For `launch`: `block(at)` makes what loads and computes, in one warpgroup and two."""
+def roles(block: Callable, computing: int = 2) -> Callable:
+    """For `launch`: `block(at)` makes what computes in all warpgroups but the last, which loads."""
 
     def run(at):
         member = block(at)
+        loads = at.warpgroup == computing
 
-        @pl.when(at.warpgroup == LOADER)
+        @pl.when(loads)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            if computing > 1:
+                plgpu.set_max_registers(40, action="decrease")
             member.load()
 
-        @pl.when(at.warpgroup != LOADER)
+        @pl.when(jnp.logical_not(loads))
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            if computing > 1:
+                plgpu.set_max_registers(232, action="increase")
             member.compute()
 
     return run

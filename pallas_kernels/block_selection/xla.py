@@ -90,7 +90,8 @@ def _places(index, num_blocks):
     return jnp.where(index < 0, nowhere, index)
 
 
-def _select_bwd(count, residuals, cotangents):
+def select_bwd(count, residuals, cotangents):
+    """Gradients of u and c from (u, c, index), for any implementation that finds `index`."""
     u, c, index = residuals
     score_bar = jnp.where(index < 0, 0, cotangents[1])
     batch, tokens, heads, dim = u.shape
@@ -117,4 +118,4 @@ def _select_bwd(count, residuals, cotangents):
     return _join(u_bar, tokens), c_bar.astype(c.dtype), None, None
 
 
-_select.defvjp(_select_fwd, _select_bwd)
+_select.defvjp(_select_fwd, select_bwd)

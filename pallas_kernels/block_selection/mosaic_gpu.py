@@ -1,0 +1,273 @@
+"""Selection of the best blocks on Hopper GPUs (Pallas Mosaic GPU, sm_90): exact and streaming.
+
+A tile of 64 queries walks over its blocks, 64 a step. A warpgroup keeps the best of each query in
+registers, and as long as any query's best score of the step beats the worst of its
+list, all queries take that score out of the step and, where it is better, into the list. Scores
+never reach device memory. One warpgroup of a thread block computes, since the reduction that asks
+whether any query goes on has one place in shared memory; several blocks share a multiprocessor.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.block_selection import xla
+from pallas_kernels.hopper import HALF, Ring
+
+_STEP = 64  # blocks
+_NOTHING = 2.0**25  # beyond every block: f32 counts exactly up to 2^24
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel is cut.
+
+    Attributes:
+      stages: steps in shared memory at a time.
+      programs: thread blocks at most.
+    """
+
+    stages: int = 6
+    programs: int = 2 * hopper.MULTIPROCESSORS
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What is static about a call; `count` is a multiple of 8."""
+
+    batch: int
+    tokens: int
+    heads: int
+    dim: int
+    count: int
+
+    @property
+    def tiles(self):
+        return -(-self.tokens // HALF)
+
+    @property
+    def items(self):
+        return self.batch * self.tiles * self.heads
+
+
+def _plan(start, limit, sizes: _Sizes):
+    """int32 [B, tiles, 3, 64]: the starts and the limits of a tile's queries, and its walk.
+
+    The walk: its first block, its steps, and the first and last step that all queries see whole.
+    """
+    shape = sizes.batch, sizes.tiles, HALF
+    start, limit = (hopper.pad(x, 1, HALF).reshape(shape) for x in (start, limit))
+    first = jnp.min(jnp.where(start < limit, start, jnp.iinfo(jnp.int32).max), axis=2)
+    last = jnp.max(jnp.where(start < limit, limit, 0), axis=2)
+    first = jnp.minimum(first, last) // 8 * 8
+    steps = (last - first + _STEP - 1) // _STEP
+    whole_first = jnp.clip((jnp.max(start, axis=2) - first + _STEP - 1) // _STEP, 0, steps)
+    whole_last = jnp.clip((jnp.min(limit, axis=2) - first) // _STEP, whole_first, steps)
+    walk = jnp.stack([first, steps, whole_first, whole_last], axis=-1)
+    walk = jnp.pad(walk, [(0, 0), (0, 0), (0, HALF - 4)])
+    return jnp.stack([start, limit, walk], axis=2)
+
+
+def _columns(shape):
+    """The number of each column, as f32, which counts exactly up to 2^24."""
+    number = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    return number.astype(jnp.float32)
+
+
+def _lowest_column(marked):
+    """The first marked column of each row, f32 [rows]."""
+    return -jnp.where(marked, -_columns(marked.shape), -_NOTHING).max(axis=1)
+
+
+class _Walk:
+    """A thread block that walks, for each of its tiles of queries, over their blocks.
+
+    `at` has the references: u, c, plan, index and score in device memory; u_tile, plan_tile,
+    c_tile, index_tile and score_tile in shared memory; and the rings' barriers.
+    """
+
+    def __init__(self, sizes: _Sizes, config: Config, at):
+        self.sizes, self.config, self.at = sizes, config, at
+        self.u_ring = Ring(2, *at.u_ring)
+        self.c_ring = Ring(config.stages, *at.c_ring)
+        self.own_items = hopper.share(sizes.items, at)
+
+    def locate(self, i):
+        """(batch element, tile, KV head) of this block's item i."""
+        item = self.at.program + i * self.at.programs
+        tile = lax.div(item, self.sizes.heads)
+        b, tile = lax.div(tile, self.sizes.tiles), lax.rem(tile, self.sizes.tiles)
+        return b, tile, lax.rem(item, self.sizes.heads)
+
+    def load(self):
+        """Fills the rings, item after item."""
+        at, copy = self.at, plgpu.copy_gmem_to_smem
+
+        def load_item(i, turn):
+            b, tile, h = self.locate(i)
+            place = self.u_ring.claim(i)
+            ready = self.u_ring.ready.at[place]
+            copy(at.plan.at[b, tile], at.plan_tile.at[place], ready)
+            tokens = pl.ds(pl.multiple_of(tile * HALF, HALF), HALF)
+            copy(at.u.at[b, tokens, h], at.u_tile.at[place], ready)
+            first, steps = at.plan[b, tile, 2, 0], at.plan[b, tile, 2, 1]
+
+            @pl.loop(0, steps)
+            def _(j):
+                slot = self.c_ring.claim(turn + j)
+                blocks = pl.ds(pl.multiple_of(first + j * _STEP, 8), _STEP)
+                copy(at.c.at[b, blocks, h], at.c_tile.at[slot], self.c_ring.ready.at[slot])
+
+            return turn + steps
+
+        lax.fori_loop(0, self.own_items, load_item, jnp.int32(0))
+
+    def compute(self):
+        """Selects for item after item."""
+        lax.fori_loop(0, self.own_items, self._compute_item, jnp.int32(0))
+
+    def _compute_item(self, i, turn):
+        at, shape = self.at, (HALF, self.sizes.count)
+        place = self.u_ring.receive(i)
+        plan = at.plan_tile.at[place]
+        starts, limits = (plgpu.load(plan.at[n], layout=hopper.ROW) for n in (0, 1))
+        first, steps, whole_first, whole_last = (plan[2, n] for n in range(4))
+
+        def step(masked, j, best):
+            origin = first + j * _STEP
+            slot = self.c_ring.receive(turn + j)
+            queries, features = at.u_tile.at[place], at.c_tile.at[slot]
+            scores = hopper.multiply(queries, hopper.transposed(features), (HALF, _STEP))
+            self.c_ring.release(turn + j)
+            if masked:
+                number = plgpu.broadcasted_iota(
+                    jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
+                )
+                seen = number >= hopper.along_rows(starts - origin, scores.shape)
+                seen = seen & (number < hopper.along_rows(limits - origin, scores.shape))
+                scores = jnp.where(seen, scores, -jnp.inf)
+            return _take_best(scores, origin.astype(jnp.float32), best)
+
+        # Empty places are blocks -1, -2, ...: all different, so that one is replaced at a time.
+        best = hopper.full(shape, -jnp.inf), -1 - _columns(shape)
+        best = lax.fori_loop(0, whole_first, functools.partial(step, True), best)
+        best = lax.fori_loop(whole_first, whole_last, functools.partial(step, False), best)
+        best = lax.fori_loop(whole_last, steps, functools.partial(step, True), best)
+        score, index = _sorted(*best)
+        plgpu.wait_smem_to_gmem(0)  # of the item before
+        at.score_tile[...] = score
+        at.index_tile[...] = jnp.maximum(index, -1.0).astype(jnp.int32)
+        plgpu.commit_smem()
+        self.u_ring.release(i)
+        b, tile, h = self.locate(i)
+        tokens = pl.ds(tile * HALF, HALF)
+        plgpu.copy_smem_to_gmem(at.score_tile, at.score.at[b, tokens, h])
+        plgpu.copy_smem_to_gmem(at.index_tile, at.index.at[b, tokens, h])
+        pl.when(i == self.own_items - 1)(lambda: plgpu.wait_smem_to_gmem(0))
+        return turn + steps
+
+
+def _take_best(scores, origin, best):
+    """The best of `best` and of scores [64, 64], of blocks that begin at `origin`."""
+
+    def lead(scores, score):  # of each query's best new score over the worst of its list
+        top, worst = scores.max(axis=1), -(-score).max(axis=1)
+        return top, worst, top > worst
+
+    def goes_on(state):
+        scores, score, _ = state
+        _, _, better = lead(scores, score)
+        return jnp.max(jnp.where(better, 1.0, 0.0)) > 0
+
+    def take(state):
+        scores, score, index = state
+        wide, narrow = scores.shape, score.shape
+        top, worst, better = lead(scores, score)
+        column = _lowest_column(scores == hopper.along_rows(top, wide))
+        # Of equal scores the one with the highest index gives way.
+        candidates = jnp.where(score == hopper.along_rows(worst, narrow), index, -_NOTHING)
+        replaced = index == hopper.along_rows(candidates.max(axis=1), narrow)
+        replaced = replaced & hopper.along_rows(better, narrow)
+        score = jnp.where(replaced, hopper.along_rows(top, narrow), score)
+        index = jnp.where(replaced, hopper.along_rows(origin + column, narrow), index)
+        taken = _columns(wide) == hopper.along_rows(column, wide)
+        scores = jnp.where(taken, -jnp.inf, scores)
+        return scores, score, index
+
+    return lax.while_loop(goes_on, take, (scores, *best))[1:]
+
+
+def _sorted(score, index):
+    """The columns of a list by descending score, then by ascending index."""
+    shape = score.shape
+
+    def place(n, state):
+        score, index, to_score, to_index = state
+        top = score.max(axis=1)
+        ties = jnp.where(score == hopper.along_rows(top, shape), index, _NOTHING)
+        first = hopper.along_rows(-(-ties).max(axis=1), shape)
+        here = _columns(shape) == n.astype(jnp.float32)
+        to_score = jnp.where(here, hopper.along_rows(top, shape), to_score)
+        to_index = jnp.where(here, first, to_index)
+        taken = index == first
+        score, index = jnp.where(taken, -jnp.inf, score), jnp.where(taken, _NOTHING, index)
+        return score, index, to_score, to_index
+
+    zeros = hopper.full(shape, 0)
+    return lax.fori_loop(0, shape[1], place, (score, index, zeros, zeros))[2:]
+
+
+def _select_blocks(u, c, limit, start, *, count: int, config: Config):
+    """index int32 and score f32 [B, T, Hkv, count], count being a multiple of 8."""
+    sizes = _Sizes(*u.shape, count)
+    best = sizes.batch, sizes.tokens, sizes.heads, count
+    results = hopper.launch(
+        hopper.roles(functools.partial(_Walk, sizes, config), computing=1),
+        programs=min(config.programs, sizes.items),
+        computing=1,
+        operands={"u": u, "c": c, "plan": _plan(start, limit, sizes)},
+        outputs={
+            "index": jax.ShapeDtypeStruct(best, jnp.int32),
+            "score": jax.ShapeDtypeStruct(best, jnp.float32),
+        },
+        scratch={
+            "u_tile": hopper.operand_tile((2, HALF, sizes.dim)),
+            "plan_tile": plgpu.SMEM((2, 3, HALF), jnp.int32),
+            "c_tile": hopper.operand_tile((config.stages, _STEP, sizes.dim)),
+            "index_tile": plgpu.SMEM((HALF, count), jnp.int32),
+            "score_tile": plgpu.SMEM((HALF, count), jnp.float32),
+            "u_ring": Ring.barriers(2, copies=2, consumers=1),
+            "c_ring": Ring.barriers(config.stages, copies=1, consumers=1),
+        },
+    )
+    return results["index"], results["score"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _select(u, c, limit, start, count):
+    tokens, width = u.shape[1], -(-count // 8) * 8
+    padded = [hopper.pad(x, 1, 8) for x in (u, c, limit, start)]
+    select = functools.partial(_select_blocks, count=width, config=Config())
+    index, score = hopper.batchable(select)(*padded)
+    return index[:, :tokens, :, :count], score[:, :tokens, :, :count]
+
+
+def _select_fwd(u, c, limit, start, count):
+    index, score = _select(u, c, limit, start, count)
+    return (index, score), (u, c, index)
+
+
+_select.defvjp(_select_fwd, xla.select_bwd)
+
+
+def select_blocks(u, c, limit, start, count):
+    """See `pallas_kernels.block_selection.select_blocks`; `limit` and `start` are int32 [B, T]."""
+    if 0 in (*u.shape, c.shape[1], count):
+        return xla.select_blocks(u, c, limit, start, count)
+    return _select(u, c, jnp.minimum(limit, c.shape[1]), jnp.maximum(start, 0), count)
