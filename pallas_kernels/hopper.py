@@ -72,14 +72,33 @@ def half_of(warpgroup):
     return pl.ds(pl.multiple_of(warpgroup * HALF, HALF), HALF)
 
 
-def scores(q_tile, k_tile, bias, seen, *, scale: float, meanwhile: Callable = lambda: None):
+def keep(x, axis: int, at_least=None, below=None):
+    """x [M, N], with -inf where a row's (axis 0) or column's (1) number is out of bounds.
+
+    A bound is a number, or one for each index along the other axis.
+    """
+    along = along_rows if axis else along_columns
+    number = plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=plgpu.Layout.WGMMA)
+    # One bound after the other: both at once would take twice the registers.
+    if at_least is not None:
+        x = jnp.where(number >= _spread(at_least, along, x.shape), x, -jnp.inf)
+    if below is not None:
+        x = jnp.where(number < _spread(below, along, x.shape), x, -jnp.inf)
+    return x
+
+
+def _spread(bound, along, shape):
+    return along(bound, shape) if bound.ndim else bound
+
+
+def scores(q_tile, k_tile, bias, hide, *, scale: float, meanwhile: Callable = lambda: None):
     """q k^T of tiles in shared memory, in units of log 2.
 
     Args:
       q_tile: [M, D].
       k_tile: [N, D].
       bias: None, or a function of the shape that gives the bias in natural units.
-      seen: None, or a function of the shape that gives a mask; elsewhere the result is -inf.
+      hide: None, or a function of the result that puts -inf where a query must not look.
       scale: of the products.
       meanwhile: is called while the product is being computed.
     """
@@ -87,7 +106,7 @@ def scores(q_tile, k_tile, bias, seen, *, scale: float, meanwhile: Callable = la
     logits = multiply(q_tile, transposed(k_tile), shape, meanwhile) * (scale * LOG2E)
     if bias is not None:
         logits = logits + bias(shape) * LOG2E
-    return logits if seen is None else jnp.where(seen(shape), logits, -jnp.inf)
+    return logits if hide is None else hide(logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +148,13 @@ class Ring:
         plgpu.barrier_arrive(self.used.at[lax.rem(turn, self.size)])
 
 
-def launch(run: Callable, *, programs: int, operands, outputs, scratch, computing: int = 2):
+def launch(
+    name: str, run: Callable, *, programs: int, operands, outputs, scratch, computing: int = 2
+):
     """Runs a kernel.
 
     Args:
+      name: of the kernel, for profilers and compilers' reports.
       run: is called once per warpgroup with a namespace: `program`, `programs`, `warpgroup`, and
         a reference for each name in the three dicts below, None for None.
       programs: thread blocks.
@@ -157,6 +179,7 @@ def launch(run: Callable, *, programs: int, operands, outputs, scratch, computin
             )
         )
 
+    kernel.__name__ = name
     results = plgpu.kernel(
         kernel,
         out_type=tuple(outputs.values()),
@@ -184,8 +207,14 @@ def contiguous_share(items, at):
     return first, each + (at.program < more).astype(jnp.int32)
 
 
-def roles(block: Callable, computing: int = 2) -> Callable:
-    """For `launch`: `block(at)` makes what computes in all warpgroups but the last, which loads."""
+def roles(block: Callable, computing: int = 2, loader_registers: int = 32) -> Callable:
+    """For `launch`: `block(at)` makes what computes in all warpgroups but the last, which loads.
+
+    Args:
+      block: makes an object with the methods `load` and `compute`.
+      computing: warpgroups that compute.
+      loader_registers: of each thread of the last of three warpgroups; the others share the rest.
+    """
 
     def run(at):
         member = block(at)
@@ -194,13 +223,13 @@ def roles(block: Callable, computing: int = 2) -> Callable:
         @pl.when(loads)
         def _():
             if computing > 1:
-                plgpu.set_max_registers(40, action="decrease")
+                plgpu.set_max_registers(loader_registers, action="decrease")
             member.load()
 
         @pl.when(jnp.logical_not(loads))
         def _():
             if computing > 1:
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers((512 - loader_registers) // 2, action="increase")
             member.compute()
 
     return run

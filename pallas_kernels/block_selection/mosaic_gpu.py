@@ -146,12 +146,7 @@ class _Walk:
             scores = hopper.multiply(queries, hopper.transposed(features), (HALF, _STEP))
             self.c_ring.release(turn + j)
             if masked:
-                number = plgpu.broadcasted_iota(
-                    jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
-                )
-                seen = number >= hopper.along_rows(starts - origin, scores.shape)
-                seen = seen & (number < hopper.along_rows(limits - origin, scores.shape))
-                scores = jnp.where(seen, scores, -jnp.inf)
+                scores = hopper.keep(scores, 1, starts - origin, limits - origin)
             return _take_best(scores, origin.astype(jnp.float32), best)
 
         # Empty places are blocks -1, -2, ...: all different, so that one is replaced at a time.
@@ -228,6 +223,7 @@ def _select_blocks(u, c, limit, start, *, count: int, config: Config):
     sizes = _Sizes(*u.shape, count)
     best = sizes.batch, sizes.tokens, sizes.heads, count
     results = hopper.launch(
+        "select_blocks",
         hopper.roles(functools.partial(_Walk, sizes, config), computing=1),
         programs=min(config.programs, sizes.items),
         computing=1,

@@ -291,7 +291,8 @@ def _attend_fwd(q, k, v, start, end, key_bias, scale):
     return (out, lse), (q, k, v, start, end, key_bias, out, lse)
 
 
-def _attend_bwd(scale, residuals, cotangents):
+def attend_bwd(scale, residuals, cotangents):
+    """Gradients from what the forward pass left, q, out, lse and cotangents being grouped."""
     q, k, v, start, end, key_bias, out, lse = residuals
     out_bar, lse_bar = cotangents
     # Queries without keys: whatever they and their cotangents hold must not reach the sums.
@@ -305,7 +306,7 @@ def _attend_bwd(scale, residuals, cotangents):
     return q_bar, k_bar, v_bar, None, None, None if key_bias is None else bias_bar
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, attend_bwd)
 
 
 def range_attention(q, k, v, start, end, key_bias, scale):

@@ -197,7 +197,8 @@ def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, conf
     block = sizes.block_size, sizes.head_dim
     padded = sizes.batch, sizes.num_blocks * sizes.block_size, sizes.num_kv_heads, sizes.head_dim
     results = hopper.launch(
-        hopper.roles(functools.partial(_BlockWalk, sizes, config)),
+        "block_sparse_key_gradients",
+        hopper.roles(functools.partial(_BlockWalk, sizes, config), loader_registers=64),
         programs=config.programs,
         operands={
             "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,

@@ -115,17 +115,12 @@ class EntryWalk:
         plgpu.wait_smem_to_gmem(0)
         self.q_ring.release(i)
 
-    def seen(self, slot):
-        """A mask of the keys that exist, in the last block; None if all blocks are whole."""
+    def hide(self, slot):
+        """What hides the keys past the end of an incomplete block; None if there is none."""
         if self.sizes.num_keys % self.sizes.block_size == 0:
             return None
         keys = self.sizes.num_keys - self.at.info_tile[slot, BLOCK] * self.sizes.block_size
-
-        def seen(shape):
-            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-            return key < keys
-
-        return seen
+        return functools.partial(hopper.keep, axis=1, below=keys)
 
     def store_entries(self, slot, *pairs):
         """Starts the copies of this warpgroup's entries from tiles to arrays of entries."""
@@ -151,7 +146,7 @@ class _Forward(EntryWalk):
             queries,
             at.k_tile.at[key_slot],
             None,
-            self.seen(slot),
+            self.hide(slot),
             scale=self.sizes.scale,
             meanwhile=meanwhile,
         )
@@ -180,7 +175,7 @@ class _QueryGradient(EntryWalk):
         lse, delta = (plgpu.load(sums.at[slot, n, self.rows], layout=hopper.ROW) for n in (0, 1))
         queries, out_bar = (x.at[slot, self.rows] for x in (at.q_tile, at.out_bar_tile))
         logits = hopper.scores(
-            queries, keys, None, self.seen(slot), scale=self.sizes.scale, meanwhile=meanwhile
+            queries, keys, None, self.hide(slot), scale=self.sizes.scale, meanwhile=meanwhile
         )
         weights = jnp.exp2(logits - hopper.along_rows(lse, logits.shape))
         weights_bar = hopper.multiply(out_bar, hopper.transposed(values), logits.shape)
@@ -200,7 +195,8 @@ def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
     """
     scratch = EntryWalk.scratch(sizes, config, arrays=1)
     results = hopper.launch(
-        hopper.roles(functools.partial(_Forward, sizes, config)),
+        "block_sparse_forward",
+        hopper.roles(functools.partial(_Forward, sizes, config), loader_registers=64),
         programs=config.programs,
         operands={"q": q, "k": k, "v": v, "tiles": chunk.tiles, "num_tiles": chunk.num_tiles},
         outputs=_per_entry(sizes, q.dtype, "out", "lse"),
@@ -225,7 +221,8 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
     """
     scratch = EntryWalk.scratch(sizes, config, arrays=2)
     results = hopper.launch(
-        hopper.roles(functools.partial(_QueryGradient, sizes, config)),
+        "block_sparse_query_gradient",
+        hopper.roles(functools.partial(_QueryGradient, sizes, config), loader_registers=64),
         programs=config.programs,
         operands={
             "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,

@@ -21,6 +21,8 @@ from pallas_kernels.range_attention.mosaic_gpu.key_walk import forward, query_gr
 from pallas_kernels.range_attention.mosaic_gpu.plan import Config
 from pallas_kernels.range_attention.mosaic_gpu.query_walk import key_gradients
 
+_WIDEST_BACKWARD = 128  # head dimension
+
 
 def config_for(kernel: str, head_dim: int) -> Config:
     """How "forward", "query_gradient" or "key_gradients" is cut, to fit shared memory."""
@@ -81,6 +83,8 @@ def _attend_fwd(q, k, v, start, end, key_bias, scale):
 
 def _attend_bwd(scale, residuals, cotangents):
     q, k, v, start, end, key_bias, out, lse = residuals
+    if q.shape[3] > _WIDEST_BACKWARD:
+        return _wide_bwd(scale, residuals, cotangents)
     out_bar, lse_bar = cotangents
     seen = lse > -jnp.inf
     delta = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - lse_bar
@@ -95,6 +99,20 @@ def _attend_bwd(scale, residuals, cotangents):
         for f, name in ((query_gradient, "query_gradient"), (key_gradients, "key_gradients"))
     )
     return q_bar, k_bar, v_bar, None, None, bias_bar
+
+
+def _wide_bwd(scale, residuals, cotangents):
+    """As `_attend_bwd`, in plain JAX: two accumulators of 64 x 256 do not fit in registers."""
+    q, k, v, start, end, key_bias, out, lse = residuals
+    shape = *q.shape[:2], k.shape[2], q.shape[2] // k.shape[2]
+
+    def grouped(x):
+        return x.reshape(*shape, *x.shape[3:])
+
+    key_bias = None if key_bias is None else key_bias.swapaxes(1, 2)
+    residuals = grouped(q), k, v, start, end, key_bias, grouped(out), grouped(lse)
+    q_bar, *bars, bias_bar = xla.attend_bwd(scale, residuals, tuple(map(grouped, cotangents)))
+    return q_bar.reshape(q.shape), *bars, None if bias_bar is None else bias_bar.swapaxes(1, 2)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -103,7 +103,7 @@ class KeyWalk:
         return functools.partial(hopper.along_columns, column)
 
     def walk(self, place, step, carry):
-        """Runs `step(seen, j, carry)` over the keys of a tile; returns the steps and the carry."""
+        """Runs `step(hide, j, carry)` over the keys of a tile; returns the steps and the carry."""
         plan = self.at.plan_tile.at[place]
         starts, ends = (plgpu.load(plan.at[n, self.rows], layout=hopper.ROW) for n in (0, 1))
         first, steps, whole_first, whole_last = (plan[2, n] for n in range(4))
@@ -111,12 +111,10 @@ class KeyWalk:
         def masked(j, carry):
             origin = first + j * self.config.step
 
-            def seen(shape):
-                key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-                after = key >= hopper.along_rows(starts - origin, shape)
-                return after & (key < hopper.along_rows(ends - origin, shape))
+            def hide(logits):
+                return hopper.keep(logits, 1, starts - origin, ends - origin)
 
-            return step(seen, j, carry)
+            return step(hide, j, carry)
 
         carry = lax.fori_loop(0, whole_first, masked, carry)
         carry = lax.fori_loop(whole_first, whole_last, functools.partial(step, None), carry)
@@ -166,12 +164,12 @@ class _Forward(KeyWalk):
         # With several places, results are on their way out while the next item has begun.
         deferred = (i > 0) if self.config.places > 1 else False
 
-        def step(seen, j, carry):
+        def step(hide, j, carry):
             def meanwhile():
                 pl.when((j == 0) & deferred)(lambda: self.finish_store(i - 1))
                 take_turn()
 
-            return self._step(place, turn + j, seen, meanwhile, carry)
+            return self._step(place, turn + j, hide, meanwhile, carry)
 
         carry = (
             hopper.full((HALF, head_dim), 0),
@@ -194,7 +192,7 @@ class _Forward(KeyWalk):
             self.finish_store(i)
         return turn + steps
 
-    def _step(self, place, turn, seen, meanwhile, carry):
+    def _step(self, place, turn, hide, meanwhile, carry):
         """Attends to the keys of one step."""
         at = self.at
         acc, top, total = carry
@@ -204,7 +202,7 @@ class _Forward(KeyWalk):
             queries,
             at.k_tile.at[slot],
             self.bias(slot),
-            seen,
+            hide,
             scale=self.sizes.scale,
             meanwhile=meanwhile,
         )
@@ -241,8 +239,8 @@ class _QueryGradient(KeyWalk):
         place = self.q_ring.receive(i)
         lse, delta = (plgpu.load(sums.at[place, n, self.rows], layout=hopper.ROW) for n in (0, 1))
 
-        def step(seen, j, acc):
-            return self._step(place, turn + j, seen, lse, delta, acc)
+        def step(hide, j, acc):
+            return self._step(place, turn + j, hide, lse, delta, acc)
 
         steps, acc = self.walk(place, step, hopper.full((HALF, self.sizes.head_dim), 0))
         at.q_tile[place, self.rows] = (acc * self.sizes.scale).astype(at.q.dtype)
@@ -251,13 +249,13 @@ class _QueryGradient(KeyWalk):
         self.finish_store(i)
         return turn + steps
 
-    def _step(self, place, turn, seen, lse, delta, acc):
+    def _step(self, place, turn, hide, lse, delta, acc):
         """Adds what the keys of one step contribute."""
         at = self.at
         slot = self.k_ring.receive(turn)
         queries, out_bar = (x.at[place, self.rows] for x in (at.q_tile, at.out_bar_tile))
         keys, values = at.k_tile.at[slot], at.v_tile.at[slot]
-        logits = hopper.scores(queries, keys, self.bias(slot), seen, scale=self.sizes.scale)
+        logits = hopper.scores(queries, keys, self.bias(slot), hide, scale=self.sizes.scale)
         weights = jnp.exp2(logits - hopper.along_rows(lse, logits.shape))
         self.v_ring.receive(turn)
         weights_bar = hopper.multiply(out_bar, hopper.transposed(values), logits.shape)
@@ -275,6 +273,7 @@ def forward(q, k, v, start, end, key_bias, *, scale, config: Config):
     lse_shape = sizes.batch, sizes.tiles, sizes.num_kv_heads, ROWS
     scratch = KeyWalk.scratch(sizes, config, copies=sizes.groups + 1)
     results = hopper.launch(
+        "range_forward",
         hopper.roles(functools.partial(_Forward, sizes, config)),
         programs=min(config.programs, sizes.items),
         operands={"q": q, "k": k, "v": v, "plan": plan, "bias": key_bias},
@@ -295,6 +294,7 @@ def query_gradient(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale,
     sums = jnp.stack([by_tile(x, sizes) for x in (lse, delta)], axis=3)
     scratch = KeyWalk.scratch(sizes, config, copies=2 * sizes.groups + 2)
     return hopper.launch(
+        "range_query_gradient",
         hopper.roles(functools.partial(_QueryGradient, sizes, config)),
         programs=min(config.programs, sizes.items),
         operands={

@@ -103,7 +103,7 @@ def plan_keys(start, end, sizes: Sizes, step: int):
     """int32 [B, key tiles, 2, 8]: the walk of each half of a tile over the queries.
 
     The first query and the steps, both of the whole tile; the half's first and last step, and
-    its first and last step whose queries all see the half whole.
+    its first and last step whose queries all see the half whole; the half's first key.
     """
     halves = 2 * sizes.key_tiles
     key = jnp.arange(halves, dtype=jnp.int32) * HALF
@@ -127,8 +127,8 @@ def plan_keys(start, end, sizes: Sizes, step: int):
     whole_first = jnp.clip(steps_to(whole_first + step - 1), own_first, own_last)
     whole_last = jnp.clip(steps_to(whole_last), whole_first, own_last)
     columns = [origin, steps, own_first, own_last, whole_first, whole_last]
-    plan = jnp.stack(columns, axis=-1).astype(jnp.int32)
-    plan = jnp.pad(plan, [(0, 0), (0, 0), (0, 2)])
+    plan = jnp.stack([*columns, jnp.broadcast_to(key, steps.shape)], axis=-1).astype(jnp.int32)
+    plan = jnp.pad(plan, [(0, 0), (0, 0), (0, 1)])
     return plan.reshape(sizes.batch, sizes.key_tiles, 2, 8)
 
 

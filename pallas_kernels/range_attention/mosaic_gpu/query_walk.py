@@ -35,11 +35,12 @@ class QueryWalk:
             "k_tile": keys,
             "v_tile": keys,
             "bias_tile": plgpu.SMEM((ROWS,), jnp.float32) if sizes.biased else None,
+            "plan_tile": plgpu.SMEM((2, 8), jnp.int32),
             "q_tile": queries,
             "out_bar_tile": queries,
             "ranges_tile": plgpu.SMEM((config.stages, 2, config.step), jnp.int32),
             "sums_tile": plgpu.SMEM((config.stages, 2, config.step), jnp.float32),
-            "key_ring": Ring.barriers(1, 2 + sizes.biased),
+            "key_ring": Ring.barriers(1, 3 + sizes.biased),
             "query_ring": Ring.barriers(config.stages, 4),
         }
 
@@ -59,6 +60,7 @@ class QueryWalk:
         ready = self.key_ring.ready.at[0]
         copy(at.k.at[b, keys, h], at.k_tile, ready)
         copy(at.v.at[b, keys, h], at.v_tile, ready)
+        copy(at.plan.at[b, tile], at.plan_tile, ready)
         if self.sizes.biased:
             copy(at.bias.at[b, h, keys], at.bias_tile, ready)
         first, steps = at.plan[b, tile, 0, 0], at.plan[b, tile, 0, 1]
@@ -84,10 +86,7 @@ class QueryWalk:
         lax.fori_loop(0, self.own_items, self._compute_item, jnp.int32(0))
 
     def _compute_item(self, i, turn):
-        at, groups = self.at, self.sizes.groups
-        b, tile, h = self._locate(i)
-        plan = [at.plan[b, tile, at.warpgroup, n] for n in range(1, 6)]
-        steps, own_first, own_last, whole_first, whole_last = plan
+        groups = self.sizes.groups
         self.key_ring.receive(i)
         shape = (HALF, self.sizes.head_dim)
         carry = (hopper.full(shape, 0), hopper.full(shape, 0))
@@ -95,6 +94,8 @@ class QueryWalk:
             carry = (*carry, hopper.full((HALF,), 0, hopper.ROW))
 
         def head(g, carry):
+            # Read from shared memory for each head: the accumulators leave few registers.
+            steps, own_first, own_last, whole_first, whole_last = map(self._plan, range(1, 6))
             first_turn = turn + g * steps
 
             def skip(j, _):
@@ -102,7 +103,7 @@ class QueryWalk:
                 self.query_ring.release(first_turn + j)
 
             def step(masked, j, carry):
-                return self._step(tile, first_turn + j, masked, carry)
+                return self._step(first_turn + j, masked, carry)
 
             lax.fori_loop(0, own_first, skip, None)
             carry = lax.fori_loop(own_first, whole_first, functools.partial(step, True), carry)
@@ -112,23 +113,25 @@ class QueryWalk:
             return carry
 
         k_bar, v_bar, *bias_bar = lax.fori_loop(0, groups, head, carry)
-        self._store(b, tile, h, k_bar * self.sizes.scale, v_bar, *bias_bar)
+        turn += groups * self._plan(1)
+        self._store(*self._locate(i), k_bar * self.sizes.scale, v_bar, *bias_bar)
         self.key_ring.release(i)
-        return turn + groups * steps
+        return turn
 
-    def _step(self, tile, turn, masked, carry):
+    def _plan(self, n):
+        """A number of the plan of this warpgroup's half."""
+        return self.at.plan_tile[self.at.warpgroup, n]
+
+    def _step(self, turn, masked, carry):
         """Adds what the queries of one step contribute."""
         at = self.at
         k_bar, v_bar, *bias_bar = carry
         slot = self.query_ring.receive(turn)
         queries, out_bar = at.q_tile.at[slot], at.out_bar_tile.at[slot]
-        bias = None
-        if self.sizes.biased:
-            row = plgpu.load(at.bias_tile.at[self.rows], layout=hopper.ROW)
-            bias = functools.partial(hopper.along_rows, row)
-        seen = functools.partial(self._seen, tile, slot) if masked else None
-        logits = hopper.scores(at.k_tile.at[self.rows], queries, bias, seen, scale=self.sizes.scale)
-        # Each load as late as possible: the accumulators leave few registers.
+        bias = self._bias if self.sizes.biased else None
+        hide = functools.partial(self._hide, slot) if masked else None
+        logits = hopper.scores(at.k_tile.at[self.rows], queries, bias, hide, scale=self.sizes.scale)
+        # Each load as late as possible, for the same reason.
         lse = plgpu.load(at.sums_tile.at[slot, 0], layout=hopper.COLUMN)
         weights = jnp.exp2(logits - hopper.along_columns(lse, logits.shape))
         v_bar = hopper.multiply_add(v_bar, weights.astype(at.q.dtype), out_bar)
@@ -141,14 +144,21 @@ class QueryWalk:
         self.query_ring.release(turn)
         return k_bar, v_bar, *(x + logits_bar.sum(axis=1) for x in bias_bar)
 
-    def _seen(self, tile, slot, shape):
-        """Which queries of a step see which keys."""
-        ranges, layout = self.at.ranges_tile, hopper.COLUMN
-        origin = tile * ROWS + self.at.warpgroup * HALF
-        start, end = (plgpu.load(ranges.at[slot, n], layout=layout) - origin for n in (0, 1))
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        after = key >= hopper.along_columns(start, shape)
-        return after & (key < hopper.along_columns(end, shape))
+    def _bias(self, shape):
+        """The keys' bias, as a matrix."""
+        row = plgpu.load(self.at.bias_tile.at[self.rows], layout=hopper.ROW)
+        return hopper.along_rows(row, shape)
+
+    def _hide(self, slot, logits):
+        """Hides the keys that a step's queries do not see."""
+        origin = self._plan(6)
+
+        def bound(n):
+            return plgpu.load(self.at.ranges_tile.at[slot, n], layout=hopper.COLUMN) - origin
+
+        # start <= key < end, as columns: each bound is loaded when the other is done with.
+        logits = hopper.keep(logits, 0, at_least=bound(0))
+        return hopper.keep(logits, 0, below=bound(1))
 
     def _store(self, b, tile, h, k_bar, v_bar, bias_bar=None):
         """Copies the gradients of this warpgroup's keys out, through the keys' own place."""
@@ -170,6 +180,7 @@ def key_gradients(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale, 
     """dK, dV [B, N, Hkv, D] and the bias' gradient, f32 [B, Hkv, N] or None."""
     sizes = Sizes.of(q, k, key_bias, scale)
     results = hopper.launch(
+        "range_key_gradients",
         hopper.roles(functools.partial(QueryWalk, sizes, config)),
         programs=min(config.programs, sizes.key_items),
         operands={
