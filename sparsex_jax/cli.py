@@ -26,6 +26,8 @@ COMMANDS = {
     "demo": Command("demo", "hide needles in 16K and 128K tokens of source text and find them"),
     "train": Command("train", "train a model from a preset, or go on where a run stands"),
     "eval": Command("evaluate", "score a model: `sparsex eval needle`"),
+    "bench": Command("bench", "time the attention against dense: `sparsex bench attention`"),
+    "report": Command("report", "tables and plots of what is in results/"),
     "info": Command("info", "devices, versions, and the kernel that each primitive would take"),
 }
 # Where a ValueError may come from that tells the user what to change; others are bugs.
@@ -50,7 +52,12 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Runs the program and exits: 0, 2 after a mistake in the input, 130 after an interruption."""
+    """Runs the program and exits.
+
+    With 0, also where a training was stopped and saved; with 1 if a benchmark's results are wrong
+    or failed in part; with 2 after a mistake in the input; with 130 after an interruption that
+    lost work.
+    """
     sys.exit(run(sys.argv[1:]))
 
 
@@ -74,7 +81,7 @@ def run(arguments: list[str]) -> int:
         return _complain(f"command {name!r} is not known: use {', '.join(COMMANDS)}")
     command = importlib.import_module(f"sparsex_jax.commands.{COMMANDS[name].module}")
     try:
-        command.main(rest)
+        status: int | None = command.main(rest)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except Exception as error:
@@ -83,7 +90,7 @@ def run(arguments: list[str]) -> int:
         if FULL in str(error):
             return _complain("the device's memory is full: use a smaller length or batch size")
         return _complain(str(error))
-    return 0
+    return status or 0
 
 
 def _complain(message: str, status: int = 2) -> int:

@@ -48,7 +48,8 @@ def test_pins_satisfy_the_requirements(project):
         line.split("==") for line in (project / "constraints.txt").read_text().split() if line
     )
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
-    wanted = described["dependencies"] + described["optional-dependencies"]["dev"]
+    extras = described["optional-dependencies"]
+    wanted = described["dependencies"] + extras["dev"] + extras["compile"]
     for requirement in map(Requirement, wanted):
         version = pinned[requirement.name.lower()]
         assert requirement.specifier.contains(version), requirement
@@ -147,9 +148,9 @@ def test_setup_passes_over_pythons_that_do_not_run_or_are_old(bare):
     for path in (bin_dir / "python3.12", bin_dir / "python3", versions / "python"):
         path.chmod(0o755)
 
-    def setup():
+    def setup(target="setup"):
         return subprocess.run(
-            ["make", "setup"], cwd=root, env=environment, capture_output=True, text=True, check=True
+            ["make", target], cwd=root, env=environment, capture_output=True, text=True, check=True
         ).stdout
 
     assert str(versions / "python") in setup()
@@ -162,6 +163,24 @@ def test_setup_passes_over_pythons_that_do_not_run_or_are_old(bare):
     os.utime(root / "pyproject.toml", (2e9, 2e9))
     setup()
     assert (root / "log").read_text().count("pip install") == 2
+    # What only tests need does not get in the way of the program.
+    setup(".venv/.compiler-stamp")
+    assert (
+        (root / "log")
+        .read_text()
+        .splitlines()[-1]
+        .endswith("--target .venv/compiler --no-deps --requirements -")
+    )
+
+
+def test_program_is_quiet():
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    code = "from sparsex_jax.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "info"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert "range_attention: " in done.stdout
 
 
 def test_module_is_what_the_script_runs(project):

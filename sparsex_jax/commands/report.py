@@ -44,25 +44,21 @@ def report(arguments: Arguments) -> None:
             " bench attention` first, or give --results DIR"
         )
     for hardware, files in found.items():
-        for path, results in files:
-            if results["benchmark"] in ACCURACY:
-                _print_section(hardware, path, results)
-                print(tables.accuracy_table(results["rows"], format_length), end="\n\n")
-        timed = [(path, x) for path, x in files if x["benchmark"] in ATTENTION]
-        for path, results in timed:
-            _print_section(hardware, path, results)
-            _print_attention(results["rows"])
-        rows = [row for _, results in timed for row in results["rows"]]
+        timed = [results for _, results in files if results["benchmark"] in ATTENTION]
+        rows = [row for results in timed for row in results["rows"]]
         folder = arguments.results / hardware / "plots"
         if arguments.out is not None:
             folder = arguments.out / hardware
-        shapes = tables.shapes(rows)
+        pictures, shapes = [], tables.shapes(rows)
         for shape in shapes:
             suffix = "" if len(shapes) == 1 else "-" + "-".join(map(str, shape))
             chosen = tables.of_shape(rows, shape)
-            for path in draw_attention(chosen, folder, format_length, suffix):
-                print(f"![{path.stem}]({path})")
-    sys.stdout.flush()
+            pictures += draw_attention(chosen, folder, format_length, suffix)
+        for path, results in files:
+            _print_section(hardware, path, results)
+        for path in pictures:
+            print(f"![{path.stem}]({path})")
+        print()
 
 
 def _read(folder: Path) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
@@ -84,6 +80,7 @@ def _read(folder: Path) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
 def _check(path: Path, results: dict[str, Any]) -> None:
     """Raises ConfigError unless rows are of a known kind and have its fields."""
     name = results.get("benchmark")
+    fields: tuple[str, ...]
     if name in ATTENTION:
         fields = tables.ATTENTION_FIELDS
     elif name in ACCURACY:
@@ -97,7 +94,7 @@ def _check(path: Path, results: dict[str, Any]) -> None:
 
 
 def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
-    """A heading, and what the numbers rest on."""
+    """A heading, what the numbers rest on, and the tables."""
     machine = results.get("hardware") or {}
     print(f"### {hardware}: {results['benchmark']}\n")
     print(
@@ -105,6 +102,10 @@ def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
         f" {machine.get('driver')}, commit {results.get('commit')}, {results.get('date')}"
         f" (`{path}`)\n"
     )
+    if results["benchmark"] in ACCURACY:
+        print(tables.accuracy_table(results["rows"], format_length), end="\n\n")
+    else:
+        _print_attention(results["rows"])
 
 
 def _print_attention(rows: list[dict[str, Any]]) -> None:

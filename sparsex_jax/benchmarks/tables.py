@@ -1,0 +1,139 @@
+"""Markdown tables of the rows of results files; those of the README are made here."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from sparsex_jax.benchmarks.names import DIRECTIONS, PARTS
+
+Row = dict[str, Any]
+Label = Callable[[int], str]
+# What tells attention rows of one length, direction and part apart, and must be there.
+SHAPE = ("query_heads", "kv_heads", "head_dim")
+ATTENTION_FIELDS = ("system", "part", "direction", "tokens", *SHAPE, "milliseconds", "status")
+ACCURACY_FIELDS = ("system", "task", "tokens", "samples", "accuracy", "low", "high", "status")
+ADDED_PARTS = ("selection", "rotary", "local", "landmarks", "dynamic", "fusion")  # make up an op
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, never with an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{float(f'{value:.3g}'):g}"
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(
+        f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)
+    )  # fmt: skip
+
+
+def shapes(rows: Iterable[Row]) -> list[tuple[int, int, int]]:
+    """The distinct (query heads, KV heads, head dim), in the order of appearance."""
+    return list(dict.fromkeys(tuple(row[name] for name in SHAPE) for row in rows))  # type: ignore[misc]
+
+
+def of_shape(rows: Iterable[Row], shape: tuple[int, int, int]) -> list[Row]:
+    """The rows of a shape."""
+    return [row for row in rows if tuple(row[name] for name in SHAPE) == shape]
+
+
+def describe_system(row: Row) -> str:
+    """Who computed a row: its system, the implementation and how blocks were selected."""
+    if row["system"] != "sparsex":
+        return row["system"]
+    details = [row.get("implementation"), row.get("selection")]
+    return f"sparsex ({', '.join(x for x in details if x)})" if any(details) else "sparsex"
+
+
+def op_table(rows: Sequence[Row], label: Label) -> str:
+    """The op beside dense attention and other whole attentions, a line each, with notes below."""
+    chosen = [row for row in rows if row["part"] == "op"]
+    chosen.sort(key=lambda row: (_place(DIRECTIONS, row["direction"]), row["tokens"]))
+    notes = list(dict.fromkeys(row["note"] for row in chosen if row.get("note")))
+    head = ["direction", "length", "system", "ms (quartiles)", "times as fast as dense",
+            "TFLOP/s", "of the roofline", "temporaries", "largest error"]  # fmt: skip
+    lines = [_op_line(row, label, notes) for row in chosen]
+    remarks = [f"{_mark(i)} {note}" for i, note in enumerate(notes)]
+    return "\n\n".join((markdown(head, lines), *remarks))
+
+
+def _op_line(row: Row, label: Label, notes: list[str]) -> list[str]:
+    share, memory = row.get("roofline_share"), row.get("peak_bytes")
+    note = f" {_mark(notes.index(row['note']))}" if row.get("note") else ""
+    return [
+        row["direction"].replace("_", " and "),
+        label(row["tokens"]),
+        describe_system(row),
+        _milliseconds(row, spread=True) + note,
+        _cell(row.get("speedup_over_dense")),
+        _cell(row.get("teraflops_per_second")),
+        "" if share is None else f"{share:.0%}",
+        "" if memory is None else f"{format_number(memory / 2**30)} GiB",
+        "" if row.get("max_error") is None else f"{row['max_error']:.1g}",
+    ]
+
+
+def parts_table(rows: Sequence[Row], direction: str, label: Label) -> str:
+    """Milliseconds of the parts by length; scoring is within selection. "" without any.
+
+    Systems that compute one part only, as other libraries' windows do, have a column each.
+    """
+    chosen = [row for row in rows if row["part"] != "op" and row["direction"] == direction]
+    columns = sorted(
+        dict.fromkeys((row["part"], describe_system(row)) for row in chosen),
+        key=lambda column: _place(PARTS, column[0]),
+    )
+    if not columns:
+        return ""
+    found = {(row["tokens"], row["part"], describe_system(row)): row for row in chosen}
+    lines = [
+        [label(length)] + [_milliseconds(found.get((length, *column))) for column in columns]
+        for length in sorted({row["tokens"] for row in chosen})
+    ]
+    return markdown(["length", *(f"{part}: {system}" for part, system in columns)], lines)
+
+
+def accuracy_table(rows: Sequence[Row], label: Label) -> str:
+    """Accuracy in per cent by task and length, with 95 % intervals in brackets."""
+    lengths = sorted({row["tokens"] for row in rows})
+    several = len({row["system"] for row in rows}) > 1
+    names = list(dict.fromkeys((row["system"], row["task"]) for row in rows))
+    found = {(row["system"], row["task"], row["tokens"]): row for row in rows}
+    lines = [
+        [f"{system}: {task}" if several else task]
+        + [_accuracy(found.get((system, task, length))) for length in lengths]
+        for system, task in names
+    ]
+    return markdown(["task", *(f"{label(length)} tokens" for length in lengths)], lines)
+
+
+def _place(names: Sequence[str], name: str) -> int:
+    return names.index(name) if name in names else len(names)
+
+
+def _mark(number: int) -> str:
+    return f"[{number + 1}]"
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else format_number(value)
+
+
+def _milliseconds(row: Row | None, spread: bool = False) -> str:
+    if row is None:
+        return ""
+    if row["status"] != "measured":
+        return row["status"].replace("_", " ")
+    text = format_number(row["milliseconds"])
+    quartiles = [row.get(f"milliseconds_q{i}") for i in (1, 3)]
+    if spread and None not in quartiles:
+        text += f" ({' to '.join(format_number(x) for x in quartiles if x is not None)})"
+    return text
+
+
+def _accuracy(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] != "measured":
+        return row["status"].replace("_", " ")
+    share, low, high = (f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high"))
+    return f"{share.removesuffix('.0')} % ({low} to {high}; {row['samples']} samples)"
