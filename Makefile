@@ -2,6 +2,8 @@
 
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
+COMPILER := .venv/.compiler-stamp
+CUDA := .venv/.cuda-stamp
 
 .PHONY: setup demo test test-gpu lint clean
 
@@ -9,6 +11,14 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh
+	@touch $@
+
+$(COMPILER): $(STAMP)
+	@scripts/setup.sh compiler
+	@touch $@
+
+$(CUDA): $(STAMP)
+	@scripts/setup.sh cuda
 	@touch $@
 
 demo: $(STAMP)
@@ -19,10 +29,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint $(COMPILER)
 	$(BIN)/pytest -m "not gpu" -n 2
 
-test-gpu: $(STAMP)
+test-gpu: $(CUDA)
 	JAX_PLATFORMS=cuda $(BIN)/pytest -m gpu
 
 clean:

@@ -1,9 +1,11 @@
-"""The choice of an implementation for each primitive: by platform, or by name."""
+"""The choice of an implementation for each primitive: by device and operands, or by name."""
 
+import contextlib
+import contextvars
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -15,8 +17,23 @@ PRIMITIVES = ("range_attention", "block_sparse_attention", "block_selection")
 PREFERENCE = ("mosaic_gpu", "mosaic_tpu", "xla", "reference")
 
 
-def _runs_anywhere(platform: str) -> str | None:
+def _nothing(*_) -> str | None:
     return None
+
+
+def not_hopper(device: jax.Device) -> str | None:
+    """Why a kernel for Hopper GPUs cannot run on a device, or None if it can."""
+    if device.platform == "gpu" and str(device.compute_capability).startswith("9."):
+        return None
+    return f"needs a GPU of compute capability 9.x (Hopper), not {device.device_kind}"
+
+
+def deferred(module: str, name: str) -> Callable:
+    """The function `name` of a module that is imported by the first call.
+
+    For implementations in Pallas, which takes a second to import.
+    """
+    return lambda *operands: getattr(importlib.import_module(module), name)(*operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,20 +43,30 @@ class Implementation:
     Attributes:
       name: one of PREFERENCE.
       function: computes the primitive from validated operands.
-      why_not: from a platform's name to the reason why it cannot run there, or None if it can.
+      why_not_on: from a device to the reason why it cannot run there, or None if it can.
+      why_not_for: from the operands, likewise; they may be traced.
+      automatic: whether it may be taken without being named. Not before it has been measured on
+        a device it is written for.
     """
 
     name: str
     function: Callable
-    why_not: Callable[[str], str | None] = _runs_anywhere
+    why_not_on: Callable[[jax.Device], str | None] = _nothing
+    why_not_for: Callable[..., str | None] = _nothing
+    automatic: bool = True
 
     def __post_init__(self):
         if self.name not in PREFERENCE:
             raise ValueError(f"name={self.name!r} must be one of {', '.join(PREFERENCE)}")
 
+    def why_not(self, device: jax.Device, operands: tuple) -> str | None:
+        """Why it cannot run; without operands, whatever they are."""
+        return self.why_not_on(device) or (self.why_not_for(*operands) if operands else None)
+
 
 _registry: dict[str, dict[str, Implementation]] = {}
-_logged: set[tuple[str, str]] = set()
+_logged: set[str] = set()
+_target: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("target", default=None)
 
 
 def register(primitive: str, *implementations: Implementation) -> None:
@@ -53,61 +80,87 @@ def register(primitive: str, *implementations: Implementation) -> None:
     _registry.setdefault(primitive, {}).update({each.name: each for each in implementations})
 
 
-def _choose(primitive: str, platform: str) -> tuple[Implementation, str]:
-    reasons = []
+@contextlib.contextmanager
+def targeting(device: jax.Device) -> Iterator[None]:
+    """Implementations are chosen for `device`, which need not be here.
+
+    A function that is already traced keeps its choice, so this is for code that traces anew.
+    """
+    token = _target.set(device)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def _device() -> jax.Device:
+    return _target.get() or jax.devices()[0]
+
+
+def _choose(primitive: str, device: jax.Device, operands: tuple) -> tuple[Implementation, str]:
+    reasons = [f"the first that runs on {device.platform}"]
     for name in PREFERENCE:
         implementation = _registry[primitive].get(name)
         if implementation is None:
             continue
-        why_not = implementation.why_not(platform)
+        why_not = implementation.why_not(device, operands)
+        if why_not is None and not implementation.automatic:
+            why_not = "not measured yet, so only when asked for by name"
         if why_not is None:
-            return implementation, "; ".join([f"the first that runs on {platform}", *reasons])
+            return implementation, "; ".join(reasons)
         reasons.append(f"not {name}: {why_not}")
-    raise RuntimeError(f"{primitive} has no implementation for {platform}: {'; '.join(reasons)}")
+    why = "; ".join(reasons[1:])
+    raise RuntimeError(f"{primitive} has no implementation for {device.platform}: {why}")
 
 
-def _named(primitive: str, name: str, platform: str) -> Implementation:
+def _named(primitive: str, name: str, device: jax.Device, operands: tuple) -> Implementation:
     implementations = _registry[primitive]
-    runnable = [each for each in PREFERENCE if each in implementations]
-    runnable = [each for each in runnable if implementations[each].why_not(platform) is None]
+    known = [each for each in PREFERENCE if each in implementations]
+    runnable = [each for each in known if implementations[each].why_not(device, operands) is None]
     if name not in implementations:
         problem = f"is not an implementation of {primitive}"
     elif name not in runnable:
-        problem = f"cannot run {primitive} on {platform}: {implementations[name].why_not(platform)}"
+        why_not = implementations[name].why_not(device, operands)
+        problem = f"cannot run {primitive} on {device.platform}: {why_not}"
     else:
         return implementations[name]
     raise ValueError(f"implementation={name!r} {problem}; use {', '.join(runnable)} or None")
 
 
-def select(primitive: str, implementation: str | None = None) -> Callable:
-    """The function that computes `primitive` on JAX's default platform.
+def select(primitive: str, implementation: str | None, *operands) -> Callable:
+    """The function that computes `primitive` on JAX's default device, or the one targeted.
 
     Which one it is, and why, is logged the first time.
 
     Args:
       primitive: one of PRIMITIVES, already registered.
       implementation: a name, or None for the best that can run.
+      *operands: what the function will be called with.
 
     Raises:
-      ValueError: if the named implementation does not exist or cannot run here.
+      ValueError: if the named implementation does not exist, or cannot run here or take these.
     """
-    platform = jax.default_backend()
+    device = _device()
     if implementation is None:
-        chosen, reason = _choose(primitive, platform)
+        chosen, reason = _choose(primitive, device, operands)
     else:
-        chosen, reason = _named(primitive, implementation, platform), "asked for by the caller"
-    if (primitive, chosen.name) not in _logged:
-        _logged.add((primitive, chosen.name))
-        logger.info("%s: %s (%s)", primitive, chosen.name, reason)
+        chosen, reason = _named(primitive, implementation, device, operands), "asked for by name"
+    message = f"{primitive}: {chosen.name} ({reason})"
+    if message not in _logged:
+        _logged.add(message)
+        logger.info("%s", message)
     return chosen.function
 
 
 def explain() -> list[tuple[str, str, str]]:
-    """(primitive, implementation, reason) of what `select` takes here without a name."""
-    platform = jax.default_backend()
+    """(primitive, implementation, reason) of what `select` takes here without a name.
+
+    Operands may still rule it out; `select` then logs why.
+    """
+    device = _device()
     rows = []
     for primitive in PRIMITIVES:
         importlib.import_module(f"pallas_kernels.{primitive}")
-        chosen, reason = _choose(primitive, platform)
+        chosen, reason = _choose(primitive, device, ())
         rows.append((primitive, chosen.name, reason))
     return rows

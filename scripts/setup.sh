@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with the project and its tools, at the versions of constraints.txt.
+# An argument is an extra to install, too; "compiler" adds only what the tests compile for GPUs
+# with (0.6 GB).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -42,4 +44,16 @@ if ! command -v uv >/dev/null; then
     uv=.venv/bin/uv
     [ -x "$uv" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 fi
-"$uv" pip install --python .venv/bin/python --constraint constraints.txt --editable '.[dev]'
+install() { "$uv" pip install --python .venv/bin/python --constraint constraints.txt "$@"; }
+
+if [ "${1-}" = compiler ]; then
+    # Beside the environment's packages: among them, JAX would look for a GPU at every start.
+    # --no-deps: what they depend on is needed to run programs, not to compile them.
+    requirements='import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*project["optional-dependencies"]["compile"], sep="\n")'
+    .venv/bin/python -c "$requirements" |
+        install --target .venv/compiler --no-deps --requirements -
+else
+    install --editable ".[dev${1:+,$1}]"
+fi

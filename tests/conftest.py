@@ -2,11 +2,16 @@
 
 import os
 import pathlib
+import sys
 
 import hypothesis
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Interpreted kernels are threads that wait for each other: with fewer in the pool they may hang.
+os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
+# The compilers for GPUs (scripts/setup.sh compiler), which JAX looks for when it is imported.
+sys.path.append(str(pathlib.Path(sys.prefix) / "compiler"))
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "sparsex" / "tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -9,8 +9,26 @@ from pallas_kernels import dispatch
 from pallas_kernels.block_selection import reference, xla
 from pallas_kernels.checks import check_floating, check_shape, per_token
 
+
+def _not_for_hopper(u, c, limit, start, count) -> str | None:
+    if u.dtype != jnp.bfloat16:
+        return f"takes bfloat16, not {u.dtype}"
+    if u.shape[3] not in (64, 128):
+        return f"takes features of width 64 and 128, not {u.shape[3]}"
+    if count > 64:
+        return f"selects up to 64 blocks, not {count}"
+    return None
+
+
 dispatch.register(
     "block_selection",
+    dispatch.Implementation(
+        "mosaic_gpu",
+        dispatch.deferred(f"{__name__}.mosaic_gpu", "select_blocks"),
+        why_not_on=dispatch.not_hopper,
+        why_not_for=_not_for_hopper,
+        automatic=False,
+    ),
     dispatch.Implementation("xla", xla.select_blocks),
     dispatch.Implementation("reference", reference.select_blocks),
 )
@@ -53,8 +71,8 @@ def select_blocks(
         start = jnp.zeros((batch, tokens), jnp.int32)
     else:
         start = per_token("start", start, batch, tokens)
-    function = dispatch.select("block_selection", implementation)
-    return function(u, c, limit, start, count)
+    operands = u, c, limit, start, count
+    return dispatch.select("block_selection", implementation, *operands)(*operands)
 
 
 __all__ = ["select_blocks"]

@@ -1,6 +1,7 @@
 """The choice of implementations, and the shared validation of operands."""
 
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,46 +20,89 @@ def portable(x):
     return x
 
 
+def device(platform, capability=None, kind="device"):
+    return types.SimpleNamespace(platform=platform, compute_capability=capability, device_kind=kind)
+
+
+def only_short(x):
+    return None if len(x) < 3 else f"takes fewer than 3, not {len(x)}"
+
+
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr(dispatch, "_registry", {})
     monkeypatch.setattr(dispatch, "_logged", set())
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device("cpu", kind="some CPU")])
     dispatch.register(
         "range_attention",
         Implementation("xla", portable),
-        Implementation(
-            "mosaic_gpu", fast, lambda platform: None if platform == "gpu" else "needs sm_90"
-        ),
+        Implementation("mosaic_gpu", fast, dispatch.not_hopper, only_short),
     )
 
 
-def test_takes_the_best_that_can_run(registry, monkeypatch):
-    assert dispatch.select("range_attention") is portable
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert dispatch.select("range_attention") is fast
-    assert dispatch.select("range_attention", "xla") is portable
+def test_takes_the_best_that_can_run(registry):
+    assert dispatch.select("range_attention", None, [1]) is portable
+    with dispatch.targeting(device("gpu", "9.0")):
+        assert dispatch.select("range_attention", None, [1]) is fast
+        assert dispatch.select("range_attention", None, [1, 2, 3]) is portable
+        assert dispatch.select("range_attention", "xla", [1]) is portable
+    for other in (device("gpu", "8.0"), device("gpu", "10.0"), device("tpu")):
+        with dispatch.targeting(other):
+            assert dispatch.select("range_attention", None, [1]) is portable
+    assert dispatch.select("range_attention", None, [1]) is portable
 
 
 def test_says_once_which_one_and_why(registry, caplog):
     with caplog.at_level(logging.INFO, logger="pallas_kernels"):
         for _ in range(3):
-            dispatch.select("range_attention")
+            dispatch.select("range_attention", None, [1])
+            with dispatch.targeting(device("gpu", "9.0")):
+                dispatch.select("range_attention", None, [1, 2, 3])
+                dispatch.select("range_attention", "mosaic_gpu", [1])
     assert [record.getMessage() for record in caplog.records] == [
-        "range_attention: xla (the first that runs on cpu; not mosaic_gpu: needs sm_90)"
+        "range_attention: xla (the first that runs on cpu; not mosaic_gpu: needs a GPU of compute"
+        " capability 9.x (Hopper), not some CPU)",
+        "range_attention: xla (the first that runs on gpu; not mosaic_gpu: takes fewer than 3,"
+        " not 3)",
+        "range_attention: mosaic_gpu (asked for by name)",
     ]
+
+
+def test_not_measured_means_only_by_name(registry, caplog):
+    unmeasured = Implementation("mosaic_gpu", fast, dispatch.not_hopper, automatic=False)
+    dispatch.register("range_attention", unmeasured)
+    with (
+        dispatch.targeting(device("gpu", "9.0")),
+        caplog.at_level(logging.INFO, logger="pallas_kernels"),
+    ):
+        assert dispatch.select("range_attention", None, [1]) is portable
+        assert dispatch.select("range_attention", "mosaic_gpu", [1]) is fast
+    assert "not mosaic_gpu: not measured yet, so only when asked for by name" in caplog.text
+
+
+def test_deferred_is_imported_by_the_first_call():
+    function = dispatch.deferred("no_such_module", "f")
+    with pytest.raises(ModuleNotFoundError):
+        function()
+    assert dispatch.deferred("math", "hypot")(3, 4) == 5
 
 
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
         ("cuda", "implementation='cuda' is not an implementation of range_attention; use xla"),
-        ("mosaic_gpu", "cannot run range_attention on cpu: needs sm_90; use xla or None"),
+        ("mosaic_gpu", "cannot run range_attention on cpu: needs a GPU .*; use xla or None"),
     ],
 )
 def test_explicit_choice_never_falls_back(registry, name, problem):
     with pytest.raises(ValueError, match=problem):
-        dispatch.select("range_attention", name)
+        dispatch.select("range_attention", name, [1])
+
+
+def test_explicit_choice_must_take_the_operands(registry):
+    problem = "cannot run range_attention on gpu: takes fewer than 3, not 4; use xla or None"
+    with dispatch.targeting(device("gpu", "9.0")), pytest.raises(ValueError, match=problem):
+        dispatch.select("range_attention", "mosaic_gpu", [1, 2, 3, 4])
 
 
 def test_rejects_unknown_names(registry):
@@ -71,10 +115,10 @@ def test_rejects_unknown_names(registry):
 def test_nothing_can_run(registry, monkeypatch):
     monkeypatch.setattr(dispatch, "_registry", {})
     dispatch.register(
-        "range_attention", Implementation("mosaic_gpu", fast, lambda platform: "needs sm_90")
+        "range_attention", Implementation("mosaic_gpu", fast, lambda device: "needs sm_90")
     )
     with pytest.raises(RuntimeError, match="no implementation for cpu: not mosaic_gpu: needs"):
-        dispatch.select("range_attention")
+        dispatch.select("range_attention", None, [1])
 
 
 def test_explains_every_primitive():

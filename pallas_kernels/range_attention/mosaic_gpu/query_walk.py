@@ -94,9 +94,7 @@ class QueryWalk:
             carry = (*carry, hopper.full((HALF,), 0, hopper.ROW))
 
         def head(g, carry):
-            # Read from shared memory for each head: the accumulators leave few registers.
-            steps, own_first, own_last, whole_first, whole_last = map(self._plan, range(1, 6))
-            first_turn = turn + g * steps
+            first_turn = turn + g * self._plan(1)
 
             def skip(j, _):
                 self.query_ring.receive(first_turn + j)
@@ -105,11 +103,12 @@ class QueryWalk:
             def step(masked, j, carry):
                 return self._step(first_turn + j, masked, carry)
 
-            lax.fori_loop(0, own_first, skip, None)
-            carry = lax.fori_loop(own_first, whole_first, functools.partial(step, True), carry)
-            carry = lax.fori_loop(whole_first, whole_last, functools.partial(step, False), carry)
-            carry = lax.fori_loop(whole_last, own_last, functools.partial(step, True), carry)
-            lax.fori_loop(own_last, steps, skip, None)
+            # Read from shared memory when needed: the accumulators leave few registers.
+            lax.fori_loop(0, self._plan(2), skip, None)
+            for first, last, masked in ((2, 4, True), (4, 5, False), (5, 3, True)):
+                of_part = functools.partial(step, masked)
+                carry = lax.fori_loop(self._plan(first), self._plan(last), of_part, carry)
+            lax.fori_loop(self._plan(3), self._plan(1), skip, None)
             return carry
 
         k_bar, v_bar, *bias_bar = lax.fori_loop(0, groups, head, carry)
@@ -135,11 +134,10 @@ class QueryWalk:
         lse = plgpu.load(at.sums_tile.at[slot, 0], layout=hopper.COLUMN)
         weights = jnp.exp2(logits - hopper.along_columns(lse, logits.shape))
         v_bar = hopper.multiply_add(v_bar, weights.astype(at.q.dtype), out_bar)
-        weights_bar = hopper.multiply(
-            at.v_tile.at[self.rows], hopper.transposed(out_bar), logits.shape
-        )
         delta = plgpu.load(at.sums_tile.at[slot, 1], layout=hopper.COLUMN)
-        logits_bar = weights * (weights_bar - hopper.along_columns(delta, logits.shape))
+        shifted = hopper.along_columns(-delta, weights.shape)
+        shifted = hopper.multiply_add(shifted, at.v_tile.at[self.rows], hopper.transposed(out_bar))
+        logits_bar = weights * shifted
         k_bar = hopper.multiply_add(k_bar, logits_bar.astype(at.q.dtype), queries)
         self.query_ring.release(turn)
         return k_bar, v_bar, *(x + logits_bar.sum(axis=1) for x in bias_bar)

@@ -1,0 +1,219 @@
+"""Compiling for accelerators that are not here, and what their compiler says of each kernel.
+
+    q = jax.ShapeDtypeStruct((1, 4096, 16, 128), jnp.bfloat16)
+    compilation = compile_for("h200", f, q)
+    assert all(kernel.spill_store_bytes == 0 for kernel in compilation.kernels)
+
+XLA, LLVM and ptxas of the extra `compile` need no driver and no GPU: a target's configuration
+stands in for the chip. Where there is no GPU, set JAX_PLATFORMS=cpu before JAX is imported, or
+JAX's plugin looks for one and complains. Without one XLA cannot tune itself, so the code outside
+of kernels is not what would run there.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import importlib.resources
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import dispatch
+
+TARGETS = ("h100", "h200")
+_GPUS_PER_HOST = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What ptxas reports of a Mosaic GPU kernel.
+
+    Attributes:
+      name: the function's.
+      registers: per thread, at launch; warpgroups may shift them between each other later.
+      spill_store_bytes: per thread, from registers to local memory.
+      spill_load_bytes: per thread, back.
+      notes: warnings, and remarks on performance such as "wgmma serialized".
+    """
+
+    name: str
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compilation:
+    """A compiled function, which cannot be run here.
+
+    Attributes:
+      executable: of JAX; `as_text()` is its optimised program.
+      argument_bytes: on each device.
+      output_bytes: on each device.
+      temporary_bytes: on each device, at once. More than the chip has is no error.
+      kernels: hand-written kernels, in the order of their compilation.
+    """
+
+    executable: jax.stages.Compiled
+    argument_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    kernels: tuple[Kernel, ...]
+
+
+@functools.cache
+def target_mesh(target: str, devices: int = 1) -> Mesh:
+    """A mesh of devices that are not here, with the one axis "device".
+
+    Args:
+      target: one of TARGETS.
+      devices: up to 8, or a multiple of 8: GPUs of that many hosts.
+
+    Raises:
+      ValueError: if the target is unknown, or there is no such number of devices.
+      RuntimeError: if the target's compiler is not installed.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r} must be one of {', '.join(TARGETS)}")
+    if devices < 1 or (devices > _GPUS_PER_HOST and devices % _GPUS_PER_HOST):
+        raise ValueError(
+            f"devices={devices} must be 1 to {_GPUS_PER_HOST}, or a multiple of {_GPUS_PER_HOST}:"
+            " hosts are all alike"
+        )
+    per_host = min(devices, _GPUS_PER_HOST)
+    topology = f"1x{devices // per_host}x{per_host}"
+    configuration = importlib.resources.files("pallas_kernels") / "targets" / f"{target}.txtpb"
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=topology,
+            topology=topology,
+            target_config=configuration.read_text(),
+        )
+    except NotImplementedError as error:
+        raise RuntimeError(
+            f"compiling for {target} needs JAX's CUDA plugin and ptxas: install the extra"
+            " `compile`, by pip install '.[compile]' in the checkout"
+        ) from error
+    return Mesh(np.array(description.devices), ("device",))
+
+
+def compile_for(target: str, f: Callable, *abstract_args, devices: int = 1) -> Compilation:
+    """Compiles `f` for a target as if it were here: kernels are chosen for it, too.
+
+    The standard output and error of the process are captured meanwhile, so not for use in several
+    threads at a time.
+
+    Args:
+      target: one of TARGETS.
+      f: takes arrays, and trees of them. It is traced in the context of `target_mesh`, so a
+        `jax.shard_map` in it needs no mesh.
+      *abstract_args: arrays or ShapeDtypeStructs. One whose sharding is on the mesh stays there,
+        others are on every device.
+      devices: see `target_mesh`.
+
+    Raises:
+      ValueError: as `target_mesh`; or of a kernel that needs more shared memory than there is.
+      RuntimeError: as `target_mesh`.
+    """
+    mesh = target_mesh(target, devices)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(x):
+        on_mesh = isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
+        return x if on_mesh else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+    # The mesh is part of what JAX knows its traces by: none made for another device is reused.
+    with dispatch.targeting(mesh.devices.flat[0]), jax.set_mesh(mesh):
+        traced = jax.jit(lambda *args: f(*args)).trace(*jax.tree.map(place, abstract_args))
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    executable, report = _compile(lowered)
+    memory: Any = executable.memory_analysis()
+    return Compilation(
+        executable,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.temp_size_in_bytes,
+        tuple(_parse(report)),
+    )
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The executable, and what its compilers printed."""
+    with tempfile.TemporaryFile() as sink:
+
+        def printed() -> str:
+            sink.seek(0)
+            return sink.read().decode(errors="replace")
+
+        try:
+            with _ptxas_reports(), _printing_to(sink):
+                executable = lowered.compile()
+        except Exception as error:
+            error.add_note(printed())  # LLVM and ptxas say there why, not in the exception
+            raise
+        return executable, printed()
+
+
+@contextlib.contextmanager
+def _ptxas_reports() -> Iterator[None]:
+    """Makes ptxas print reports, and JAX run it even if its cache on disk has the result."""
+    variable, cache = "MOSAIC_GPU_DUMP_PTXAS", "jax_enable_compilation_cache"
+    variable_was, cache_was = os.environ.get(variable), jax.config.jax_enable_compilation_cache
+    os.environ[variable] = "1"
+    jax.config.update(cache, False)
+    compilation_cache.reset_cache()  # it reads the setting only once
+    try:
+        yield
+    finally:
+        jax.config.update(cache, cache_was)
+        compilation_cache.reset_cache()
+        if variable_was is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = variable_was
+
+
+@contextlib.contextmanager
+def _printing_to(sink: IO[bytes]) -> Iterator[None]:
+    """Redirects the process' output and error, of C++ and of subprocesses, too."""
+    c_library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    try:
+        for descriptor in (1, 2):
+            os.dup2(sink.fileno(), descriptor)
+        yield
+    finally:
+        c_library.fflush(None)
+        for descriptor, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
+def _parse(report: str) -> Iterator[Kernel]:
+    """The kernels of ptxas' verbose report; it ends each with its registers."""
+    name, spills = "", (0, 0)
+    notes: list[str] = []
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(.+)' for", line):
+            name = match[1]
+        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spills = int(match[1]), int(match[2])
+        elif "ptxas warning" in line or "Potential Performance Loss" in line:
+            notes.append(line.strip())
+        elif match := re.search(r"Used (\d+) registers", line):
+            yield Kernel(name, int(match[1]), *spills, tuple(notes))
+            notes = []

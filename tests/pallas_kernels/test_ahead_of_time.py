@@ -1,0 +1,137 @@
+"""Compiling for targets that are not here."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import ahead_of_time, dispatch
+from pallas_kernels.ahead_of_time import TARGETS, compile_for, target_mesh
+from pallas_kernels.range_attention import range_attention
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target_is_what_it_is_called(target):
+    device = target_mesh(target).devices.flat[0]
+    assert target.upper() in device.device_kind
+    assert dispatch.not_hopper(device) is None
+
+
+@pytest.mark.parametrize(("devices", "hosts"), [(1, 1), (2, 1), (8, 1), (32, 4)])
+def test_hosts(devices, hosts):
+    mesh = target_mesh("h200", devices)
+    assert mesh.size == devices and mesh.axis_names == ("device",)
+    assert len({device.process_index for device in mesh.devices.flat}) == hosts
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="target='h300' must be one of h100, h200"):
+        compile_for("h300", jnp.sin)
+    for devices in (0, 12):
+        with pytest.raises(ValueError, match=f"devices={devices} must be 1 to 8, or a multiple"):
+            target_mesh("h100", devices)
+
+
+def test_says_what_to_install(monkeypatch):
+    def without_plugin(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(ahead_of_time.topologies, "get_topology_desc", without_plugin)
+    with pytest.raises(RuntimeError, match=r"for h200 needs .* pip install '\.\[compile\]'"):
+        target_mesh("h200", 16)
+
+
+def test_bytes_are_those_of_a_device():
+    def f(x, tree):
+        def local(x, y):
+            return x + y, jax.lax.psum(x, "device")
+
+        spec = jax.sharding.PartitionSpec("device")
+        everywhere = jax.sharding.PartitionSpec()
+        return jax.shard_map(local, in_specs=(spec, everywhere), out_specs=(spec, everywhere))(
+            x, tree["y"]
+        )
+
+    mesh = target_mesh("h100", 8)
+    sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
+    x = jax.ShapeDtypeStruct((8 * 1024,), jnp.float32, sharding=sharding)
+    compilation = compile_for("h100", f, x, {"y": jnp.ones(1024)}, devices=8)
+    assert compilation.argument_bytes == 2 * 4096
+    assert 2 * 4096 <= compilation.output_bytes < 2 * 4096 + 1024
+    assert compilation.temporary_bytes < 16 * 4096
+    assert compilation.kernels == ()
+    assert "all-reduce" in compilation.executable.as_text()
+
+
+def range_forward(tokens):
+    q, k = (jax.ShapeDtypeStruct((1, tokens, heads, 64), jnp.bfloat16) for heads in (4, 1))
+    bound = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+    def f(*operands):
+        return range_attention(*operands, implementation="mosaic_gpu")
+
+    return f, q, k, k, bound, bound
+
+
+def test_report_comes_with_every_compilation(capfd):
+    setting = jax.config.jax_enable_compilation_cache
+    print("before")
+    first, second = (compile_for("h200", *range_forward(256)) for _ in range(2))
+    print("after")
+    (kernel,) = first.kernels
+    assert kernel.name.startswith("range_forward") and kernel.registers == 168
+    assert second.kernels == first.kernels
+    assert capfd.readouterr() == ("before\nafter\n", "")
+    assert jax.config.jax_enable_compilation_cache == setting
+    assert "MOSAIC_GPU_DUMP_PTXAS" not in os.environ
+
+
+def test_chooses_for_the_target(monkeypatch):
+    monkeypatch.setattr(dispatch, "_registry", {})
+    dispatch.register(
+        "range_attention",
+        dispatch.Implementation("mosaic_gpu", jnp.cos, dispatch.not_hopper),
+        dispatch.Implementation("xla", jnp.sin),
+    )
+
+    @jax.jit
+    def f(x):
+        return dispatch.select("range_attention", None, x)(x)
+
+    x = jnp.ones(4)
+    assert f(x)[0] == jnp.sin(1.0)
+    assert "cosine" in compile_for("h200", f, x).executable.as_text()
+    assert f(x)[0] == jnp.sin(1.0)
+
+
+def test_reads_ptxas():
+    report = """\
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : 11 bytes gmem, 8 bytes cmem[4]
+ptxas info    : Compiling entry function 'first_kernel' for 'sm_90a'
+ptxas info    : Function properties for first_kernel
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers
+ptxas info    : Compile time = 135.4 ms
+ptxas info    : Compiling entry function 'second_kernel' for 'sm_90a'
+ptxas info    : Function properties for second_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 90 registers, used 1 barriers
+"""
+    note = report.splitlines()[0]
+    assert list(ahead_of_time._parse(report)) == [
+        ahead_of_time.Kernel("first_kernel", 168, 4, 12, (note,)),
+        ahead_of_time.Kernel("second_kernel", 90, 0, 0, ()),
+    ]
+
+
+def test_errors_say_what_the_compiler_printed():
+    class Lowered:
+        def compile(self):
+            os.write(2, b"ptxas fatal: no such instruction")
+            raise RuntimeError("compilation failed")
+
+    with pytest.raises(RuntimeError) as caught:
+        ahead_of_time._compile(Lowered())
+    assert caught.value.__notes__ == ["ptxas fatal: no such instruction"]

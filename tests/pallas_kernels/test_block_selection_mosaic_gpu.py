@@ -1,0 +1,136 @@
+"""select_blocks on Hopper GPUs: interpreted or on a GPU (make test-gpu), and compiled."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.ahead_of_time import compile_for
+from pallas_kernels.block_selection import mosaic_gpu, select_blocks
+from tests.pallas_kernels.accuracy import assert_same_bits
+from tests.pallas_kernels.hopper_interpreter import interpret
+
+select = functools.partial(select_blocks, implementation="mosaic_gpu")
+
+
+def make(seed, batch, tokens, num_blocks, heads, dim, levels=None):
+    """Features in bf16; with few levels, of which only two matter, most scores are ties."""
+    rng = np.random.default_rng(seed)
+    u, c = (rng.normal(size=(batch, n, heads, dim)) for n in (tokens, num_blocks))
+    if levels:
+        u, c = (np.round(x * levels) * (np.arange(dim) < 2) for x in (u, c))
+    limit = rng.integers(-1, num_blocks + 2, (batch, tokens))
+    start = rng.integers(-2, num_blocks // 2 + 1, (batch, tokens))
+    return jnp.asarray(u, jnp.bfloat16), jnp.asarray(c, jnp.bfloat16), limit, start
+
+
+def assert_right(u, c, limit, start, count):
+    """The same blocks as plain JAX finds, but where scores differ by less than a rounding."""
+    index, score = jax.jit(lambda u, c: select(u, c, limit, count, start=start))(u, c)
+    wide = (x.astype(jnp.float32) for x in (u, c))
+    right_index, right_score = select_blocks(*wide, limit, count, start=start, implementation="xla")
+    np.testing.assert_allclose(score, right_score, rtol=1e-5, atol=1e-5)
+    differs = np.asarray(index) != np.asarray(right_index)
+    finite = np.nan_to_num(np.asarray(right_score), neginf=-1e9)
+    near = np.abs(np.diff(finite, axis=-1)) < 1e-4
+    near = np.pad(near, [(0, 0)] * 3 + [(0, 1)]) | np.pad(near, [(0, 0)] * 3 + [(1, 0)])
+    near[..., -1] = True  # the first that was left out is not known
+    assert not np.any(differs & ~near)
+    assert np.mean(differs) < 0.01
+
+
+class TestSmall:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        """Two thread blocks and two stages, so that all take turns."""
+        config = functools.partial(mosaic_gpu.Config, stages=2, programs=2)
+        monkeypatch.setattr(mosaic_gpu, "Config", config)
+
+    @pytest.mark.parametrize(
+        ("shape", "count"), [((1, 64, 100, 1, 64), 8), ((2, 75, 300, 2, 64), 16)]
+    )
+    def test_selection(self, hopper, shape, count):
+        assert_right(*make(0, *shape), count)
+
+    @pytest.mark.parametrize("count", [1, 5, 40])
+    def test_ties_take_the_lower_index(self, hopper, count):
+        u, c, limit, start = make(1, 1, 70, 200, 1, 128, levels=1)
+        index, score = jax.jit(lambda u, c: select(u, c, limit, count, start=start))(u, c)
+        expected = select_blocks(u, c, limit, count, start=start, implementation="xla")
+        np.testing.assert_array_equal(index, expected[0])
+        np.testing.assert_array_equal(score, expected[1])
+
+    def test_scores_in_the_worst_order(self, hopper):
+        u = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
+        c = jnp.broadcast_to(jnp.arange(200.0)[:, None, None], (1, 200, 1, 64)).astype(jnp.bfloat16)
+        assert_right(u, c, np.full(64, 200), np.zeros(64, int), 16)
+
+    def test_what_may_not_be_selected_may_be_nan(self, hopper):
+        u, c, limit, start = make(2, 1, 40, 150, 1, 64)
+        limit, start = np.clip(limit, 0, 100), np.clip(start, 10, None)
+        run = jax.jit(lambda u, c: select(u, c, limit, 8, start=start))
+        clean = run(u, c)
+        assert_same_bits(run(u, c.at[:, 100:].set(jnp.nan).at[:, :10].set(jnp.nan)), clean)
+
+    def test_later_queries_do_not_matter_bit_for_bit(self, hopper):
+        u, c, limit, start = make(3, 1, 90, 150, 1, 64)
+
+        @jax.jit
+        def run(u, limit):
+            return select(u, c, limit, 8, start=start)
+
+        limit = np.sort(limit)
+        before, after = run(u, limit), run(u.at[:, 50:].multiply(-3), limit)
+        assert_same_bits([x[:, :50] for x in before], [x[:, :50] for x in after])
+        raised = limit.copy()
+        raised[:, 50:] = 150
+        assert_same_bits([x[:, :50] for x in before], [x[:, :50] for x in run(u, raised)])
+
+    def test_gradients_and_vmap(self, hopper):
+        u, c, limit, start = make(4, 2, 30, 80, 1, 64)
+        bar = jnp.asarray(np.random.default_rng(5).normal(size=(2, 30, 1, 8)), jnp.float32)
+
+        def gradients(implementation, u, c, limit, start, bar):
+            def score(u, c):
+                found = select_blocks(u, c, limit, 8, start=start, implementation=implementation)[1]
+                return jnp.sum(jnp.where(found > -jnp.inf, found * bar, 0))
+
+            return jax.grad(score, argnums=(0, 1))(u, c)
+
+        operands = u, c, jnp.asarray(limit), jnp.asarray(start), bar
+        found, expected = (
+            jax.jit(functools.partial(gradients, name))(*operands) for name in ("mosaic_gpu", "xla")
+        )
+        for x, y in zip(found, expected, strict=True):
+            x, y = (np.asarray(each, np.float32) for each in (x, y))
+            np.testing.assert_allclose(x, y, 2**-7, 2**-7)
+        stacked = [x[:, None] for x in operands]
+        mapped = jax.jit(jax.vmap(functools.partial(gradients, "mosaic_gpu")))(*stacked)
+        assert_same_bits([x[:, 0] for x in mapped], found)
+
+    def test_no_races(self, capfd):
+        u, c, limit, start = make(6, 1, 100, 300, 1, 64)
+        with interpret(detect_races=True):
+            jax.block_until_ready(jax.jit(lambda u, c: select(u, c, limit, 8, start=start))(u, c))
+        assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("levels", [None, 1])
+def test_many(levels):
+    assert_right(*make(7, 1, 4096, 16384, 2, 64, levels), 16)
+
+
+@pytest.mark.parametrize(("target", "count"), [("h200", 16), ("h200", 32), ("h100", 16)])
+def test_keeps_to_registers(target, count):
+    u = jax.ShapeDtypeStruct((1, 2**20, 2, 64), jnp.bfloat16)
+    c = jax.ShapeDtypeStruct((1, 2**14, 2, 64), jnp.bfloat16)
+    limit = jax.ShapeDtypeStruct((2**20,), jnp.int32)
+    compilation = compile_for(target, functools.partial(select, count=count), u, c, limit)
+    (kernel,) = compilation.kernels
+    assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0
+    # Two thread blocks of 256 threads share the registers of a multiprocessor.
+    assert kernel.registers <= 128 or count > 16
+    assert compilation.temporary_bytes < 2**30

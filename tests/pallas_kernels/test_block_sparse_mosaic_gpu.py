@@ -1,0 +1,196 @@
+"""block_sparse_attention on Hopper GPUs: interpreted or on a GPU (make test-gpu), and compiled."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.ahead_of_time import compile_for
+from pallas_kernels.block_sparse_attention import block_sparse_attention, mosaic_gpu
+from pallas_kernels.csr import BlockCSR
+from tests.pallas_kernels.accuracy import assert_accurate, assert_same_bits
+from tests.pallas_kernels.hopper_interpreter import interpret
+from tests.pallas_kernels.test_block_sparse_attention import (
+    bigbird,
+    one_block,
+    random_cotangents,
+    random_selection,
+    results_and_gradients,
+)
+
+SIZE = 64
+NAMES = ("out", "lse", "q", "k", "v", "values")
+
+attend = functools.partial(block_sparse_attention, block_size=SIZE, implementation="mosaic_gpu")
+
+
+def make(pattern, batch, tokens, num_keys, heads, groups, dim, count, seed=0):
+    rng = np.random.default_rng(seed)
+    blocks = pattern(rng, batch, tokens, heads, -(-num_keys // SIZE), count)
+    q = jnp.asarray(rng.normal(size=(batch, tokens, heads * groups, dim)) * 2, jnp.bfloat16)
+    k, v = jnp.asarray(rng.normal(size=(2, batch, num_keys, heads, dim)), jnp.bfloat16)
+    return q, k, v, blocks
+
+
+def run(operands, implementation="mosaic_gpu", dtype=jnp.bfloat16):
+    q, k, v, blocks = operands
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    out_bar, lse_bar = random_cotangents(operands[0], np.random.default_rng(1))
+    cotangents = out_bar.astype(dtype), lse_bar
+    found = results_and_gradients((q, k, v, blocks), SIZE, cotangents, implementation)
+    return jax.tree.map(np.asarray, found)
+
+
+def assert_right(operands):
+    found = run(operands)
+    assert_accurate(NAMES, found, run(operands, "xla"), run(operands, "reference", jnp.float32))
+    return found
+
+
+class TestSmall:
+    """With few thread blocks, so that blocks are shared by them and rings go round."""
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        config_for = mosaic_gpu.config_for
+
+        def small(*args):
+            return dataclasses.replace(config_for(*args), programs=3, stages=2)
+
+        monkeypatch.setattr(mosaic_gpu, "config_for", small)
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            (random_selection, 1, 40, 256, 1, 8, 64, 3),
+            (random_selection, 2, 21, 200, 2, 3, 64, 2),  # padded groups, incomplete block
+            (random_selection, 1, 19, 192, 1, 16, 128, 3),
+            (one_block, 1, 70, 128, 1, 8, 64, 1),  # one block, shared by all thread blocks
+            (bigbird, 1, 24, 320, 1, 8, 64, 0),
+        ],
+    )
+    def test_against_reference(self, hopper, case):
+        assert_right(make(*case))
+
+    def test_chunks_of_queries_and_entries(self, hopper, monkeypatch):
+        operands = make(random_selection, 1, 30, 192, 2, 8, 64, 2)
+        monkeypatch.setattr(mosaic_gpu, "_MIN_PARTIALS", 1)
+        monkeypatch.setattr(mosaic_gpu, "_MAX_ENTRIES", 60)
+        assert_right(operands)
+
+    def test_twice(self, hopper):
+        operands = make(random_selection, 1, 40, 128, 1, 8, 64, 2)
+        assert_same_bits(run(operands), run(operands))
+
+    def test_later_tokens_do_not_matter_bit_for_bit(self, hopper):
+        q, k, v, blocks = make(random_selection, 1, 40, 256, 1, 8, 64, 3)
+        cut, index = 17, blocks.indices.reshape(1, 40, 1, 3)
+        rng = np.random.default_rng(5)
+        other = jnp.asarray(rng.permuted(np.arange(4).repeat(30)).reshape(1, 40, 1, 3) // 2 * 2)
+        other = other.at[..., 1].set(1).at[..., 2].set(3)
+        changed = BlockCSR.from_selection(
+            jnp.concatenate([index[:, :cut], other[:, cut:]], axis=1),
+            jnp.concatenate([blocks.values.reshape(index.shape)[:, :cut], other[:, cut:] * 1.0], 1),
+            blocks.num_columns,
+        )
+        before = jax.jit(attend)(q, k, v, blocks)
+        after = jax.jit(attend)(q.at[:, cut:].multiply(-2), k, v, changed)
+        assert_same_bits([x[:, :cut] for x in before], [x[:, :cut] for x in after])
+        assert np.any(np.asarray(before[0][:, cut:]) != np.asarray(after[0][:, cut:]))
+
+    def test_what_nobody_selected_may_be_nan(self, hopper):
+        q, k, v, blocks = make(random_selection, 1, 30, 256, 1, 8, 64, 2)
+        blocks = dataclasses.replace(
+            blocks, indices=jnp.where(blocks.indices == 2, -1, blocks.indices)
+        )
+        blind = jnp.all(blocks.indices.reshape(30, 2) < 0, axis=1)
+        assert np.any(blind)
+        clean = run((q, k, v, blocks))
+        q = jnp.where(blind[None, :, None, None], jnp.nan, q)
+        k, v = (x.at[:, 128:192].set(jnp.nan) for x in (k, v))
+        assert_same_bits(run((q, k, v, blocks)), clean)
+
+    def test_vmap(self, hopper):
+        operands = [make(random_selection, 1, 20, 128, 1, 8, 64, 2, seed) for seed in range(2)]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *operands)
+        found = jax.jit(jax.vmap(attend))(*stacked)
+        for n, each in enumerate(operands):
+            expected = jax.jit(attend)(*each)
+            assert_same_bits(jax.tree.map(lambda x, n=n: x[n], found), expected)
+
+    def test_no_races(self, capfd):
+        with interpret(detect_races=True):
+            run(make(random_selection, 1, 40, 192, 1, 8, 64, 2))
+        assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.gpu
+class TestLarge:
+    """With what only a GPU has: time and memory."""
+
+    @pytest.mark.parametrize(("groups", "dim"), [(8, 128), (16, 64), (4, 128)])
+    def test_accurate_and_deterministic(self, groups, dim):
+        operands = make(random_selection, 1, 4096, 4096, 2, groups, dim, 16)
+        first = assert_right(operands)
+        for _ in range(10):
+            assert_same_bits(run(operands), first)
+
+    def test_a_block_that_everybody_selects(self):
+        assert_right(make(one_block, 1, 8192, 256, 1, 8, 128, 1))
+
+
+def abstract_operands(tokens, dim, groups=8, heads=2, count=16):
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((1, *sizes), dtype)
+
+    keys = shape(tokens, heads, dim)
+    entries = shape(heads, tokens * count, dtype=jnp.int32)
+    blocks = BlockCSR(
+        shape(heads, tokens + 1, dtype=jnp.int32), entries,
+        shape(heads, tokens * count, dtype=jnp.float32), tokens // SIZE, count,
+    )  # fmt: skip
+    return shape(tokens, heads * groups, dim), keys, keys, blocks
+
+
+def forward_and_backward(q, k, v, blocks):
+    def f(q, k, v, values):
+        return attend(q, k, v, dataclasses.replace(blocks, values=values))
+
+    out, vjp = jax.vjp(f, q, k, v, blocks.values)
+    return out, vjp(out)
+
+
+class TestCompiled:
+    """With the compilers for H100 and H200."""
+
+    @pytest.mark.parametrize(
+        ("target", "dim", "groups"), [("h200", 128, 8), ("h200", 64, 16), ("h100", 128, 16)]
+    )
+    def test_keeps_to_registers(self, target, dim, groups):
+        operands = abstract_operands(2**17, dim, groups)
+        compilation = compile_for(target, forward_and_backward, *operands)
+        assert len(compilation.kernels) == 3
+        for kernel in compilation.kernels:
+            assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel
+            assert not kernel.notes
+
+    def test_over_8_devices(self):
+        heads = P(None, None, "device")
+
+        def sharded(q, k, v, blocks):
+            patterns = jax.tree.map(lambda _: P(None, "device"), blocks)
+            return jax.shard_map(attend, in_specs=(heads, heads, heads, patterns), out_specs=heads)(
+                q, k, v, blocks
+            )
+
+        operands = abstract_operands(2**15, 128, heads=8)
+        assert compile_for("h200", sharded, *operands, devices=8).kernels
+
+    def test_memory_of_a_million_tokens(self):
+        q, *rest = abstract_operands(2**20, 128)
+        compilation = compile_for("h200", attend, q, *rest)
+        assert compilation.temporary_bytes < 1.5 * q.size * 2
