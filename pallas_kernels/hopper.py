@@ -22,6 +22,8 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number per row of a product
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 SHARED_MEMORY = 227 * 1024  # bytes that a thread block may use
+# Of three threads, one of each warpgroup: 168 each at launch. Asking for more waits for ever.
+_REGISTERS = 3 * 168
 MULTIPROCESSORS = 132  # of an H100 SXM, H200: one thread block each
 
 
@@ -207,7 +209,7 @@ def contiguous_share(items, at):
     return first, each + (at.program < more).astype(jnp.int32)
 
 
-def roles(block: Callable, computing: int = 2, loader_registers: int = 32) -> Callable:
+def roles(block: Callable, computing: int = 2, loader_registers: int = 40) -> Callable:
     """For `launch`: `block(at)` makes what computes in all warpgroups but the last, which loads.
 
     Args:
@@ -229,7 +231,7 @@ def roles(block: Callable, computing: int = 2, loader_registers: int = 32) -> Ca
         @pl.when(jnp.logical_not(loads))
         def _():
             if computing > 1:
-                plgpu.set_max_registers((512 - loader_registers) // 2, action="increase")
+                plgpu.set_max_registers((_REGISTERS - loader_registers) // 2, action="increase")
             member.compute()
 
     return run

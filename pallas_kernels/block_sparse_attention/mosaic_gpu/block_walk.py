@@ -198,7 +198,7 @@ def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, conf
     padded = sizes.batch, sizes.num_blocks * sizes.block_size, sizes.num_kv_heads, sizes.head_dim
     results = hopper.launch(
         "block_sparse_key_gradients",
-        hopper.roles(functools.partial(_BlockWalk, sizes, config), loader_registers=64),
+        hopper.roles(functools.partial(_BlockWalk, sizes, config), loader_registers=56),
         programs=config.programs,
         operands={
             "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,

@@ -196,7 +196,7 @@ def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
     scratch = EntryWalk.scratch(sizes, config, arrays=1)
     results = hopper.launch(
         "block_sparse_forward",
-        hopper.roles(functools.partial(_Forward, sizes, config), loader_registers=64),
+        hopper.roles(functools.partial(_Forward, sizes, config), loader_registers=56),
         programs=config.programs,
         operands={"q": q, "k": k, "v": v, "tiles": chunk.tiles, "num_tiles": chunk.num_tiles},
         outputs=_per_entry(sizes, q.dtype, "out", "lse"),
@@ -222,7 +222,7 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
     scratch = EntryWalk.scratch(sizes, config, arrays=2)
     results = hopper.launch(
         "block_sparse_query_gradient",
-        hopper.roles(functools.partial(_QueryGradient, sizes, config), loader_registers=64),
+        hopper.roles(functools.partial(_QueryGradient, sizes, config), loader_registers=56),
         programs=config.programs,
         operands={
             "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,

@@ -111,7 +111,7 @@ def plan_chunk(index, indptr, indices, values, sizes: Sizes, width: int) -> Chun
     entry = order.at[jnp.where(some, sorted_place, sorted_place[:, :1])].get(mode="clip")
     token = entry // sizes.capacity % sizes.chunk + index * sizes.chunk
     row, block = column // sizes.num_blocks, column % sizes.num_blocks
-    header = [
+    numbers = [
         row // sizes.num_kv_heads,
         row % sizes.num_kv_heads,
         block,
@@ -119,7 +119,7 @@ def plan_chunk(index, indptr, indices, values, sizes: Sizes, width: int) -> Chun
         tile_starts[column],
         tile_starts[column + 1] - 1,
     ]
-    header = jnp.pad(jnp.stack(header, axis=1), [(0, 0), (0, HEADER - len(header))])
+    header = jnp.pad(jnp.stack(numbers, axis=1), [(0, 0), (0, HEADER - len(numbers))])
     described = jnp.concatenate([header, token, jnp.where(some, entry, -1)], axis=1)
     described = described.astype(jnp.int32)
     return Chunk(place, value, filled, described, tile_starts[-1:], counts > 0)

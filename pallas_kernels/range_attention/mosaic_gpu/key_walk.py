@@ -295,7 +295,7 @@ def query_gradient(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale,
     scratch = KeyWalk.scratch(sizes, config, copies=2 * sizes.groups + 2)
     return hopper.launch(
         "range_query_gradient",
-        hopper.roles(functools.partial(_QueryGradient, sizes, config)),
+        hopper.roles(functools.partial(_QueryGradient, sizes, config), loader_registers=56),
         programs=min(config.programs, sizes.items),
         operands={
             "q": q, "k": k, "v": v, "plan": plan, "bias": key_bias, "out_bar": out_bar,

@@ -179,7 +179,7 @@ def key_gradients(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale, 
     sizes = Sizes.of(q, k, key_bias, scale)
     results = hopper.launch(
         "range_key_gradients",
-        hopper.roles(functools.partial(QueryWalk, sizes, config)),
+        hopper.roles(functools.partial(QueryWalk, sizes, config), loader_registers=24),
         programs=min(config.programs, sizes.key_items),
         operands={
             "q": q, "k": k, "v": v, "plan": plan_keys(start, end, sizes, config.step),
