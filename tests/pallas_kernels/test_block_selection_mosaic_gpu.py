@@ -12,6 +12,9 @@ from pallas_kernels.block_selection import mosaic_gpu, select_blocks
 from tests.pallas_kernels.accuracy import assert_same_bits
 from tests.pallas_kernels.hopper_interpreter import interpret
 
+# A kernel that hangs holds the main thread, where a signal would not reach it.
+pytestmark = pytest.mark.timeout(300, method="thread")
+
 select = functools.partial(select_blocks, implementation="mosaic_gpu")
 
 

@@ -22,6 +22,9 @@ from tests.pallas_kernels.test_block_sparse_attention import (
     results_and_gradients,
 )
 
+# A kernel that hangs holds the main thread, where a signal would not reach it.
+pytestmark = pytest.mark.timeout(300, method="thread")
+
 SIZE = 64
 NAMES = ("out", "lse", "q", "k", "v", "values")
 
