@@ -118,7 +118,7 @@ class Ring:
     Attributes:
       size: slots.
       ready: a barrier per slot, at which every copy into it arrives.
-      used: a barrier per slot, at which every consumer arrives; None where slots are used once.
+      used: a barrier per slot, at which every consumer arrives.
     """
 
     size: int
