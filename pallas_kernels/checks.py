@@ -98,24 +98,3 @@ def per_token(name: str, x, batch: int, tokens: int, *, monotone: bool = False) 
     own, wanted = jnp.iinfo(x.dtype), jnp.iinfo(jnp.int32)
     x = x.clip(max(own.min, wanted.min), min(own.max, wanted.max)).astype(np.int32)
     return jnp.broadcast_to(jnp.asarray(x), (batch, tokens))
-
-
-def vary_alike(*operands) -> tuple:
-    """In `jax.shard_map`, operands of the same values that vary over the same axes of the mesh.
-
-    Those that some axis replicates then get the sum over it as their gradient.
-
-    Args:
-      *operands: arrays, and trees of them.
-    """
-
-    def varying(x):
-        return jax.typeof(x).manual_axis_type.varying
-
-    axes = frozenset().union(*map(varying, jax.tree.leaves(operands)))
-
-    def vary(x):
-        missing = tuple(axes - varying(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(vary, operands)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
 logger = logging.getLogger("pallas_kernels")
 
@@ -62,6 +63,29 @@ class Implementation:
     def why_not(self, device: jax.Device, operands: tuple) -> str | None:
         """Why it cannot run; without operands, whatever they are."""
         return self.why_not_on(device) or (self.why_not_for(*operands) if operands else None)
+
+
+def for_hopper(package: str, function: str, why_not_for: Callable[..., str | None]):
+    """The Implementation "mosaic_gpu" of a primitive: `function` of `package`.mosaic_gpu."""
+    return Implementation(
+        "mosaic_gpu",
+        deferred(f"{package}.mosaic_gpu", function),
+        why_not_on=not_hopper,
+        why_not_for=why_not_for,
+        automatic=False,
+    )
+
+
+def unfit_for_hopper(q, k, head_dims: tuple[int, ...]) -> str | None:
+    """Why attention on Hopper GPUs does not take q [B, T, Hq, D] and k [B, N, Hkv, D], or None."""
+    head_dim, groups = q.shape[3], q.shape[2] // k.shape[2]
+    if q.dtype != jnp.bfloat16:
+        return f"takes bfloat16, not {q.dtype}"
+    if head_dim not in head_dims:
+        return f"takes head dimensions of {', '.join(map(str, head_dims))}, not {head_dim}"
+    if groups > 16:
+        return f"takes up to 16 query heads per KV head, not {groups}"
+    return None
 
 
 _registry: dict[str, dict[str, Implementation]] = {}

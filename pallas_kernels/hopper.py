@@ -15,6 +15,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mesh_axes import vary_over, varying
+
 HALF = 64  # rows of a tile that one compute warpgroup owns: of one wgmma
 ROWS = 2 * HALF
 LOG2E = math.log2(math.e)
@@ -193,8 +195,8 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*given.values())
     # plgpu.kernel forgets over which axes of a mesh (shard_map) its results vary.
-    axes = frozenset().union(*map(_varying, given.values()))
-    return {name: _vary_over(axes, x) for name, x in zip(outputs, results, strict=True)}
+    axes = frozenset().union(*map(varying, given.values()))
+    return {name: vary_over(axes, x) for name, x in zip(outputs, results, strict=True)}
 
 
 def share(items: int, at):
@@ -235,15 +237,6 @@ def roles(block: Callable, computing: int = 2, loader_registers: int = 40) -> Ca
             member.compute()
 
     return run
-
-
-def _varying(x):
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _vary_over(axes, x):
-    missing = axes - _varying(x)
-    return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 def pad(x, axis: int, multiple: int, mode: str = "constant"):

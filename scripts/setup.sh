@@ -52,8 +52,8 @@ if [ "${1-}" = compiler ]; then
     requirements='import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 print(*project["optional-dependencies"]["compile"], sep="\n")'
-    .venv/bin/python -c "$requirements" |
-        install --target .venv/compiler --no-deps --requirements -
+    requirements=$(.venv/bin/python -c "$requirements")
+    install --target .venv/compiler --no-deps --requirements - <<<"$requirements"
 else
     install --editable ".[dev${1:+,$1}]"
 fi

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sparsex_jax
+from sparsex_jax.errors import is_memory_full
 
 
 class Command(NamedTuple):
@@ -33,7 +34,6 @@ COMMANDS = {
 # Where a ValueError may come from that tells the user what to change; others are bugs.
 OUR_PACKAGES = ("sparsex_jax", "pallas_kernels")
 DEBUG = "SPARSEX_DEBUG"
-FULL = "RESOURCE_EXHAUSTED"  # how XLA says that the device's memory is full
 
 
 def usage() -> str:
@@ -87,7 +87,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if os.environ.get(DEBUG) == "1" or not _is_expected(error):
             raise
-        if FULL in str(error):
+        if is_memory_full(error):
             return _complain("the device's memory is full: use a smaller length or batch size")
         return _complain(str(error))
     return status or 0
@@ -103,7 +103,7 @@ def _is_expected(error: Exception) -> bool:
     if isinstance(error, OSError):
         return True
     if not isinstance(error, ValueError):
-        return FULL in str(error)
+        return is_memory_full(error)
     frames = traceback.extract_tb(error.__traceback__)
     folders = [str(Path(__file__).parents[1] / name) + os.sep for name in OUR_PACKAGES]
     return frames[-1].filename.startswith(tuple(folders))

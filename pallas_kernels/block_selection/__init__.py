@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.block_selection import reference, xla
 from pallas_kernels.checks import check_floating, check_shape, per_token
+from pallas_kernels.mesh_axes import vary_alike
 
 
 def _not_for_hopper(u, c, limit, start, count) -> str | None:
@@ -22,13 +23,7 @@ def _not_for_hopper(u, c, limit, start, count) -> str | None:
 
 dispatch.register(
     "block_selection",
-    dispatch.Implementation(
-        "mosaic_gpu",
-        dispatch.deferred(f"{__name__}.mosaic_gpu", "select_blocks"),
-        why_not_on=dispatch.not_hopper,
-        why_not_for=_not_for_hopper,
-        automatic=False,
-    ),
+    dispatch.for_hopper(__name__, "select_blocks", _not_for_hopper),
     dispatch.Implementation("xla", xla.select_blocks),
     dispatch.Implementation("reference", reference.select_blocks),
 )
@@ -71,7 +66,7 @@ def select_blocks(
         start = jnp.zeros((batch, tokens), jnp.int32)
     else:
         start = per_token("start", start, batch, tokens)
-    operands = u, c, limit, start, count
+    operands = *vary_alike(u, c, limit, start), count
     return dispatch.select("block_selection", implementation, *operands)(*operands)
 
 

@@ -6,6 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mesh_axes import zeros_like
+
 # Floats held at a time, unless _MIN_ROWS rows already need more.
 _FLOATS_PER_CHUNK = 2**25
 _MIN_ROWS = 16
@@ -114,7 +116,7 @@ def select_bwd(count, residuals, cotangents):
         return c_bar + _einsum("bthn,bthd->bnhd", dense, u), u_bar.astype(u.dtype)
 
     operands = _split(u, rows), _split(index, rows, fill=-1), _split(score_bar, rows)
-    c_bar, u_bar = jax.lax.scan(chunk, jnp.zeros(c.shape, _accumulator(c)), operands)
+    c_bar, u_bar = jax.lax.scan(chunk, zeros_like(c, _accumulator(c)), operands)
     return _join(u_bar, tokens), c_bar.astype(c.dtype), None, None
 
 

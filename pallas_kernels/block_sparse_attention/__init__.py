@@ -10,32 +10,18 @@ from pallas_kernels import dispatch
 from pallas_kernels.block_sparse_attention import reference, xla
 from pallas_kernels.checks import check_attention_operands, check_shape
 from pallas_kernels.csr import BlockCSR
+from pallas_kernels.mesh_axes import vary_alike
 
 
 def _not_for_hopper(q, k, v, blocks, block_size, *_) -> str | None:
-    head_dim, groups = q.shape[3], q.shape[2] // k.shape[2]
-    if q.dtype != jnp.bfloat16:
-        return f"takes bfloat16, not {q.dtype}"
-    if head_dim not in (64, 128):
-        return f"takes head dimensions of 64 and 128, not {head_dim}"
-    if groups > 16:
-        return f"takes up to 16 query heads per KV head, not {groups}"
     if block_size != 64:
         return f"takes blocks of 64 keys, not {block_size}"
-    return None
+    return dispatch.unfit_for_hopper(q, k, (64, 128))
 
 
 dispatch.register(
     "block_sparse_attention",
-    dispatch.Implementation(
-        "mosaic_gpu",
-        dispatch.deferred(
-            "pallas_kernels.block_sparse_attention.mosaic_gpu", "block_sparse_attention"
-        ),
-        why_not_on=dispatch.not_hopper,
-        why_not_for=_not_for_hopper,
-        automatic=False,
-    ),
+    dispatch.for_hopper(__name__, "block_sparse_attention", _not_for_hopper),
     dispatch.Implementation("xla", xla.block_sparse_attention),
     dispatch.Implementation("reference", reference.block_sparse_attention),
 )
@@ -103,7 +89,7 @@ def block_sparse_attention(
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     values = blocks.values.astype(jnp.promote_types(jnp.float32, q.dtype))
     blocks = dataclasses.replace(blocks, values=values)
-    operands = q, k, v, blocks, block_size, scale
+    operands = *vary_alike(q, k, v, blocks), block_size, scale
     return dispatch.select("block_sparse_attention", implementation, *operands)(*operands)
 
 

@@ -18,6 +18,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_attention.entries import (
+    Entries,
+    Sizes,
+    by_token,
+    combine,
+    join_chunks,
+    sort_entries,
+)
 from pallas_kernels.csr import BlockCSR
 
 # Floats of the partial results of a chunk: as many as q has, within these bounds.
@@ -32,43 +40,18 @@ _MIN_TILE_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shapes:
-    """All that is static: sizes of the arrays, of a chunk of queries, of a tile, of a step."""
+class _Shapes(Sizes):
+    """All that is static: also the sizes of a tile and of a step."""
 
-    batch: int
-    heads: int
-    groups: int
-    head_dim: int
-    num_keys: int
-    block_size: int
-    num_blocks: int
-    capacity: int
-    chunk: int
     tile_rows: int
     step_tiles: int
     max_tiles: int
-    scale: float
-
-    @property
-    def entries(self):
-        return self.batch * self.heads * self.chunk * self.capacity
-
-    @property
-    def columns(self):
-        return self.batch * self.heads * self.num_blocks
 
 
 class _Chunk(NamedTuple):
-    """A chunk's entries, as [B, Hkv, chunk, capacity], and their sorted order cut into tiles.
+    """A chunk's entries, cut into tiles."""
 
-    An entry is numbered by its place in that array, a column by its place in [B, Hkv, Nb].
-    """
-
-    place: jax.Array  # of each entry in the pattern; out of bounds if empty
-    value: jax.Array
-    filled: jax.Array
-    order: jax.Array  # [entries] entry of each sorted place
-    starts: jax.Array  # [columns + 1] first sorted place of each column
+    entries: Entries
     tile_starts: jax.Array  # [columns + 1] first tile of each column
     tile_columns: jax.Array  # [max_tiles] column of each tile; `columns` past the last
 
@@ -99,7 +82,7 @@ def _plan_shapes(q, k, blocks: BlockCSR, block_size, scale) -> _Shapes:
     step = min(max(1, logits // (rows * groups * block_size)), tiles)
     return _Shapes(
         batch, heads, groups, head_dim, k.shape[1], block_size, blocks.num_columns, capacity,
-        chunk, rows, step, max_tiles=math.ceil(tiles / step) * step, scale=scale,
+        chunk, scale, rows, step, max_tiles=math.ceil(tiles / step) * step,
     )  # fmt: skip
 
 
@@ -125,37 +108,13 @@ def _group(x, shapes):
     return _pad(x, shapes)
 
 
-def _ungroup(x, tokens):
-    """Scanned [chunks, B, chunk, Hkv, G, ...] -> [B, tokens, Hq, ...]."""
-    chunks, batch, chunk, heads, groups = x.shape[:5]
-    x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk, heads * groups, *x.shape[5:])
-    return x[:, :tokens]
-
-
 def _plan_chunk(chunk_index, indptr, indices, values, shapes: _Shapes) -> _Chunk:
-    tokens = indptr.shape[-1] - 1
-    row = chunk_index * shapes.chunk + jnp.arange(shapes.chunk + 1, dtype=jnp.int32)
-    bounds = indptr[:, :, jnp.minimum(row, tokens)]
-    place = bounds[..., :-1, None] + jnp.arange(shapes.capacity, dtype=jnp.int32)
-    place = jnp.where(place < bounds[..., 1:, None], place, indices.shape[-1])
-    b, h = jnp.ogrid[: shapes.batch, : shapes.heads]
-    b, h = b[..., None, None], h[..., None, None]
-    block = indices.at[b, h, place].get(mode="fill", fill_value=-1)
-    value = values.at[b, h, place].get(mode="fill", fill_value=-jnp.inf)
-    filled = (block >= 0) & (block < shapes.num_blocks) & (value != -jnp.inf)
-    place = jnp.where(filled, place, indices.shape[-1])
-    value = jnp.where(filled, value, 0)
-
-    column = (b * shapes.heads + h) * shapes.num_blocks + block
-    column = jnp.where(filled, column, shapes.columns).ravel()
-    order = jnp.argsort(column, stable=True).astype(jnp.int32)
-    boundaries = jnp.arange(shapes.columns + 1, dtype=jnp.int32)
-    starts = jnp.searchsorted(column[order], boundaries).astype(jnp.int32)
-    tiles = (jnp.diff(starts) + shapes.tile_rows - 1) // shapes.tile_rows
+    entries = sort_entries(chunk_index, indptr, indices, values, shapes)
+    tiles = (jnp.diff(entries.starts) + shapes.tile_rows - 1) // shapes.tile_rows
     tile_starts = jnp.pad(jnp.cumsum(tiles, dtype=jnp.int32), (1, 0))
     tile = jnp.arange(shapes.max_tiles, dtype=jnp.int32)
     tile_columns = jnp.searchsorted(tile_starts, tile, side="right").astype(jnp.int32) - 1
-    return _Chunk(place, value, filled, order, starts, tile_starts, tile_columns)
+    return _Chunk(entries, tile_starts, tile_columns)
 
 
 def _take_tiles(step, chunk: _Chunk, shapes: _Shapes) -> _Tiles:
@@ -163,13 +122,15 @@ def _take_tiles(step, chunk: _Chunk, shapes: _Shapes) -> _Tiles:
     tile = first + jnp.arange(shapes.step_tiles, dtype=jnp.int32)
     column = jax.lax.dynamic_slice_in_dim(chunk.tile_columns, first, shapes.step_tiles)
     # Tiles past the last start where all columns end, and are empty.
-    end = chunk.starts[jnp.minimum(column + 1, shapes.columns)]
-    sorted_place = chunk.starts[column] + (tile - chunk.tile_starts[column]) * shapes.tile_rows
+    end = chunk.entries.starts[jnp.minimum(column + 1, shapes.columns)]
+    sorted_place = (
+        chunk.entries.starts[column] + (tile - chunk.tile_starts[column]) * shapes.tile_rows
+    )
     row = jnp.arange(shapes.tile_rows, dtype=jnp.int32)
     sorted_place = sorted_place[:, None] + row
     filled = sorted_place < end[:, None]
     nowhere = jnp.arange(filled.size, dtype=jnp.int32).reshape(filled.shape) + shapes.entries
-    entry = chunk.order.at[sorted_place].get(mode="fill", fill_value=0)
+    entry = chunk.entries.order.at[sorted_place].get(mode="fill", fill_value=0)
     return _Tiles(column, jnp.where(filled, entry, nowhere), filled)
 
 
@@ -215,21 +176,6 @@ def _scatter_entries(partials, tiles: _Tiles, update):
     return partials.at[tiles.entry].set(update, mode="drop", unique_indices=True)
 
 
-def _combine(chunk: _Chunk, out, lse, shapes: _Shapes):
-    """Partial results of entries -> those of queries, [B, chunk, Hkv, G, D] and [.., G]."""
-    out, lse = (jnp.moveaxis(x.reshape(*chunk.value.shape, *x.shape[1:]), 1, 2) for x in (out, lse))
-    value, filled = (jnp.moveaxis(x, 1, 2)[..., None] for x in (chunk.value, chunk.filled))
-    lse = jnp.where(filled, lse + value, -jnp.inf)
-    top = jnp.max(lse, axis=3)
-    top = jnp.where(top > -jnp.inf, top, 0)
-    weights = jnp.exp(lse - top[:, :, :, None])
-    total = jnp.sum(weights, axis=3)
-    seen = total > 0
-    total = jnp.where(seen, total, 1)
-    out = jnp.sum(weights[..., None] * out, axis=3) / total[..., None]
-    return out, jnp.where(seen, top + jnp.log(total), -jnp.inf)
-
-
 def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     """See `pallas_kernels.block_sparse_attention.block_sparse_attention`."""
     if 0 in (q.size, k.size, blocks.indices.size, blocks.row_capacity):
@@ -265,11 +211,12 @@ def _attend(q, k, v, indptr, indices, values, shapes: _Shapes):
             jnp.zeros((shapes.entries, shapes.groups, shapes.head_dim), dtype),
             jnp.zeros((shapes.entries, shapes.groups), dtype),
         )
-        out, lse = _combine(chunk, *_walk(chunk, shapes, attend_tiles, partials), shapes)
+        partials = _walk(chunk, shapes, attend_tiles, partials)
+        out, lse = combine(chunk.entries, *partials, shapes)
         return None, (out.astype(q.dtype), lse)
 
     _, (out, lse) = jax.lax.scan(attend_chunk, None, jnp.arange(grouped.shape[1] // shapes.chunk))
-    return _ungroup(out, q.shape[1]), _ungroup(lse, q.shape[1])
+    return join_chunks(out, q.shape[1]), join_chunks(lse, q.shape[1])
 
 
 def _attend_fwd(q, k, v, indptr, indices, values, shapes):
@@ -315,7 +262,7 @@ def _attend_bwd(shapes: _Shapes, residuals, cotangents):
         def add_tiles(tiles, carry):
             q_bar, value_bar, k_bar, v_bar = carry
             of_q, of_value, of_keys, of_payload = _tile_gradients(
-                tiles, rows, chunk.value, k, v, shapes, dtype
+                tiles, rows, chunk.entries.value, k, v, shapes, dtype
             )
             per_entry = (shapes.step_tiles, shapes.tile_rows, shapes.groups, shapes.head_dim)
             batch, head, block = _column_index(tiles, shapes)
@@ -338,11 +285,11 @@ def _attend_bwd(shapes: _Shapes, residuals, cotangents):
                 v_bar,
             ),
         )
-        q_bar = jnp.sum(q_bar.reshape(*chunk.value.shape, *q_bar.shape[1:]), axis=3)
-        value_bar = value_bar.reshape(chunk.value.shape).astype(values.dtype)
+        q_bar = jnp.sum(by_token(q_bar, shapes), axis=3)
+        value_bar = value_bar.reshape(chunk.entries.value.shape).astype(values.dtype)
         # Each entry belongs to one row, so adding to zero is writing.
-        values_bar = values_bar.at[b, h, chunk.place].add(value_bar, mode="drop")
-        return (k_bar, v_bar, values_bar), jnp.moveaxis(q_bar, 1, 2).astype(q.dtype)
+        values_bar = values_bar.at[b, h, chunk.entries.place].add(value_bar, mode="drop")
+        return (k_bar, v_bar, values_bar), q_bar.astype(q.dtype)
 
     padded = (shapes.batch, shapes.num_blocks, shapes.block_size, shapes.heads, shapes.head_dim)
     zeros = jnp.zeros(padded, dtype), jnp.zeros(padded, dtype), jnp.zeros_like(values)
@@ -352,7 +299,7 @@ def _attend_bwd(shapes: _Shapes, residuals, cotangents):
         x.reshape(shapes.batch, -1, *k.shape[2:])[:, : shapes.num_keys].astype(k.dtype)
         for x in (k_bar, v_bar)
     )
-    return _ungroup(q_bar, q.shape[1]), k_bar, v_bar, None, None, values_bar
+    return join_chunks(q_bar, q.shape[1]), k_bar, v_bar, None, None, values_bar
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

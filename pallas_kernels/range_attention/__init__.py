@@ -6,29 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import checks, dispatch
+from pallas_kernels.mesh_axes import vary_alike
 from pallas_kernels.range_attention import reference, xla
 
 
 def _not_for_hopper(q, k, *_) -> str | None:
-    head_dim, groups = q.shape[3], q.shape[2] // k.shape[2]
-    if q.dtype != jnp.bfloat16:
-        return f"takes bfloat16, not {q.dtype}"
-    if head_dim not in (64, 128, 256):
-        return f"takes head dimensions of 64, 128 and 256, not {head_dim}"
-    if groups > 16:
-        return f"takes up to 16 query heads per KV head, not {groups}"
-    return None
+    return dispatch.unfit_for_hopper(q, k, (64, 128, 256))
 
 
 dispatch.register(
     "range_attention",
-    dispatch.Implementation(
-        "mosaic_gpu",
-        dispatch.deferred(f"{__name__}.mosaic_gpu", "range_attention"),
-        why_not_on=dispatch.not_hopper,
-        why_not_for=_not_for_hopper,
-        automatic=False,
-    ),
+    dispatch.for_hopper(__name__, "range_attention", _not_for_hopper),
     dispatch.Implementation("xla", xla.range_attention),
     dispatch.Implementation("reference", reference.range_attention),
 )
@@ -76,5 +64,5 @@ def range_attention(
         checks.check_floating(key_bias=key_bias)
         key_bias = key_bias.astype(jnp.promote_types(jnp.float32, q.dtype))
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    operands = *checks.vary_alike(q, k, v, start, end, key_bias), scale
+    operands = *vary_alike(q, k, v, start, end, key_bias), scale
     return dispatch.select("range_attention", implementation, *operands)(*operands)

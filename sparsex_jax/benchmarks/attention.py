@@ -23,9 +23,9 @@ from sparsex_jax.benchmarks.results import check_same_run, read_results, write_r
 from sparsex_jax.benchmarks.timing import OutOfMemory, Timing, compile_program, measure
 from sparsex_jax.benchmarks.workload import Workload
 from sparsex_jax.config import AttentionConfig, ConfigError
+from sparsex_jax.errors import is_memory_full
 
 Row = dict[str, Any]
-FULL = "RESOURCE_EXHAUSTED"  # how XLA says that the device's memory is full
 LIKELY_SHARE = 0.5  # of the roofline, for dense attention of which nothing is known yet
 BAD = ("wrong", "failed")
 
@@ -383,7 +383,7 @@ def _judge(error: Exception) -> tuple[str, str]:
     text = " ".join(str(error).split())
     if isinstance(error, OutOfMemory):
         return "out_of_memory", text
-    if FULL in text:
+    if is_memory_full(error):
         return "out_of_memory", text[:200]
     if os.environ.get("SPARSEX_DEBUG") == "1":
         raise error

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,11 +17,11 @@ from sparsex_jax.commands.arguments import (
     parse_lengths,
 )
 from sparsex_jax.config import ConfigError
+from sparsex_jax.errors import is_memory_full
 
 if TYPE_CHECKING:
     from sparsex_jax.modules import Transformer
 
-FULL = "RESOURCE_EXHAUSTED"  # how XLA says that the device's memory is full
 Task = Literal[
     "single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3", "multivalue",
     "multiquery", "vt",
@@ -69,7 +68,7 @@ def main(arguments: list[str]) -> None:
 
 def needle(arguments: NeedleArguments, command: str) -> None:
     """Runs the command, which is quoted in what it writes."""
-    from sparsex_jax.benchmarks.results import default_path, write_results
+    from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
     from sparsex_jax.commands.model import describe_run, load, read_haystack
     from sparsex_jax.tasks import load as load_tokenizer
     from sparsex_jax.tasks.needle import check_length
@@ -87,7 +86,7 @@ def needle(arguments: NeedleArguments, command: str) -> None:
         for length in lengths:
             check_length(task, length, load_tokenizer())
     path = arguments.out or default_path("needle")
-    _check_writable(path)
+    check_writable(path)
     console = make_console()
     model, tokenizer, description = load(arguments.checkpoint)
     console.print(f"model: {description}", markup=False, soft_wrap=True)
@@ -107,20 +106,6 @@ def needle(arguments: NeedleArguments, command: str) -> None:
             console.print(f"{task} at {format_length(length)}: {_outcome(rows[-1])}")
     console.print(_table(rows))
     console.print(f"results: {path}", markup=False, soft_wrap=True)
-
-
-def _check_writable(path: Path) -> None:
-    """Makes the folder of a results file; raises ConfigError if the file cannot be written."""
-    if path.is_dir():
-        raise ConfigError(f"out='{path}' is a folder: use a file in it, {path / 'needle.json'} say")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"out='{path}' cannot be written ({error.strerror}): use a file in another folder"
-        ) from None
 
 
 class _Questions:
@@ -153,7 +138,7 @@ class _Questions:
                 on_answer=lambda answer: bar.advance(shown),
             ).row  # fmt: skip
         except JaxRuntimeError as error:
-            if FULL not in str(error):
+            if not is_memory_full(error):
                 raise
             return make_row("sparsex", task, self.length, [], status="out_of_memory")
 

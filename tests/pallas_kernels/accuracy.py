@@ -9,13 +9,13 @@ def assert_accurate(names, found, plain, right):
     """Errors are at most twice those of plain JAX in the same dtypes, and a rounding more.
 
     Args:
-      names: of the leaves.
+      names: of the leaves, at least as many.
       found: a tree of what is tested.
       plain: the same by plain JAX.
       right: the same in more precision.
     """
-    leaves = zip(*map(jax.tree.leaves, (found, plain, right)), strict=True)
-    for name, (x, y, z) in zip(names, leaves, strict=False):
+    leaves = list(zip(*map(jax.tree.leaves, (found, plain, right)), strict=True))
+    for name, (x, y, z) in zip(names[: len(leaves)], leaves, strict=True):
         assert x.dtype == y.dtype, name
         rounding = 2**-8 if x.dtype == jnp.bfloat16 else 2**-18
         x, y, z = (np.asarray(each, np.float64) for each in (x, y, z))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.ahead_of_time import compile_for
 from pallas_kernels.block_selection import mosaic_gpu, select_blocks
@@ -137,3 +138,24 @@ def test_keeps_to_registers(target, count):
     # Two thread blocks of 256 threads share the registers of a multiprocessor.
     assert kernel.registers <= 128 or count > 16
     assert compilation.temporary_bytes < 2**30
+
+
+def test_queries_over_8_devices():
+    """With block features that are everywhere, whose gradients are added up."""
+
+    def scores(u, c, limit):
+        score, vjp = jax.vjp(lambda u, c: select(u, c, limit, 16)[1], u, c)
+        return vjp(score)
+
+    def sharded(u, c, limit):
+        queries = P(None, "device")
+        return jax.shard_map(
+            scores, in_specs=(queries, P(), P("device")), out_specs=(queries, P())
+        )(u, c, limit)
+
+    u = jax.ShapeDtypeStruct((1, 2**15, 2, 64), jnp.bfloat16)
+    c = jax.ShapeDtypeStruct((1, 2**9, 2, 64), jnp.bfloat16)
+    limit = jax.ShapeDtypeStruct((2**15,), jnp.int32)
+    compilation = compile_for("h200", sharded, u, c, limit, devices=8)
+    assert compilation.kernels
+    assert "all-reduce" in compilation.executable.as_text()

@@ -18,17 +18,13 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention import xla
+from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine, join_chunks
 from pallas_kernels.block_sparse_attention.mosaic_gpu.block_walk import key_gradients
 from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import forward, query_gradient
-from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
-    Chunk,
-    Config,
-    Sizes,
-    plan_chunk,
-    sizes_of,
-)
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Config, plan_chunk
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.hopper import HALF, ROWS
+from pallas_kernels.mesh_axes import vary_over, varying, zeros_like
 
 # Numbers in a chunk's partial results: as many as q has, but not so few that launches dominate.
 _MIN_PARTIALS = 2**26
@@ -47,41 +43,20 @@ def _padded_groups(groups: int) -> int:
     return 8 if groups <= 8 else 16
 
 
-def _split(x, sizes: Sizes):
-    """[B, T, Hkv * groups, ...] -> [chunks, B, chunk, Hkv, groups, ...], padded."""
-    x = hopper.pad(x, 1, sizes.chunk)
-    shape = sizes.batch, -1, sizes.chunk, sizes.num_kv_heads, sizes.groups, *x.shape[3:]
-    return jnp.moveaxis(x.reshape(shape), 1, 0)
+def _sizes_of(q, k, blocks: BlockCSR, block_size: int, scale: float) -> Sizes:
+    """Of grouped q [B, T, Hkv, groups, D]; a chunk's partial results are as many as q's numbers."""
+    batch, tokens, heads, groups, head_dim = q.shape
+    per_token = batch * heads * groups * head_dim * blocks.row_capacity
+    chunks = -(-tokens // max(1, max(_MIN_PARTIALS, q.size) // per_token))
+    return Sizes(
+        batch, heads, groups, head_dim, k.shape[1], block_size, blocks.num_columns,
+        blocks.row_capacity, -(-tokens // chunks), scale,
+    )  # fmt: skip
 
 
-def _join(x, sizes: Sizes):
-    """[chunks, B, chunk, Hkv, groups, ...] -> [B, T, Hkv * groups, ...]."""
-    heads = sizes.num_kv_heads * sizes.groups
-    x = jnp.moveaxis(x, 0, 1).reshape(sizes.batch, -1, heads, *x.shape[5:])
-    return x[:, : sizes.tokens]
-
-
-def _by_entry(x, sizes: Sizes):
-    """[entries, groups, ...] -> [B, Hkv, chunk, capacity, groups, ...]."""
-    shape = sizes.batch, sizes.num_kv_heads, sizes.chunk, sizes.capacity
-    return x.reshape(*shape, *x.shape[1:])
-
-
-def _combine(chunk: Chunk, out, lse, sizes: Sizes):
-    """Results of entries -> those of queries, [B, chunk, Hkv, groups, D] and [.., groups]."""
-    out, lse = (_by_entry(x, sizes) for x in (out, lse))
-    filled = chunk.filled[..., None]
-    lse = jnp.where(filled, lse + chunk.value[..., None], -jnp.inf)
-    top = jnp.max(lse, axis=3)
-    top = jnp.where(top > -jnp.inf, top, 0)
-    weights = jnp.exp(lse - top[:, :, :, None])
-    total = jnp.sum(weights, axis=3)
-    seen = total > 0
-    total = jnp.where(seen, total, 1)
-    weighted = jnp.where(filled[..., None], weights[..., None] * out.astype(jnp.float32), 0)
-    combined = jnp.sum(weighted, axis=3) / total[..., None]
-    lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
-    return jnp.moveaxis(combined, 1, 2).astype(out.dtype), jnp.moveaxis(lse, 1, 2)
+def _chunks(q, sizes: Sizes):
+    """The indices of the chunks of q [B, T, Hkv * groups, D]."""
+    return jnp.arange(-(-q.shape[1] // sizes.chunk), dtype=jnp.int32)
 
 
 def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
@@ -90,40 +65,40 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
 
     def attend(_, i):
         chunk = plan_chunk(i, indptr, indices, values, sizes, ROWS // sizes.groups)
-        return None, _combine(chunk, *forward(q, k, v, chunk, sizes, config), sizes)
+        parts = forward(q, k, v, chunk, sizes, config)
+        out, lse = combine(chunk.entries, *parts, sizes)
+        return None, (out.astype(q.dtype), lse)
 
-    chunks = jnp.arange(-(-sizes.tokens // sizes.chunk), dtype=jnp.int32)
-    _, (out, lse) = lax.scan(attend, None, chunks)
-    return _join(out, sizes), _join(lse, sizes)
+    _, (out, lse) = lax.scan(attend, None, _chunks(q, sizes))
+    return join_chunks(out, q.shape[1]), join_chunks(lse, q.shape[1])
 
 
 def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
     """dQ and the gradient of the values."""
     sizes = dataclasses.replace(sizes, batch=len(q))
     config = config_for("query_gradient", sizes.head_dim)
-    b, h = (x[..., None, None] for x in jnp.ogrid[: sizes.batch, : sizes.num_kv_heads])
+    b, h = (x[..., None, None] for x in jnp.ogrid[: sizes.batch, : sizes.heads])
 
     def differentiate(values_bar, i):
         chunk = plan_chunk(i, indptr, indices, values, sizes, ROWS // sizes.groups)
         parts = query_gradient(q, k, v, out_bar, lse, delta, chunk, sizes, config)
-        q_bar, bias_bar = (_by_entry(x, sizes) for x in parts)
-        filled = chunk.filled[..., None]
+        q_bar, bias_bar = (by_token(x, sizes) for x in parts)
+        filled = jnp.moveaxis(chunk.entries.filled, 1, 2)[..., None]
         q_bar = jnp.sum(jnp.where(filled[..., None], q_bar.astype(jnp.float32), 0), axis=3)
-        value_bar = jnp.sum(jnp.where(filled, bias_bar, 0), axis=4)
+        value_bar = jnp.sum(jnp.where(filled, bias_bar, 0), axis=4).swapaxes(1, 2)
         # Each entry belongs to one row, so adding to zero is writing.
-        values_bar = values_bar.at[b, h, chunk.place].add(value_bar, mode="drop")
-        return values_bar, jnp.moveaxis(q_bar, 1, 2).astype(q.dtype)
+        values_bar = values_bar.at[b, h, chunk.entries.place].add(value_bar, mode="drop")
+        return values_bar, q_bar.astype(q.dtype)
 
-    chunks = jnp.arange(-(-sizes.tokens // sizes.chunk), dtype=jnp.int32)
-    values_bar, q_bar = lax.scan(differentiate, jnp.zeros_like(values), chunks)
-    return _join(q_bar, sizes), values_bar
+    values_bar, q_bar = lax.scan(differentiate, zeros_like(values), _chunks(q, sizes))
+    return join_chunks(q_bar, q.shape[1]), values_bar
 
 
 def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
     """dK and dV, [B, N, Hkv, D]."""
-    per_token = len(q) * sizes.num_kv_heads * sizes.capacity
-    chunks = -(-sizes.tokens // max(1, _MAX_ENTRIES // per_token))
-    sizes = dataclasses.replace(sizes, batch=len(q), chunk=-(-sizes.tokens // chunks))
+    tokens = q.shape[1]
+    chunks = -(-tokens // max(1, _MAX_ENTRIES // (len(q) * sizes.heads * sizes.capacity)))
+    sizes = dataclasses.replace(sizes, batch=len(q), chunk=-(-tokens // chunks))
     config = config_for("key_gradients", sizes.head_dim)
 
     def differentiate(i):
@@ -137,9 +112,10 @@ def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, siz
         bars = differentiate(0)
     else:
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(differentiate, 0)
+            lambda x: vary_over(varying(k), jnp.zeros(x.shape, jnp.float32)),
+            jax.eval_shape(differentiate, 0),
         )
-        bars, _ = lax.scan(add, zeros, jnp.arange(chunks, dtype=jnp.int32))
+        bars, _ = lax.scan(add, zeros, _chunks(q, sizes))
     return tuple(x.reshape(len(q), -1, *k.shape[2:])[:, : k.shape[1]].astype(k.dtype) for x in bars)
 
 
@@ -179,9 +155,8 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     groups = num_heads // num_kv_heads
     q = q.reshape(batch, tokens, num_kv_heads, groups, head_dim)
     q = hopper.pad(q, 3, _padded_groups(groups))
+    sizes = _sizes_of(q, k, blocks, block_size, scale)
     q = q.reshape(batch, tokens, -1, head_dim)
-    partials = max(_MIN_PARTIALS, q.size)
-    sizes = sizes_of(q, k, blocks, block_size, scale, partials)
     k, v = (hopper.pad(x, 1, 8) for x in (k, v))
     out, lse = _attend(q, k, v, blocks.indptr, blocks.indices, blocks.values, sizes)
 

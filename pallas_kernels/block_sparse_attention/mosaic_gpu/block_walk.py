@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import sums_by_tile
+from pallas_kernels.block_sparse_attention.entries import Sizes
+from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import gradient_operands
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     BATCH,
     BLOCK,
@@ -27,7 +28,6 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     TURN,
     Chunk,
     Config,
-    Sizes,
 )
 from pallas_kernels.hopper import HALF, Ring
 
@@ -183,40 +183,28 @@ class _BlockWalk:
 def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, config: Config):
     """dK and dV, [B, blocks, S, Hkv, D], of a chunk of queries planned for tiles of 64 rows.
 
-    Args:
-      q: [B, T, Hkv * groups, D].
-      k: [B, N, Hkv, D].
-      v: [B, N, Hkv, D].
-      out_bar: [B, T, Hkv * groups, D].
-      lse: f32 [B, T, Hkv * groups], finite.
-      delta: f32 [B, T, Hkv * groups].
-      chunk: the entries.
-      sizes: of the call.
-      config: of the kernel.
+    Arguments as in `entry_walk.query_gradient`.
     """
     block = sizes.block_size, sizes.head_dim
-    padded = sizes.batch, sizes.num_blocks * sizes.block_size, sizes.num_kv_heads, sizes.head_dim
+    padded = sizes.batch, sizes.num_blocks * sizes.block_size, sizes.heads, sizes.head_dim
     results = hopper.launch(
         "block_sparse_key_gradients",
         hopper.roles(functools.partial(_BlockWalk, sizes, config), loader_registers=56),
         programs=config.programs,
-        operands={
-            "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,
-            "num_tiles": chunk.num_tiles, "sums": sums_by_tile(lse, delta, chunk, sizes),
-        },
+        operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
         outputs={
             "k_bar": jax.ShapeDtypeStruct(padded, k.dtype),
             "v_bar": jax.ShapeDtypeStruct(padded, v.dtype),
             "edges": jax.ShapeDtypeStruct((config.programs, 2, 2, 2, *block), k.dtype),
         },
         scratch=_BlockWalk.scratch(sizes, config),
-    )  # fmt: skip
+    )
     place, sums = _add_edges(results["edges"], chunk, sizes, config.programs)
-    used = chunk.used.reshape(sizes.batch, sizes.num_kv_heads, sizes.num_blocks)
+    used = chunk.used.reshape(sizes.batch, sizes.heads, sizes.num_blocks)
     used = used.swapaxes(1, 2)[:, :, None, :, None]
 
     def finish(x, sums):
-        x = x.reshape(sizes.batch, sizes.num_blocks, block[0], sizes.num_kv_heads, block[1])
+        x = x.reshape(sizes.batch, sizes.num_blocks, block[0], sizes.heads, block[1])
         b, h, n = place
         return jnp.where(used, x, 0).at[b, n, :, h].set(sums.astype(x.dtype), mode="drop")
 

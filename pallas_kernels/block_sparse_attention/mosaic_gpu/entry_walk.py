@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
+from pallas_kernels.block_sparse_attention.entries import Sizes
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     BATCH,
     BLOCK,
@@ -17,7 +18,6 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     TURN,
     Chunk,
     Config,
-    Sizes,
 )
 from pallas_kernels.hopper import HALF, LOG2E, ROWS, Ring
 
@@ -224,10 +224,7 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
         "block_sparse_query_gradient",
         hopper.roles(functools.partial(_QueryGradient, sizes, config), loader_registers=56),
         programs=config.programs,
-        operands={
-            "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,
-            "num_tiles": chunk.num_tiles, "sums": sums_by_tile(lse, delta, chunk, sizes),
-        },
+        operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
         outputs=_per_entry(sizes, q.dtype, "q_bar", "bias_bar"),
         scratch=scratch
         | {
@@ -235,7 +232,7 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
             "sums_tile": plgpu.SMEM((config.stages, 2, ROWS), jnp.float32),
             "bias_tile": plgpu.SMEM((config.stages, ROWS), jnp.float32),
         },
-    )  # fmt: skip
+    )
     return results["q_bar"], results["bias_bar"]
 
 
@@ -247,7 +244,15 @@ def _per_entry(sizes: Sizes, dtype, matrix: str, row: str):
     }
 
 
-def sums_by_tile(lse, delta, chunk: Chunk, sizes: Sizes):
+def gradient_operands(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes):
+    """What the kernels for gradients take; arguments as in `query_gradient`."""
+    return {
+        "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,
+        "num_tiles": chunk.num_tiles, "sums": _sums_by_tile(lse, delta, chunk, sizes),
+    }  # fmt: skip
+
+
+def _sums_by_tile(lse, delta, chunk: Chunk, sizes: Sizes):
     """f32 [tiles, 2, R * groups]: of the tiles' rows lse - bias in units of log 2, and delta.
 
     For a missing entry lse is so high that its weights are 0.
@@ -256,8 +261,8 @@ def sums_by_tile(lse, delta, chunk: Chunk, sizes: Sizes):
     b, h = chunk.tiles[:, BATCH, None], chunk.tiles[:, HEAD, None]
     token = chunk.tiles[:, HEADER : HEADER + width]
     entry = chunk.tiles[:, HEADER + width :, None]
-    shape = *lse.shape[:2], sizes.num_kv_heads, sizes.groups
+    shape = *lse.shape[:2], sizes.heads, sizes.groups
     lse, delta = (x.reshape(shape)[b, token, h] for x in (lse, delta))  # [tiles, R, groups]
-    shift = (lse - chunk.value.ravel()[jnp.maximum(entry, 0)]) * LOG2E
+    shift = (lse - chunk.entries.value.ravel()[jnp.maximum(entry, 0)]) * LOG2E
     sums = jnp.stack([jnp.where(entry >= 0, shift, -hopper.LOWEST), delta], axis=1)
     return sums.reshape(len(sums), 2, width * sizes.groups)

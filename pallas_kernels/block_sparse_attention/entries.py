@@ -1,0 +1,124 @@
+"""The entries of a chunk of queries: sorted by key block, and combined per query.
+
+What the key-major implementations share: they attend entry by entry, an entry being one query
+token and one block that it chose.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is static about a call, whose queries are taken `chunk` tokens at a time."""
+
+    batch: int
+    heads: int  # of keys and values
+    groups: int
+    head_dim: int
+    num_keys: int
+    block_size: int
+    num_blocks: int
+    capacity: int
+    chunk: int
+    scale: float
+
+    @property
+    def entries(self):
+        """Entries of a chunk, empty ones included."""
+        return self.batch * self.heads * self.chunk * self.capacity
+
+    @property
+    def columns(self):
+        """Key blocks in all."""
+        return self.batch * self.heads * self.num_blocks
+
+
+class Entries(NamedTuple):
+    """The entries of a chunk, [B, Hkv, chunk, capacity], and their order by column.
+
+    An entry is numbered by its place in that array, a column by its place in [B, Hkv, Nb].
+
+    Attributes:
+      place: int32: of each entry in the pattern; out of bounds if empty.
+      value: the score bias; 0 if empty.
+      filled: bool.
+      order: int32 [entries]: the entry of each sorted place; empty ones stand at the end.
+      starts: int32 [columns + 1]: first sorted place of each column.
+    """
+
+    place: jax.Array
+    value: jax.Array
+    filled: jax.Array
+    order: jax.Array
+    starts: jax.Array
+
+
+def sort_entries(chunk_index, indptr, indices, values, sizes: Sizes) -> Entries:
+    """The entries of a chunk; the sort is stable, so of a column the earlier queries come first.
+
+    Args:
+      chunk_index: of the chunk.
+      indptr: int32 [B, Hkv, T + 1].
+      indices: int32 [B, Hkv, E].
+      values: [B, Hkv, E].
+      sizes: of the call.
+    """
+    row = chunk_index * sizes.chunk + jnp.arange(sizes.chunk + 1, dtype=jnp.int32)
+    bounds = indptr[:, :, jnp.minimum(row, indptr.shape[-1] - 1)]
+    place = bounds[..., :-1, None] + jnp.arange(sizes.capacity, dtype=jnp.int32)
+    place = jnp.where(place < bounds[..., 1:, None], place, indices.shape[-1])
+    b, h = (x[..., None, None] for x in jnp.ogrid[: sizes.batch, : sizes.heads])
+    block = indices.at[b, h, place].get(mode="fill", fill_value=-1)
+    value = values.at[b, h, place].get(mode="fill", fill_value=-jnp.inf)
+    filled = (block >= 0) & (block < sizes.num_blocks) & (value != -jnp.inf)
+    place = jnp.where(filled, place, indices.shape[-1])
+
+    column = (b * sizes.heads + h) * sizes.num_blocks + block
+    column = jnp.where(filled, column, sizes.columns).ravel()
+    order = jnp.argsort(column, stable=True).astype(jnp.int32)
+    boundaries = jnp.arange(sizes.columns + 1, dtype=jnp.int32)
+    starts = jnp.searchsorted(column[order], boundaries).astype(jnp.int32)
+    return Entries(place, jnp.where(filled, value, 0), filled, order, starts)
+
+
+def combine(entries: Entries, out, lse, sizes: Sizes):
+    """Normalised results of entries -> those of queries.
+
+    Args:
+      entries: of the chunk.
+      out: [entries, groups, D], anything where an entry is empty.
+      lse: f32 [entries, groups], likewise, without the entry's value.
+      sizes: of the call.
+
+    Returns:
+      [B, chunk, Hkv, groups, D] and [B, chunk, Hkv, groups], of lse's type.
+    """
+    out, lse = (by_token(x, sizes) for x in (out, lse))
+    value, filled = (jnp.moveaxis(x, 1, 2)[..., None] for x in (entries.value, entries.filled))
+    lse = jnp.where(filled, lse + value, -jnp.inf)
+    top = jnp.max(lse, axis=3)
+    top = jnp.where(top > -jnp.inf, top, 0)
+    weights = jnp.exp(lse - top[:, :, :, None])
+    total = jnp.sum(weights, axis=3)
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    weighted = jnp.where(filled[..., None], weights[..., None] * out.astype(lse.dtype), 0)
+    out = jnp.sum(weighted, axis=3) / total[..., None]
+    return out, jnp.where(seen, top + jnp.log(total), -jnp.inf)
+
+
+def by_token(x, sizes: Sizes):
+    """[entries, groups, ...] -> [B, chunk, Hkv, capacity, groups, ...]."""
+    shape = sizes.batch, sizes.heads, sizes.chunk, sizes.capacity
+    return jnp.moveaxis(x.reshape(*shape, *x.shape[1:]), 1, 2)
+
+
+def join_chunks(x, tokens: int):
+    """Scanned [chunks, B, chunk, Hkv, groups, ...] -> [B, tokens, Hkv * groups, ...]."""
+    chunks, batch, chunk, heads, groups = x.shape[:5]
+    x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk, heads * groups, *x.shape[5:])
+    return x[:, :tokens]
