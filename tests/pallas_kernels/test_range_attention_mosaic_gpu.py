@@ -278,7 +278,7 @@ def test_refuses_what_it_cannot():
         attend(q, k, v, start, end)
     with interpret():
         for operands, problem in (
-            ([x[..., :32] for x in (q, k, v)], "64, 128 and 256, not 32"),
+            ([x[..., :32] for x in (q, k, v)], "64, 128, 256, not 32"),
             ([x.astype(jnp.float32) for x in (q, k, v)], "takes bfloat16, not float32"),
             ((jnp.tile(q, (1, 1, 12, 1)), k, v), "up to 16 query heads per KV head, not 24"),
         ):
