@@ -18,7 +18,7 @@ import tyro
 
 from pallas_kernels.block_selection import select_blocks
 from sparsex_jax.config import AttentionConfig
-from sparsex_jax.landmarks import build_pyramid, visible_landmarks
+from sparsex_jax.landmarks import build_pyramid, leaf_nodes, visible_landmarks
 from sparsex_jax.scoring import rms_normalize
 from sparsex_jax.spans import remote_end
 
@@ -48,7 +48,8 @@ def attention_pattern(config: AttentionConfig, tokens: int, seed: int = 0) -> np
     local_start = remote_end(positions, 0, config)
 
     salience = jax.random.normal(salience_key, (1, tokens, 1))
-    pyramid = build_pyramid(salience, config, sliding=False)
+    leaves = leaf_nodes(salience, 0, config.segment_length, config.landmarks_per_segment)
+    pyramid = build_pyramid(leaves, config, sliding=False)
     segments = (local_start // config.segment_length)[None]
     landmarks = np.asarray(visible_landmarks(pyramid, segments, None, config))[0, 0]
 

@@ -4,6 +4,8 @@
 and queries that may begin at different positions: the cache calls them chunk by chunk.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -12,11 +14,16 @@ from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
 from sparsex_jax.config import AttentionConfig
-from sparsex_jax.landmarks import Nodes, build_pyramid, leaf_nodes, visible_landmarks
+from sparsex_jax.landmarks import Nodes, build_pyramid, gather_keys, leaf_nodes, visible_landmarks
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.spans import check_segment_ids, pasts, remote_end
+from sparsex_jax.token_chunks import map_chunks
 
 Branch = tuple[jax.Array, jax.Array]  # out [B, T, Hq, D], lse f32 [B, T, Hq]
+
+# Long sequences are taken in chunks of tokens.
+_MIN_CHUNK = 2**15
+_MAX_CHUNKS = 16
 
 
 def sparse_attention(
@@ -61,37 +68,115 @@ def sparse_attention(
         q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
         segment_ids,
     )  # fmt: skip
-    positions = jnp.arange(q.shape[1], dtype=jnp.int32)
-    local_start, first, limit = pasts(positions, segment_ids, config)
-    q_turned, k_turned = (apply_rotary(x, positions, config.rope_base) for x in (q, k))
-    local = range_attention(
-        q_turned, k_turned, v, local_start, positions + 1, implementation=implementation
+    batch, tokens = q.shape[:2]
+    positions = jnp.arange(tokens, dtype=jnp.int32)
+    local_start, document_start, limit = (
+        None if x is None else jnp.broadcast_to(x, (batch, tokens))
+        for x in pasts(positions, segment_ids, config)
     )
-    if q.shape[1] <= config.window:
-        return local[0]
+    far_k = apply_rotary(k, positions, config.rope_base) if config.fusion == "softmax" else k
+    marks = span = pyramid = None
+    has_landmarks = tokens >= config.window + config.segment_length
+    if has_landmarks and config.landmarks == "pyramid":
+        marks, pyramid = landmark_keys(k, v, salience, config, document_start is not None)
+    elif has_landmarks and config.landmarks == "all":
+        marks, span = all_landmarks(k, v, salience, limit, document_start, config)
 
-    dynamic = None
-    if config.top_k:
-        q_and_k = (q_turned, k_turned) if config.fusion == "softmax" else (q, k)
-        dynamic = dynamic_branch(
-            *q_and_k, v, query_features, block_features, limit, first,
+    def attend(first, queries: _Queries, keys: _Keys):
+        """Attention of a chunk of tokens; the queries begin at position `first`."""
+        local = local_branch(
+            queries.q, keys.k, keys.v, first, queries.local_start,
             config=config, implementation=implementation,
         )  # fmt: skip
-    landmarks = _landmarks(q, k, v, salience, limit, first, config, implementation)
-    return fuse(local, landmarks, dynamic, landmark_gate, dynamic_gate, config)
+        landmarks = dynamic = None
+        if pyramid is not None:
+            landmarks = landmark_branch(
+                queries.q, *keys.marks, pyramid, first, document_start,
+                config=config, implementation=implementation,
+            )  # fmt: skip
+        elif span is not None:
+            marked_k, marked_v, bias = keys.marks
+            landmarks = range_attention(
+                queries.q, marked_k, marked_v, *queries.span, bias, implementation=implementation
+            )
+        if tokens > config.window and config.top_k:
+            turned = config.fusion == "softmax"
+            far_q = _turn(queries.q, first, config) if turned else queries.q
+            dynamic = dynamic_branch(
+                far_q, keys.far_k, keys.v, queries.features, keys.block_features, queries.limit,
+                queries.document_start, config=config, implementation=implementation,
+            )  # fmt: skip
+        return fuse(local, landmarks, dynamic, queries.landmark_gate, queries.dynamic_gate, config)
+
+    return map_chunks(
+        attend,
+        _Queries(
+            q, query_features, landmark_gate, dynamic_gate, local_start, document_start, limit, span
+        ),
+        _Keys(k, far_k, v, block_features, marks),
+        size=max(_MIN_CHUNK, -(-tokens // (_MAX_CHUNKS * config.block_size)) * config.block_size),
+        saved=("block_sparse_attention", "block_selection"),
+    )
 
 
-def _landmarks(q, k, v, salience, limit, first, config, implementation) -> Branch | None:
-    """The landmark branch of a whole sequence, in the config's scope."""
-    if config.landmarks == "off":
-        return None
-    if config.landmarks == "all":
-        return all_landmarks_branch(
-            q, k, v, salience, limit, first, config=config, implementation=implementation
-        )
-    pyramid = build_pyramid(jax.lax.stop_gradient(salience), config, sliding=first is not None)
-    return landmark_branch(
-        q, k, v, salience, pyramid, 0, first, config=config, implementation=implementation
+class _Queries(NamedTuple):
+    """What belongs to the tokens of a chunk, [B, chunk, ...]; None where there is none."""
+
+    q: jax.Array
+    features: jax.Array | None
+    landmark_gate: jax.Array | None
+    dynamic_gate: jax.Array | None
+    local_start: jax.Array
+    document_start: jax.Array | None
+    limit: jax.Array
+    span: tuple[jax.Array, jax.Array] | None  # of all landmarks
+
+
+class _Keys(NamedTuple):
+    """What all tokens share: keys, those of the dynamic branch, values, ...; None likewise."""
+
+    k: jax.Array
+    far_k: jax.Array
+    v: jax.Array
+    block_features: jax.Array | None
+    marks: tuple[jax.Array, jax.Array, jax.Array] | None  # landmarks' keys, values, biases
+
+
+def _turn(x: jax.Array, first: jax.Array | int, config: AttentionConfig) -> jax.Array:
+    """RoPE of tokens [B, T, H, D] that begin at position `first`."""
+    return apply_rotary(x, first + jnp.arange(x.shape[1], dtype=jnp.int32), config.rope_base)
+
+
+def local_branch(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first_position: jax.Array | int,
+    local_start: jax.Array,
+    *,
+    config: AttentionConfig,
+    implementation: str | None = None,
+) -> Branch:
+    """Attention of each query to its window, with RoPE.
+
+    Args:
+      q: [B, T, Hq, D], without RoPE.
+      k: [B, N, Hkv, D], likewise; key n stands at position n.
+      v: [B, N, Hkv, D].
+      first_position: of the queries, int32.
+      local_start: a(t), int32 [B, T].
+      config: window, block size, RoPE.
+      implementation: as in `sparse_attention`.
+    """
+    tokens = q.shape[1]
+    reach = config.window + config.block_size
+    length = min(tokens + reach, k.shape[1])
+    first_key = jnp.clip(first_position - reach, 0, k.shape[1] - length)
+    k, v = (jax.lax.dynamic_slice_in_dim(x, first_key, length, axis=1) for x in (k, v))
+    q, k = _turn(q, first_position, config), _turn(k, first_key, config)
+    end = first_position + 1 + jnp.arange(tokens, dtype=jnp.int32)
+    return range_attention(
+        q, k, v, local_start - first_key, end - first_key, implementation=implementation
     )
 
 
@@ -152,13 +237,13 @@ def landmark_branch(
 
     Args:
       q: [B, T, Hq, D].
-      k: [B, N, Hkv, D]; key n stands at position n.
-      v: [B, N, Hkv, D].
-      salience: f32 [B, N, Hkv].
-      pyramid: over the keys; sliding if `document_start` is given.
+      k: [B, M, Hkv, D], of which the pyramid's nodes name some.
+      v: [B, M, Hkv, D].
+      salience: f32 [B, M, Hkv].
+      pyramid: over the sequence; sliding if `document_start` is given.
       first_position: of the queries, int32.
-      document_start: of the first whole block of each token's document, int32 [B, T] (then
-        queries begin at 0 and T = N), or None.
+      document_start: of the first whole block of the document of each token of the sequence, int32
+        [B, N], or None.
       config: the pyramid's shape.
       implementation: as in `sparse_attention`.
     """
@@ -174,7 +259,7 @@ def landmark_branch(
     if document_start is None:
         leader_start, first_block = jnp.zeros((batch, groups), jnp.int32), None
     else:
-        leader_start = document_start[:, jnp.clip(leader, 0, tokens - 1)]
+        leader_start = document_start[:, jnp.clip(leader, 0, document_start.shape[1] - 1)]
         first_block = leader_start // config.block_size
     past = remote_end(leader[None], leader_start, config) - leader_start
     listed = visible_landmarks(pyramid, past // config.segment_length, first_block, config)
@@ -183,6 +268,7 @@ def landmark_branch(
     begin = ((positions + shift) // group - first_group) * length
     end = begin + length
     if document_start is not None:  # a group's later tokens may begin a document: no remote past
+        document_start = document_start.at[:, positions].get(mode="clip")
         begin = jnp.where(
             remote_end(positions, document_start, config) > document_start, begin, end
         )
@@ -191,27 +277,57 @@ def landmark_branch(
     )
 
 
-def all_landmarks_branch(
-    q: jax.Array,
+def landmark_keys(
+    k: jax.Array, v: jax.Array, salience: jax.Array, config: AttentionConfig, sliding: bool
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], list[Nodes]]:
+    """The landmarks of a whole sequence, each once, and the pyramid over them.
+
+    Args:
+      k: [B, N, Hkv, D].
+      v: [B, N, Hkv, D].
+      salience: f32 [B, N, Hkv].
+      config: the pyramid's shape.
+      sliding: as in `build_pyramid`.
+
+    Returns:
+      Keys, values and salience for `landmark_branch`, and its pyramid.
+    """
+    size = config.block_size if sliding else config.segment_length
+    leaves = leaf_nodes(jax.lax.stop_gradient(salience), 0, size, config.landmarks_per_segment)
+    marks = gather_keys(k, v, salience, leaves.token.reshape(*leaves.token.shape[:2], -1))
+    number = jnp.arange(marks[0].shape[1], dtype=jnp.int32).reshape(leaves.token.shape[2:])
+    leaves = leaves._replace(token=jnp.broadcast_to(number, leaves.token.shape))
+    return marks, build_pyramid(leaves, config, sliding)
+
+
+def all_landmarks(
     k: jax.Array,
     v: jax.Array,
     salience: jax.Array,
     local_start: jax.Array,
     document_start: jax.Array | None,
-    *,
     config: AttentionConfig,
-    implementation: str | None = None,
-) -> Branch:
-    """Attention of each query to the landmarks of every complete segment of its remote past.
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The landmarks of every complete segment, and which of them each query sees.
 
-    Costs m / L of dense attention: quadratic, and kept for ablation. Arguments as in
-    `landmark_branch`, for queries and keys that both begin at position 0.
+    Attending to them costs m / L of dense attention: quadratic, and kept for ablation.
+
+    Args:
+      k: [B, T, Hkv, D].
+      v: [B, T, Hkv, D].
+      salience: f32 [B, T, Hkv].
+      local_start: a(t), int32 [B, T].
+      document_start: of the first whole block of each token's document, int32 [B, T], or None.
+      config: segment length, landmarks per segment, block size.
+
+    Returns:
+      Keys, values and biases, and the range of them that each query sees, int32 [B, T] each.
     """
-    tokens, count, size = q.shape[1], config.landmarks_per_segment, config.segment_length
+    tokens, count, size = k.shape[1], config.landmarks_per_segment, config.segment_length
     still = jax.lax.stop_gradient(salience)
     if document_start is None:
         listed = leaf_nodes(still, 0, size, count).token
-        begin, end = jnp.zeros_like(local_start), local_start // size * count
+        span = jnp.zeros_like(local_start), local_start // size * count
     else:
         width = size // config.block_size
         shifted = [
@@ -232,34 +348,8 @@ def all_landmarks_branch(
         listed = jnp.where(aligned[:, None, :, None], listed, -1)
         begin = document_start // config.block_size * count
         segments = (local_start - document_start) // size
-        end = begin + segments * width * count
-    if listed.shape[2] == 0:
-        return _no_keys(q)
-    keys, values, bias = gather_keys(k, v, salience, listed.reshape(*listed.shape[:2], -1))
-    return range_attention(
-        q, keys, values, begin, end, key_bias=bias, implementation=implementation
-    )
-
-
-def gather_keys(
-    k: jax.Array, v: jax.Array, salience: jax.Array, token: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys, values and biases of listed tokens; an empty place (-1) gets the bias -inf.
-
-    Args:
-      k: [B, N, Hkv, D].
-      v: [B, N, Hkv, D].
-      salience: f32 [B, N, Hkv].
-      token: int32 [B, Hkv, M].
-
-    Returns:
-      ([B, M, Hkv, D], [B, M, Hkv, D], f32 [B, M, Hkv]).
-    """
-    token = token.swapaxes(1, 2)
-    place = jnp.maximum(token, 0)
-    keys, values = (jnp.take_along_axis(x, place[..., None], axis=1) for x in (k, v))
-    bias = jnp.where(token >= 0, jnp.take_along_axis(salience, place, axis=1), -jnp.inf)
-    return keys, values, bias
+        span = begin, begin + segments * width * count
+    return gather_keys(k, v, salience, listed.reshape(*listed.shape[:2], -1)), span
 
 
 def fuse(

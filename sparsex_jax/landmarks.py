@@ -19,7 +19,7 @@ class Nodes(NamedTuple):
 
     Attributes:
       salience: f32 [B, Hkv, nodes, m].
-      token: int32 [B, Hkv, nodes, m], positions.
+      token: int32 [B, Hkv, nodes, m], positions, or what else numbers the keys.
     """
 
     salience: jax.Array
@@ -69,30 +69,28 @@ def num_levels(segments: int, config: AttentionConfig) -> int:
     return levels
 
 
-def build_pyramid(salience: jax.Array, config: AttentionConfig, sliding: bool) -> list[Nodes]:
+def build_pyramid(leaves: Nodes, config: AttentionConfig, sliding: bool) -> list[Nodes]:
     """All levels over a sequence that starts at position 0.
 
     Args:
-      salience: f32 [B, T, Hkv].
-      config: segment length, landmarks per segment, block size.
+      leaves: of each segment, or, if sliding, of each block.
+      config: segment length, block size, nodes per level.
       sliding: nodes start at every block instead of at multiples of their own length; packed
         documents need that, for their segments count from the document's start.
 
     Returns:
       Level by level, aligned nodes [B, Hkv, T / (L 2^l), m] or sliding nodes [B, Hkv, <= T / S, m].
     """
-    count = config.landmarks_per_segment
-    levels = num_levels(salience.shape[1] // config.segment_length, config)
+    leaves_per_segment = config.segment_length // config.block_size if sliding else 1
+    levels = num_levels(leaves.token.shape[2] // leaves_per_segment, config)
     if not sliding:
-        nodes = leaf_nodes(salience, 0, config.segment_length, count)
-        pyramid = [nodes]
+        pyramid = [leaves]
         while len(pyramid) < levels:
             pyramid.append(merge_pairs(pyramid[-1]))
         return pyramid[:levels]
-    nodes, width, pyramid = leaf_nodes(salience, 0, config.block_size, count), 1, []
-    leaf_width = config.segment_length // config.block_size
+    nodes, width, pyramid = leaves, 1, []
     while len(pyramid) < levels:
-        if width >= leaf_width:
+        if width >= leaves_per_segment:
             pyramid.append(nodes)
         later = Nodes(*(x[:, :, width:] for x in nodes))
         size = later.token.shape[2]
@@ -126,7 +124,7 @@ def visible_landmarks(
     first_block: jax.Array | None,
     config: AttentionConfig,
 ) -> jax.Array:
-    """Positions of the landmarks that queries see.
+    """The landmarks that queries see.
 
     Args:
       pyramid: of `build_pyramid`, sliding exactly if `first_block` is given.
@@ -152,3 +150,63 @@ def visible_landmarks(
         seen = (slots < count[..., None])[:, None, :, :, None]
         found.append(jnp.where(seen, token, -1).reshape(*token.shape[:3], -1))
     return jnp.concatenate(found, axis=-1)
+
+
+@jax.custom_vjp
+def gather_keys(
+    k: jax.Array, v: jax.Array, salience: jax.Array, token: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys, values and biases of listed tokens; an empty place (-1) gets the bias -inf.
+
+    A token may be listed many times: its gradients are added in f32, always in one order.
+
+    Args:
+      k: [B, N, Hkv, D].
+      v: [B, N, Hkv, D].
+      salience: f32 [B, N, Hkv].
+      token: int32 [B, Hkv, M].
+
+    Returns:
+      ([B, M, Hkv, D], [B, M, Hkv, D], f32 [B, M, Hkv]).
+    """
+    token = token.swapaxes(1, 2)
+    place = jnp.maximum(token, 0)
+    keys, values = (jnp.take_along_axis(x, place[..., None], axis=1) for x in (k, v))
+    bias = jnp.where(token >= 0, jnp.take_along_axis(salience, place, axis=1), -jnp.inf)
+    return keys, values, bias
+
+
+def _gather_keys_fwd(k, v, salience, token):
+    return gather_keys(k, v, salience, token), (k[..., :0], salience[..., :0], token)
+
+
+def _gather_keys_bwd(residuals, cotangents):
+    k, salience, token = residuals  # of the first two, shape and type
+    place = jnp.arange(k.shape[1], dtype=jnp.int32)
+
+    def sums(token, bars):
+        """The sum of each key's rows [M, ...] in f32."""
+        order = jnp.argsort(token, stable=True)
+        token, bars = token[order], jax.tree.map(lambda x: x[order].astype(salience.dtype), bars)
+
+        def add(earlier, later):
+            same = earlier[0] == later[0]
+            added = jax.tree.map(
+                lambda x, y: jnp.where(same.reshape(-1, *[1] * (x.ndim - 1)), x + y, y),
+                earlier[1], later[1],
+            )  # fmt: skip
+            return later[0], added
+
+        token, bars = jax.lax.associative_scan(add, (token, bars))
+        last = jnp.searchsorted(token, place, side="right") - 1
+        found = (last >= 0) & (token[last] == place)
+        return jax.tree.map(
+            lambda x: jnp.where(found.reshape(-1, *[1] * (x.ndim - 1)), x[last], 0), bars
+        )
+
+    over_heads = jax.vmap(sums, in_axes=(0, 1), out_axes=1)
+    k_bar, v_bar, salience_bar = jax.vmap(over_heads)(token, cotangents)
+    return k_bar.astype(k.dtype), v_bar.astype(k.dtype), salience_bar, None
+
+
+gather_keys.defvjp(_gather_keys_fwd, _gather_keys_bwd)

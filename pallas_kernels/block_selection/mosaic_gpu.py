@@ -15,6 +15,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import hopper
 from pallas_kernels.block_selection import xla
@@ -255,7 +256,8 @@ def _select(u, c, limit, start, count):
 
 
 def _select_fwd(u, c, limit, start, count):
-    index, score = _select(u, c, limit, start, count)
+    results = _select(u, c, limit, start, count)
+    index, score = checkpoint_name(results, "block_selection")
     return (index, score), (u, c, index)
 
 

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.mesh_axes import zeros_like
 
@@ -82,7 +83,8 @@ def _select(u, c, limit, start, count):
 
 
 def _select_fwd(u, c, limit, start, count):
-    index, score = _select(u, c, limit, start, count)
+    results = _select(u, c, limit, start, count)
+    index, score = checkpoint_name(results, "block_selection")
     return (index, score), (u, c, index)
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.block_sparse_attention.entries import (
     Entries,
@@ -220,7 +221,8 @@ def _attend(q, k, v, indptr, indices, values, shapes: _Shapes):
 
 
 def _attend_fwd(q, k, v, indptr, indices, values, shapes):
-    out, lse = _attend(q, k, v, indptr, indices, values, shapes)
+    results = _attend(q, k, v, indptr, indices, values, shapes)
+    out, lse = checkpoint_name(results, "block_sparse_attention")
     return (out, lse), (q, k, v, indptr, indices, values, out, lse)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 # Logits of a step, over all tiles that walk side by side.
 _LOGITS_PER_STEP = 2**23
@@ -287,7 +288,8 @@ def _attend(q, k, v, start, end, key_bias, scale):
 
 
 def _attend_fwd(q, k, v, start, end, key_bias, scale):
-    out, lse = _forward(q, k, v, start, end, key_bias, scale)
+    results = _forward(q, k, v, start, end, key_bias, scale)
+    out, lse = checkpoint_name(results, "range_attention")
     return (out, lse), (q, k, v, start, end, key_bias, out, lse)
 
 

@@ -18,10 +18,9 @@ from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
-from sparsex_jax.attention import fuse, landmark_branch, sparse_attention
+from sparsex_jax.attention import fuse, landmark_branch, landmark_keys, sparse_attention
 from sparsex_jax.benchmarks.names import Direction
 from sparsex_jax.benchmarks.workload import Workload
-from sparsex_jax.landmarks import build_pyramid
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.spans import remote_end
 
@@ -95,10 +94,11 @@ def _local(work: Workload, inputs: Inputs):
 
 
 def _landmarks(work: Workload, inputs: Inputs):
-    salience = inputs["salience"]
-    pyramid = build_pyramid(jax.lax.stop_gradient(salience), work.config, sliding=False)
+    marks, pyramid = landmark_keys(
+        inputs["k"], inputs["v"], inputs["salience"], work.config, sliding=False
+    )
     out, _ = landmark_branch(
-        inputs["q"], inputs["k"], inputs["v"], salience, pyramid, 0, None,
+        inputs["q"], *marks, pyramid, 0, None,
         config=work.config, implementation=work.implementation,
     )  # fmt: skip
     return (out,), ()

@@ -9,7 +9,7 @@ from sparsex_jax.benchmarks import attention, cases, reference, reference_keys
 from sparsex_jax.benchmarks.names import PARTS
 from sparsex_jax.benchmarks.workload import Workload
 from sparsex_jax.config import AttentionConfig
-from sparsex_jax.landmarks import build_pyramid, visible_landmarks
+from sparsex_jax.landmarks import build_pyramid, leaf_nodes, visible_landmarks
 from sparsex_jax.spans import remote_end
 from tests.attention_reference import sparse_attention_reference
 
@@ -166,7 +166,9 @@ def test_gradients_where_there_should_be_none_are_found():
 def test_counted_keys():
     positions = jnp.arange(WORK.tokens, dtype=jnp.int32)
     start = np.asarray(remote_end(positions, 0, SMALL))
-    pyramid = build_pyramid(jnp.zeros((1, WORK.tokens, 1)), SMALL, sliding=False)
+    salience = jnp.zeros((1, WORK.tokens, 1))
+    leaves = leaf_nodes(salience, 0, SMALL.segment_length, SMALL.landmarks_per_segment)
+    pyramid = build_pyramid(leaves, SMALL, sliding=False)
     segments = jnp.asarray(start // SMALL.segment_length)[None]
     marks = int(np.sum(np.asarray(visible_landmarks(pyramid, segments, None, SMALL)) >= 0))
     attended = {

@@ -243,7 +243,7 @@ class TestCompiled:
         assert ("all-reduce" in compilation.executable.as_text()) == (keys == P())
 
     def test_checkpoint(self):
-        policy = jax.checkpoint_policies.save_only_these_names("out")
+        policy = jax.checkpoint_policies.save_only_these_names("range_attention")
 
         def gradients(q, k, v, start, end):
             f = jax.checkpoint(lambda *x: attend(*x, start, end), policy=policy)
@@ -251,7 +251,7 @@ class TestCompiled:
             return out, vjp(jax.tree.map(jnp.sin, out))
 
         compilation = compile_for("h200", gradients, *abstract_operands(2**17, 128))
-        assert kernel_calls(compilation) == 4
+        assert kernel_calls(compilation) == 3
 
     def test_vmap_is_one_call(self):
         operands = abstract_operands(2**14, 128)

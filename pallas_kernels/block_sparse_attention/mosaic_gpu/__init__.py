@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention import xla
@@ -126,7 +127,8 @@ def _attend(q, k, v, indptr, indices, values, sizes: Sizes):
 
 def _attend_fwd(q, k, v, indptr, indices, values, sizes):
     attend = hopper.batchable(functools.partial(_forward, sizes=sizes))
-    out, lse = attend(q, k, v, indptr, indices, values)
+    results = attend(q, k, v, indptr, indices, values)
+    out, lse = checkpoint_name(results, "block_sparse_attention")
     return (out, lse), (q, k, v, indptr, indices, values, out, lse)
 
 

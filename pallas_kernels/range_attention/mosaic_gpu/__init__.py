@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import LOG2E
@@ -77,7 +78,8 @@ def _attend_fwd(q, k, v, start, end, key_bias, scale):
     shown_k, shown_v = _hide_unseen_keys(k, v, start, end, key_bias)
     config = config_for("forward", q.shape[3])
     attend = hopper.batchable(functools.partial(forward, scale=scale, config=config))
-    out, lse = attend(q, shown_k, shown_v, start, end, key_bias)
+    results = attend(q, shown_k, shown_v, start, end, key_bias)
+    out, lse = checkpoint_name(results, "range_attention")
     return (out, lse), (q, k, v, start, end, key_bias, out, lse)
 
 

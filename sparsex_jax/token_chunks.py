@@ -1,0 +1,92 @@
+"""A long sequence taken a chunk of tokens at a time, so that temporaries are those of a chunk."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mesh_axes import zeros_like
+
+
+def map_chunks(
+    f: Callable, per_token: Any, shared: Any, *, size: int, saved: tuple[str, ...]
+) -> jax.Array:
+    """Maps f over chunks of tokens, one after the other.
+
+    The backward pass computes each chunk anew, except for what is named in `saved`. Gradients of
+    `shared` are summed over the chunks in f32.
+
+    Args:
+      f: of the position of a chunk's first token, the chunk of `per_token`, and `shared`; returns
+        [B, size, ...]. Where `size` does not divide T, the last chunk repeats the last token.
+      per_token: a pytree of arrays [B, T, ...].
+      shared: a pytree of floating arrays that every chunk may use.
+      size: tokens of a chunk; T or more calls f once, with everything.
+      saved: names given by `jax.ad_checkpoint.checkpoint_name` in f.
+
+    Returns:
+      [B, T, ...].
+    """
+    tokens = jax.tree.leaves(per_token)[0].shape[1]
+    if tokens <= size:
+        return f(0, per_token, shared)
+    chunks = -(-tokens // size)
+    totals = jax.tree.map(_total, shared)
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+
+    @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def of_chunk(first, chunk, totals):
+        return f(first, chunk, jax.tree.map(_summed_in, shared, totals))
+
+    def split(x):
+        widths = [(0, chunks * size - tokens) if axis == 1 else (0, 0) for axis in range(x.ndim)]
+        x = jnp.pad(x, widths, mode="edge")
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
+
+    first = jnp.arange(chunks, dtype=jnp.int32) * size
+    operands = first, jax.tree.map(split, per_token)
+    _, out = lax.scan(lambda _, x: (None, of_chunk(*x, totals)), None, operands)
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], chunks * size, *out.shape[3:])[:, :tokens]
+
+
+# A scan sums the gradients of an array that all its steps use in that array's type. So its steps
+# get the array without gradient, and beside it zeros in f32 that nobody reads, whose gradient is
+# the array's.
+
+
+@jax.custom_vjp
+def _total(x):
+    """Zeros in f32 (f64 for f64), whose gradient becomes that of x."""
+    return zeros_like(x, jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _total_fwd(x):
+    return _total(x), jnp.empty(0, x.dtype)
+
+
+def _total_bwd(like, bar):
+    return (bar.astype(like.dtype),)
+
+
+_total.defvjp(_total_fwd, _total_bwd)
+
+
+@jax.custom_vjp
+def _summed_in(x, total):
+    """x, whose gradient becomes that of `total`."""
+    return x
+
+
+def _summed_in_fwd(x, total):
+    return x, jnp.empty(0, total.dtype)
+
+
+def _summed_in_bwd(like, bar):
+    return None, bar.astype(like.dtype)
+
+
+_summed_in.defvjp(_summed_in_fwd, _summed_in_bwd)
