@@ -158,7 +158,8 @@ def gather_keys(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Keys, values and biases of listed tokens; an empty place (-1) gets the bias -inf.
 
-    A token may be listed many times: its gradients are added in f32, always in one order.
+    A token may be listed many times: its gradients are added in f32, always in one order. An empty
+    place passes none on.
 
     Args:
       k: [B, N, Hkv, D].

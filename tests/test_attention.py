@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.ahead_of_time import compile_for
 from pallas_kernels.block_selection import select_blocks
+from sparsex_jax import attention
 from sparsex_jax.attention import merge_softmax, sparse_attention
 from sparsex_jax.config import AttentionConfig, ConfigError
 from sparsex_jax.spans import remote_end
@@ -123,9 +125,36 @@ def test_softmax_fusion_over_all_blocks_is_dense():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("config", "tokens", "lengths"),
+    [
+        (SMALL, 150, None),
+        (SMALL, 144, (40, 8, 64, 40)),
+        (SOFTMAX, 144, None),
+        (dataclasses.replace(SMALL, landmarks="all"), 150, (40, 8, 64, 40)),
+    ],
+)
+def test_chunks_of_tokens_equal_the_whole(config, tokens, lengths, monkeypatch):
+    segment_ids = None if lengths is None else np.repeat(np.arange(4), lengths)[None, :tokens]
+    inputs = make_inputs(config, tokens, seed=3)
+    cotangent = np.random.default_rng(5).standard_normal(inputs["q"].shape).astype(np.float32)
+
+    def results():
+        def f(inputs):
+            return attend(config, inputs, segment_ids=segment_ids)
+
+        out, vjp = jax.jit(lambda inputs: jax.vjp(f, inputs))(inputs)
+        return out, vjp(cotangent)[0]
+
+    whole = results()
+    monkeypatch.setattr(attention, "_MIN_CHUNK", 48)
+    chex.assert_trees_all_close(results(), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("seed", "chunk"), [(0, 150), (1, 150), (2, 48)])
 @pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
-def test_causality_is_strict(config, seed):
+def test_causality_is_strict(config, seed, chunk, monkeypatch):
+    monkeypatch.setattr(attention, "_MIN_CHUNK", chunk)
     tokens = 150
     rng = np.random.default_rng(seed)
     changed = int(rng.integers(20, tokens))
@@ -258,6 +287,46 @@ def test_merging_nothing_with_nothing_has_gradients():
         assert np.isfinite(out_bar).all()
         alone = np.where(lse > -np.inf, -np.sin(np.where(lse > -np.inf, lse, 0)), 0)
         np.testing.assert_allclose(lse_bar, alone, atol=1e-6)
+
+
+class TestMillionTokens:
+    """16 query heads and 2 KV heads of width 128, compiled for an H200."""
+
+    @staticmethod
+    def inputs():
+        shapes = jax.eval_shape(
+            lambda: jax.tree.map(
+                jnp.asarray, make_inputs(AttentionConfig(), 128, heads=16, kv_heads=2, dim=128)
+            )
+        )
+        gates = "salience", "landmark_gate", "dynamic_gate"
+        return {
+            name: jax.ShapeDtypeStruct(
+                (1, x.shape[1] * 2**13, *x.shape[2:]), x.dtype if name in gates else jnp.bfloat16
+            )
+            for name, x in shapes.items()
+        }
+
+    @staticmethod
+    def forward(inputs):
+        return attend(AttentionConfig(), inputs, implementation="mosaic_gpu")
+
+    @classmethod
+    def gradients(cls, inputs, cotangent):
+        return jax.vjp(cls.forward, inputs)[1](cotangent)
+
+    def test_forward_takes_less_than_q(self):
+        inputs = self.inputs()
+        compilation = compile_for("h200", self.forward, inputs)
+        assert compilation.temporary_bytes < 2 * inputs["q"].size
+
+    def test_backward_takes_less_than_three_times_q(self):
+        inputs = self.inputs()
+        compilation = compile_for("h200", self.gradients, inputs, inputs["q"])
+        assert compilation.temporary_bytes < 3 * 2 * inputs["q"].size
+        names = [kernel.name for kernel in compilation.kernels]
+        for dear in ("block_sparse_forward", "select_blocks"):  # not computed anew
+            assert sum(name.startswith(dear) for name in names) == 1
 
 
 def test_empty_sequence():

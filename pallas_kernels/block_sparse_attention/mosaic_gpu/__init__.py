@@ -27,9 +27,11 @@ from pallas_kernels.csr import BlockCSR
 from pallas_kernels.hopper import HALF, ROWS
 from pallas_kernels.mesh_axes import vary_over, varying, zeros_like
 
-# Numbers in a chunk's partial results: as many as q has, but not so few that launches dominate.
-_MIN_PARTIALS = 2**26
-# Entries of which dK and dV are summed at once: int32 counts them, and sorts them.
+# Entries of a chunk of queries. Partial results are held of all of them, so there should be few,
+# but enough for whole tiles of a block's entries, and not so few that launches dominate.
+_ENTRIES_PER_BLOCK = {"forward": 32, "query_gradient": 16}
+_MIN_ENTRIES = 2**18
+# dK and dV have no partial results: as many as int32 counts, and sorts.
 _MAX_ENTRIES = 2**27
 
 
@@ -44,24 +46,18 @@ def _padded_groups(groups: int) -> int:
     return 8 if groups <= 8 else 16
 
 
-def _sizes_of(q, k, blocks: BlockCSR, block_size: int, scale: float) -> Sizes:
-    """Of grouped q [B, T, Hkv, groups, D]; a chunk's partial results are as many as q's numbers."""
-    batch, tokens, heads, groups, head_dim = q.shape
-    per_token = batch * heads * groups * head_dim * blocks.row_capacity
-    chunks = -(-tokens // max(1, max(_MIN_PARTIALS, q.size) // per_token))
-    return Sizes(
-        batch, heads, groups, head_dim, k.shape[1], block_size, blocks.num_columns,
-        blocks.row_capacity, -(-tokens // chunks), scale,
-    )  # fmt: skip
-
-
-def _chunks(q, sizes: Sizes):
-    """The indices of the chunks of q [B, T, Hkv * groups, D]."""
-    return jnp.arange(-(-q.shape[1] // sizes.chunk), dtype=jnp.int32)
+def _cut(kernel: str, q, sizes: Sizes) -> tuple[Sizes, jax.Array]:
+    """The sizes of a kernel's call on q [B, T, Hkv * groups, D], and the indices of its chunks."""
+    sizes = dataclasses.replace(sizes, batch=len(q))
+    entries = max(_MIN_ENTRIES, _ENTRIES_PER_BLOCK.get(kernel, _MAX_ENTRIES) * sizes.columns)
+    most = max(1, min(entries, _MAX_ENTRIES) // (sizes.batch * sizes.heads * sizes.capacity))
+    chunks = -(-q.shape[1] // most)
+    sizes = dataclasses.replace(sizes, chunk=-(-q.shape[1] // chunks))
+    return sizes, jnp.arange(chunks, dtype=jnp.int32)
 
 
 def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
-    sizes = dataclasses.replace(sizes, batch=len(q))
+    sizes, chunks = _cut("forward", q, sizes)
     config = config_for("forward", sizes.head_dim)
 
     def attend(_, i):
@@ -70,13 +66,13 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
         out, lse = combine(chunk.entries, *parts, sizes)
         return None, (out.astype(q.dtype), lse)
 
-    _, (out, lse) = lax.scan(attend, None, _chunks(q, sizes))
+    _, (out, lse) = lax.scan(attend, None, chunks)
     return join_chunks(out, q.shape[1]), join_chunks(lse, q.shape[1])
 
 
 def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
     """dQ and the gradient of the values."""
-    sizes = dataclasses.replace(sizes, batch=len(q))
+    sizes, chunks = _cut("query_gradient", q, sizes)
     config = config_for("query_gradient", sizes.head_dim)
     b, h = (x[..., None, None] for x in jnp.ogrid[: sizes.batch, : sizes.heads])
 
@@ -91,15 +87,13 @@ def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, si
         values_bar = values_bar.at[b, h, chunk.entries.place].add(value_bar, mode="drop")
         return values_bar, q_bar.astype(q.dtype)
 
-    values_bar, q_bar = lax.scan(differentiate, zeros_like(values), _chunks(q, sizes))
+    values_bar, q_bar = lax.scan(differentiate, zeros_like(values), chunks)
     return join_chunks(q_bar, q.shape[1]), values_bar
 
 
 def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
     """dK and dV, [B, N, Hkv, D]."""
-    tokens = q.shape[1]
-    chunks = -(-tokens // max(1, _MAX_ENTRIES // (len(q) * sizes.heads * sizes.capacity)))
-    sizes = dataclasses.replace(sizes, batch=len(q), chunk=-(-tokens // chunks))
+    sizes, chunks = _cut("key_gradients", q, sizes)
     config = config_for("key_gradients", sizes.head_dim)
 
     def differentiate(i):
@@ -109,14 +103,14 @@ def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, siz
     def add(total, i):
         return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, differentiate(i)), None
 
-    if chunks == 1:
+    if len(chunks) == 1:
         bars = differentiate(0)
     else:
         zeros = jax.tree.map(
             lambda x: vary_over(varying(k), jnp.zeros(x.shape, jnp.float32)),
             jax.eval_shape(differentiate, 0),
         )
-        bars, _ = lax.scan(add, zeros, _chunks(q, sizes))
+        bars, _ = lax.scan(add, zeros, chunks)
     return tuple(x.reshape(len(q), -1, *k.shape[2:])[:, : k.shape[1]].astype(k.dtype) for x in bars)
 
 
@@ -157,7 +151,10 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     groups = num_heads // num_kv_heads
     q = q.reshape(batch, tokens, num_kv_heads, groups, head_dim)
     q = hopper.pad(q, 3, _padded_groups(groups))
-    sizes = _sizes_of(q, k, blocks, block_size, scale)
+    sizes = Sizes(
+        batch, num_kv_heads, q.shape[3], head_dim, k.shape[1], block_size, blocks.num_columns,
+        blocks.row_capacity, tokens, scale,
+    )  # fmt: skip
     q = q.reshape(batch, tokens, -1, head_dim)
     k, v = (hopper.pad(x, 1, 8) for x in (k, v))
     out, lse = _attend(q, k, v, blocks.indptr, blocks.indices, blocks.values, sizes)
