@@ -6,7 +6,8 @@ r + 1 nodes of level 0, then of level 1, and so on until the past is covered. Se
 from the start of the document, so that packed documents see what separate ones would.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,31 +184,40 @@ def _gather_keys_fwd(k, v, salience, token):
 
 def _gather_keys_bwd(residuals, cotangents):
     k, salience, token = residuals  # of the first two, shape and type
-    place = jnp.arange(k.shape[1], dtype=jnp.int32)
-
-    def sums(token, bars):
-        """The sum of each key's rows [M, ...] in f32."""
-        order = jnp.argsort(token, stable=True)
-        token, bars = token[order], jax.tree.map(lambda x: x[order].astype(salience.dtype), bars)
-
-        def add(earlier, later):
-            same = earlier[0] == later[0]
-            added = jax.tree.map(
-                lambda x, y: jnp.where(same.reshape(-1, *[1] * (x.ndim - 1)), x + y, y),
-                earlier[1], later[1],
-            )  # fmt: skip
-            return later[0], added
-
-        token, bars = jax.lax.associative_scan(add, (token, bars))
-        last = jnp.searchsorted(token, place, side="right") - 1
-        found = (last >= 0) & (token[last] == place)
-        return jax.tree.map(
-            lambda x: jnp.where(found.reshape(-1, *[1] * (x.ndim - 1)), x[last], 0), bars
-        )
-
+    sums = functools.partial(_sum_rows, num_keys=k.shape[1], dtype=salience.dtype)
     over_heads = jax.vmap(sums, in_axes=(0, 1), out_axes=1)
     k_bar, v_bar, salience_bar = jax.vmap(over_heads)(token, cotangents)
     return k_bar.astype(k.dtype), v_bar.astype(k.dtype), salience_bar, None
 
 
 gather_keys.defvjp(_gather_keys_fwd, _gather_keys_bwd)
+
+
+def _sum_rows(token: jax.Array, rows: Any, num_keys: int, dtype) -> Any:
+    """Sums of the rows that belong to the same token, by a scan that starts anew at each token.
+
+    Args:
+      token: int32 [M]; negative for a row of none.
+      rows: a pytree of arrays [M, ...].
+      num_keys: N.
+      dtype: of the sums.
+
+    Returns:
+      The same tree of arrays [N, ...].
+    """
+
+    def choose(condition, x, y):  # row by row
+        return jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+    def add(earlier, later):
+        same = earlier[0] == later[0]
+        total = jax.tree.map(lambda x, y: choose(same, x + y, y), earlier[1], later[1])
+        return later[0], total
+
+    order = jnp.argsort(token, stable=True)
+    in_order = token[order], jax.tree.map(lambda x: x[order].astype(dtype), rows)
+    token, sums = jax.lax.associative_scan(add, in_order)
+    key = jnp.arange(num_keys, dtype=token.dtype)
+    last = jnp.searchsorted(token, key, side="right") - 1
+    found = (last >= 0) & (token[last] == key)
+    return jax.tree.map(lambda x: choose(found, x[last], 0), sums)
