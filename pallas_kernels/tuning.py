@@ -31,7 +31,7 @@ class Kernel:
       function: of its mosaic_gpu, e.g. "forward".
       head_dims: those it takes; widths of features, for block selection.
       default: from a head dimension to the config that it has unless another was found faster.
-      grid: from a head dimension to configs that are worth trying; all compile without spills.
+      grid: from a head dimension to configs that are worth trying.
       scratch: from a head dimension and a config to the scratch types of the call that needs most.
       reduces: as of `hopper.shared_memory`.
     """

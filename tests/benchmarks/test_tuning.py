@@ -1,6 +1,7 @@
 """`sparsex tune`: the candidates are compared, timed by a clock that is told, and stored."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -77,7 +78,7 @@ def test_kernels_alone_agree_with_plain_jax(name):
     case = make_case(step.kernel, settings.workload(step))
     config = dataclasses.replace(step.kernel.default(64), programs=2)
     with interpret():
-        found = case.run(config, *case.operands)
+        found = jax.jit(functools.partial(case.run, config))(*case.operands)
     errors = case.compare(found)
     assert errors and all(error.value <= error.tolerance / 2 for error in errors)
     # And the comparison sees what is wrong.

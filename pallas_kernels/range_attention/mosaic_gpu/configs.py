@@ -14,7 +14,7 @@ from pallas_kernels.range_attention.mosaic_gpu.plan import Config, Sizes
 from pallas_kernels.range_attention.mosaic_gpu.query_walk import QueryWalk
 
 # Steps, stages, places. A step is a multiple of 64, for wgmma; the longer ones that are missing
-# here spill registers (docs/log.md).
+# here spill registers with 8 query heads per KV head (docs/log.md).
 _GRIDS = {
     ("forward", 64): ((64, 128), (2, 4, 6, 8), (2, 3)),
     ("forward", 128): ((64,), (2, 3, 4, 5), (1, 2)),
