@@ -117,7 +117,8 @@ def targeting(device: jax.Device) -> Iterator[None]:
         _target.reset(token)
 
 
-def _device() -> jax.Device:
+def target_device() -> jax.Device:
+    """What implementations are chosen for: the device that is `targeting`, or JAX's default."""
     return _target.get() or jax.devices()[0]
 
 
@@ -164,7 +165,7 @@ def select(primitive: str, implementation: str | None, *operands) -> Callable:
     Raises:
       ValueError: if the named implementation does not exist, or cannot run here or take these.
     """
-    device = _device()
+    device = target_device()
     if implementation is None:
         chosen, reason = _choose(primitive, device, operands)
     else:
@@ -181,7 +182,7 @@ def explain() -> list[tuple[str, str, str]]:
 
     Operands may still rule it out; `select` then logs why.
     """
-    device = _device()
+    device = target_device()
     rows = []
     for primitive in PRIMITIVES:
         importlib.import_module(f"pallas_kernels.{primitive}")

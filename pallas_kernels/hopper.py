@@ -26,6 +26,8 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)
 SHARED_MEMORY = 227 * 1024  # bytes that a thread block may use
 # Of three threads, one of each warpgroup: 168 each at launch. Asking for more waits for ever.
 _REGISTERS = 3 * 168
+_ALIGNMENT = 1024  # bytes, of each array in shared memory
+_BARRIER = 8  # bytes
 MULTIPROCESSORS = 132  # of an H100 SXM, H200: one thread block each
 
 
@@ -33,6 +35,23 @@ def operand_tile(shape, dtype=jnp.bfloat16):
     """Shared memory for an operand of wgmma; its last two axes are a matrix of rows of D."""
     swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     return plgpu.SMEM(shape, dtype, transforms=swizzled)
+
+
+def shared_memory(scratch, *, reduces: bool) -> int:
+    """Bytes of shared memory that a kernel takes.
+
+    Args:
+      scratch: tree of scratch types, as for `launch`.
+      reduces: whether it sums over an axis or takes a maximum, for which Mosaic sets some aside.
+    """
+    total = plgpu.CompilerParams().reduction_scratch_bytes if reduces else 0
+    for leaf in jax.tree.leaves(scratch):
+        if isinstance(leaf, plgpu.Barrier):
+            total += _BARRIER * math.prod(leaf.num_barriers)
+        else:
+            size = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+            total += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return total
 
 
 def full(shape, value, layout=plgpu.Layout.WGMMA):

@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": Command("evaluate", "score a model: `sparsex eval needle`"),
     "bench": Command("bench", "time the attention against dense: `sparsex bench attention`"),
     "report": Command("report", "tables and plots of what is in results/"),
+    "tune": Command("tune", "find the fastest configs of the kernels on this Hopper GPU"),
     "info": Command("info", "devices, versions, and the kernel that each primitive would take"),
 }
 # Where a ValueError may come from that tells the user what to change; others are bugs.

@@ -9,6 +9,8 @@ whether any query goes on has one place in shared memory; several blocks share a
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,11 +19,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, tuning
 from pallas_kernels.block_selection import xla
 from pallas_kernels.hopper import HALF, Ring
 
 _STEP = 64  # blocks
+_MOST = 64  # blocks that a query selects
 _NOTHING = 2.0**25  # beyond every block: f32 counts exactly up to 2^24
 
 
@@ -219,8 +222,52 @@ def _sorted(score, index):
     return lax.fori_loop(0, shape[1], place, (score, index, zeros, zeros))[2:]
 
 
-def _select_blocks(u, c, limit, start, *, count: int, config: Config):
-    """index int32 and score f32 [B, T, Hkv, count], count being a multiple of 8."""
+def _scratch(sizes: _Sizes, config: Config):
+    return {
+        "u_tile": hopper.operand_tile((2, HALF, sizes.dim)),
+        "plan_tile": plgpu.SMEM((2, 3, HALF), jnp.int32),
+        "c_tile": hopper.operand_tile((config.stages, _STEP, sizes.dim)),
+        "index_tile": plgpu.SMEM((HALF, sizes.count), jnp.int32),
+        "score_tile": plgpu.SMEM((HALF, sizes.count), jnp.float32),
+        "u_ring": Ring.barriers(2, copies=2, consumers=1),
+        "c_ring": Ring.barriers(config.stages, copies=1, consumers=1),
+    }
+
+
+def _grid(dim: int) -> Iterator[Config]:
+    for stages, share in itertools.product((2, 4, 6, 8), (1, 2, 4)):
+        yield Config(stages, share * hopper.MULTIPROCESSORS)
+
+
+KERNELS = {
+    "select": tuning.Kernel(
+        "block_selection",
+        "select",
+        (64, 128),
+        default=lambda dim: Config(),
+        grid=_grid,
+        scratch=lambda dim, config: _scratch(_Sizes(1, 8, 1, dim, _MOST), config),
+        reduces=True,
+    )
+}
+
+
+def config_for(dim: int) -> Config:
+    """How the kernel is cut for features of a width."""
+    return tuning.choose(KERNELS["select"], dim)
+
+
+def select(u, c, limit, start, *, count: int, config: Config):
+    """index int32 and score f32 [B, T, Hkv, count] of a count that is a multiple of 8.
+
+    Args:
+      u: [B, T, Hkv, d].
+      c: [B, Nb, Hkv, d].
+      limit: int32 [B, T], at most Nb; T and Nb are multiples of 8.
+      start: int32 [B, T], at least 0.
+      count: K.
+      config: of the kernel.
+    """
     sizes = _Sizes(*u.shape, count)
     best = sizes.batch, sizes.tokens, sizes.heads, count
     results = hopper.launch(
@@ -233,15 +280,7 @@ def _select_blocks(u, c, limit, start, *, count: int, config: Config):
             "index": jax.ShapeDtypeStruct(best, jnp.int32),
             "score": jax.ShapeDtypeStruct(best, jnp.float32),
         },
-        scratch={
-            "u_tile": hopper.operand_tile((2, HALF, sizes.dim)),
-            "plan_tile": plgpu.SMEM((2, 3, HALF), jnp.int32),
-            "c_tile": hopper.operand_tile((config.stages, _STEP, sizes.dim)),
-            "index_tile": plgpu.SMEM((HALF, count), jnp.int32),
-            "score_tile": plgpu.SMEM((HALF, count), jnp.float32),
-            "u_ring": Ring.barriers(2, copies=2, consumers=1),
-            "c_ring": Ring.barriers(config.stages, copies=1, consumers=1),
-        },
+        scratch=_scratch(sizes, config),
     )
     return results["index"], results["score"]
 
@@ -250,8 +289,9 @@ def _select_blocks(u, c, limit, start, *, count: int, config: Config):
 def _select(u, c, limit, start, count):
     tokens, width = u.shape[1], -(-count // 8) * 8
     padded = [hopper.pad(x, 1, 8) for x in (u, c, limit, start)]
-    select = functools.partial(_select_blocks, count=width, config=Config())
-    index, score = hopper.batchable(select)(*padded)
+    config = config_for(u.shape[3])
+    find = hopper.batchable(functools.partial(select, count=width, config=config))
+    index, score = find(*padded)
     return index[:, :tokens, :, :count], score[:, :tokens, :, :count]
 
 

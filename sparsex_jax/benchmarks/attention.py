@@ -265,9 +265,9 @@ class Benchmark:
         try:
             found = measure_case(step.case, work, step.direction, 0, 0)
             status = "measured" if found.equal else "wrong"
-            note = _describe_errors(found)
+            note = describe_errors(found.errors)
         except Exception as error:
-            status, note = _judge(error)
+            status, note = judge(error)
         if status in BAD:
             key = step.case.system, step.case.part, step.direction
             self.bad[key] = {"status": status, "note": f"at {step.length} tokens: {note}"}
@@ -282,7 +282,7 @@ class Benchmark:
             try:
                 row |= self._measured(step)
             except Exception as error:
-                status, note = _judge(error)
+                status, note = judge(error)
                 row |= {"status": status, "note": note}
         self.rows.append(row)
         write_results(self.path, "attention", self.command, self.settings.describe(), self.rows)
@@ -304,7 +304,7 @@ class Benchmark:
             "measured_heads": work.query_heads,
         }
         if found.timing is None:
-            return row | {"status": "wrong", "note": _describe_errors(found)}
+            return row | {"status": "wrong", "note": describe_errors(found.errors)}
         q1, median, q3 = (factor * x for x in found.timing.quartiles())
         operations = cases.count_operations(case, full, step.direction)
         moved, seconds = factor * found.moved, median / 1e3
@@ -368,13 +368,14 @@ _MEASURED = (
 )  # fmt: skip
 
 
-def _describe_errors(found: Measurement) -> str:
-    worst = max(found.errors, key=lambda error: error.value / error.tolerance)
+def describe_errors(errors: list[reference.Error]) -> str:
+    """The largest difference, measured by what rounding may make it, in words."""
+    worst = max(errors, key=lambda error: error.value / error.tolerance)
     what = {"outputs": "outputs", "gradients": "gradients", "norm": "gradients (in norm)"}[worst.of]
     return f"{what} differ from the reference by {worst.value:.3g}, over {worst.tolerance:g}"
 
 
-def _judge(error: Exception) -> tuple[str, str]:
+def judge(error: Exception) -> tuple[str, str]:
     """Status and note of a row that could not be measured, so that the others still are.
 
     Raises:

@@ -5,6 +5,7 @@ and features come from these rows alone. Dense attention, whose rows see every k
 the device in f32.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -92,7 +93,8 @@ def _output_error(computed: np.ndarray, expected: np.ndarray) -> Error:
     return Error("outputs", deviation(computed, expected), OUTPUT_TOLERANCE)
 
 
-def _gradient_errors(largest: float, distance: float) -> list[Error]:
+def gradient_errors(largest: float, distance: float) -> list[Error]:
+    """Of a gradient, from its `deviation` and from the relative norm of its difference."""
     return [
         Error("gradients", largest, GRADIENT_TOLERANCE),
         Error("norm", distance, GRADIENT_NORM_TOLERANCE),
@@ -121,10 +123,10 @@ class _Sparse:
         np.add.at(expected, inverse, values)
         touched = fetch(computed, place // count, place % count)
         if np.count_nonzero(touched) != int(_count_nonzero(computed)):
-            return _gradient_errors(math.inf, math.inf)
+            return gradient_errors(math.inf, math.inf)
         distance = np.linalg.norm(touched - expected) / max(np.linalg.norm(expected), 1e-30)
         largest = deviation(touched, expected, floor=np.sqrt(np.mean(np.square(expected))))
-        return _gradient_errors(largest, float(distance))
+        return gradient_errors(largest, float(distance))
 
 
 @jax.jit
@@ -361,16 +363,25 @@ def _dense_rows(q, k, v, tokens, out_bar):
     return out, pull(out_bar)
 
 
-@jax.jit
-def _device_deviation(computed, expected):
-    """`deviation` of whole gradients, and that of their norm, without leaving the device."""
-    difference = jnp.abs(computed.astype(jnp.float32) - expected)
+@functools.partial(jax.jit, static_argnames="floored")
+def device_deviation(computed, expected, *, floored: bool) -> tuple[jax.Array, jax.Array]:
+    """`deviation` of whole arrays, and that of their norm, without leaving the device.
+
+    Args:
+      computed: any shape.
+      expected: the same shape.
+      floored: the RMS of a row counts as at least that of all.
+    """
+    computed, expected = (x.astype(jnp.float32) for x in (computed, expected))
+    difference = jnp.abs(computed - expected)
     rms = jnp.sqrt(jnp.mean(jnp.square(expected)))
-    row_rms = jnp.sqrt(jnp.mean(jnp.square(expected), axis=-1, keepdims=True))
-    largest = jnp.max(difference / (jnp.maximum(row_rms, rms) + jnp.abs(expected)))
+    scale = jnp.sqrt(jnp.mean(jnp.square(expected), axis=-1, keepdims=True))
+    scale = (jnp.maximum(scale, rms) if floored else scale) + jnp.abs(expected)
+    largest = jnp.max(difference / jnp.where(scale > 0, scale, 1))
     distance = jnp.sqrt(jnp.mean(jnp.square(difference))) / rms
     # On the CPU a maximum may drop NaN.
-    return tuple(jnp.where(jnp.isfinite(computed).all(), x, jnp.inf) for x in (largest, distance))
+    finite = jnp.isfinite(computed).all()
+    return jnp.where(finite, largest, jnp.inf), jnp.where(finite, distance, jnp.inf)
 
 
 def _dense(case: Case, work: Workload, inputs: Inputs, rows: Rows) -> list[Error]:
@@ -385,8 +396,8 @@ def _dense(case: Case, work: Workload, inputs: Inputs, rows: Rows) -> list[Error
         found["q"].add(tokens[:, None], np.arange(work.query_heads), np.asarray(q_bar, np.float64))
         errors += _compare_gradients(found, rows)
         for name, expected in zip(("k", "v"), others, strict=True):
-            largest, distance = _device_deviation(rows.gradients[name], expected)
-            errors += _gradient_errors(float(largest), float(distance))
+            largest, distance = device_deviation(rows.gradients[name], expected, floored=True)
+            errors += gradient_errors(float(largest), float(distance))
     return errors
 
 

@@ -69,6 +69,16 @@ def _versions() -> dict[str, str]:
     return {**versions(), "python": platform.python_version()}
 
 
+def provenance() -> dict[str, Any]:
+    """Where and when something is measured: commit, date, hardware and versions."""
+    return {
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "versions": _versions(),
+    }
+
+
 def default_path(benchmark: str) -> Path:
     """results/<hardware>/<benchmark>.json; the hardware is "cpu", "h200" or "h200-x8", say."""
     devices = jax.devices()
@@ -122,10 +132,7 @@ def write_results(
         "benchmark": benchmark,
         "command": command,
         "config": config,
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": _versions(),
+        **provenance(),
         "rows": list(rows),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,8 +49,8 @@ class TestSmall:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
         """Two thread blocks and two stages, so that all take turns."""
-        config = functools.partial(mosaic_gpu.Config, stages=2, programs=2)
-        monkeypatch.setattr(mosaic_gpu, "Config", config)
+        config = mosaic_gpu.Config(stages=2, programs=2)
+        monkeypatch.setattr(mosaic_gpu, "config_for", lambda dim: config)
 
     @pytest.mark.parametrize(
         ("shape", "count"), [((1, 64, 100, 1, 64), 8), ((2, 75, 300, 2, 64), 16)]

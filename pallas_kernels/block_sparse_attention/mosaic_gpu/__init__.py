@@ -21,8 +21,9 @@ from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention import xla
 from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine, join_chunks
 from pallas_kernels.block_sparse_attention.mosaic_gpu.block_walk import key_gradients
+from pallas_kernels.block_sparse_attention.mosaic_gpu.configs import KERNELS, config_for
 from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import forward, query_gradient
-from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Config, plan_chunk
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunk
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.hopper import HALF, ROWS
 from pallas_kernels.mesh_axes import vary_over, varying, zeros_like
@@ -33,13 +34,6 @@ _ENTRIES_PER_BLOCK = {"forward": 32, "query_gradient": 16}
 _MIN_ENTRIES = 2**18
 # dK and dV have no partial results: as many as int32 counts, and sorts.
 _MAX_ENTRIES = 2**27
-
-
-def config_for(kernel: str, head_dim: int) -> Config:
-    """How "forward", "query_gradient" or "key_gradients" is cut, to fit shared memory."""
-    small = head_dim == 64
-    stages = {"forward": 6 if small else 4, "query_gradient": 4 if small else 2}
-    return Config(stages=stages.get(kernel, 6 if small else 3))
 
 
 def _padded_groups(groups: int) -> int:
@@ -164,3 +158,6 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
         return x[:, :, :, :groups].reshape(batch, tokens, num_heads, *x.shape[4:])
 
     return unpad(out), unpad(lse)
+
+
+__all__ = ["KERNELS", "block_sparse_attention"]

@@ -32,7 +32,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
 from pallas_kernels.hopper import HALF, Ring
 
 
-class _BlockWalk:
+class BlockWalk:
     """A thread block that walks over its share of the tiles, block by block.
 
     Products are transposed: rows are the block's keys, columns the tile's queries. `at` has the
@@ -189,7 +189,7 @@ def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, conf
     padded = sizes.batch, sizes.num_blocks * sizes.block_size, sizes.heads, sizes.head_dim
     results = hopper.launch(
         "block_sparse_key_gradients",
-        hopper.roles(functools.partial(_BlockWalk, sizes, config), loader_registers=56),
+        hopper.roles(functools.partial(BlockWalk, sizes, config), loader_registers=56),
         programs=config.programs,
         operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
         outputs={
@@ -197,7 +197,7 @@ def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, conf
             "v_bar": jax.ShapeDtypeStruct(padded, v.dtype),
             "edges": jax.ShapeDtypeStruct((config.programs, 2, 2, 2, *block), k.dtype),
         },
-        scratch=_BlockWalk.scratch(sizes, config),
+        scratch=BlockWalk.scratch(sizes, config),
     )
     place, sums = _add_edges(results["edges"], chunk, sizes, config.programs)
     used = chunk.used.reshape(sizes.batch, sizes.heads, sizes.num_blocks)

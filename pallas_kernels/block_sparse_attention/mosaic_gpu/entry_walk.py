@@ -188,19 +188,34 @@ class _QueryGradient(EntryWalk):
         self.store_entries(slot, (at.q_tile, at.q_bar), (at.bias_tile, at.bias_bar))
 
 
+def forward_scratch(sizes: Sizes, config: Config):
+    """What `forward` needs in shared memory."""
+    scratch = EntryWalk.scratch(sizes, config, arrays=1)
+    return scratch | {"lse_tile": plgpu.SMEM((config.stages, ROWS), jnp.float32)}
+
+
+def query_gradient_scratch(sizes: Sizes, config: Config):
+    """What `query_gradient` needs in shared memory."""
+    scratch = EntryWalk.scratch(sizes, config, arrays=2)
+    return scratch | {
+        "out_bar_tile": scratch["q_tile"],
+        "sums_tile": plgpu.SMEM((config.stages, 2, ROWS), jnp.float32),
+        "bias_tile": plgpu.SMEM((config.stages, ROWS), jnp.float32),
+    }
+
+
 def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
     """(out, lse) of each entry on its own: [entries, groups, D], f32 [entries, groups].
 
     Both hold anything where an entry is empty.
     """
-    scratch = EntryWalk.scratch(sizes, config, arrays=1)
     results = hopper.launch(
         "block_sparse_forward",
         hopper.roles(functools.partial(_Forward, sizes, config), loader_registers=56),
         programs=config.programs,
         operands={"q": q, "k": k, "v": v, "tiles": chunk.tiles, "num_tiles": chunk.num_tiles},
         outputs=_per_entry(sizes, q.dtype, "out", "lse"),
-        scratch=scratch | {"lse_tile": plgpu.SMEM((config.stages, ROWS), jnp.float32)},
+        scratch=forward_scratch(sizes, config),
     )
     return results["out"], results["lse"]
 
@@ -219,19 +234,13 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
       sizes: of the call.
       config: of the kernel.
     """
-    scratch = EntryWalk.scratch(sizes, config, arrays=2)
     results = hopper.launch(
         "block_sparse_query_gradient",
         hopper.roles(functools.partial(_QueryGradient, sizes, config), loader_registers=56),
         programs=config.programs,
         operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
         outputs=_per_entry(sizes, q.dtype, "q_bar", "bias_bar"),
-        scratch=scratch
-        | {
-            "out_bar_tile": scratch["q_tile"],
-            "sums_tile": plgpu.SMEM((config.stages, 2, ROWS), jnp.float32),
-            "bias_tile": plgpu.SMEM((config.stages, ROWS), jnp.float32),
-        },
+        scratch=query_gradient_scratch(sizes, config),
     )
     return results["q_bar"], results["bias_bar"]
 

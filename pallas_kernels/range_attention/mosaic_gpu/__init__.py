@@ -18,20 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import hopper
 from pallas_kernels.hopper import LOG2E
 from pallas_kernels.range_attention import xla
+from pallas_kernels.range_attention.mosaic_gpu.configs import KERNELS, config_for
 from pallas_kernels.range_attention.mosaic_gpu.key_walk import forward, query_gradient
-from pallas_kernels.range_attention.mosaic_gpu.plan import Config
 from pallas_kernels.range_attention.mosaic_gpu.query_walk import key_gradients
 
 _WIDEST_BACKWARD = 128  # head dimension
-
-
-def config_for(kernel: str, head_dim: int) -> Config:
-    """How "forward", "query_gradient" or "key_gradients" is cut, to fit shared memory."""
-    if kernel == "forward":
-        return Config(stages=4) if head_dim <= 128 else Config(stages=2, places=1)
-    if kernel == "query_gradient":
-        return Config(stages=4 if head_dim == 64 else 2)
-    return Config(stages=4 if head_dim == 64 else 3)
 
 
 def _hide_unseen_keys(k, v, start, end, key_bias):
@@ -133,3 +124,6 @@ def range_attention(q, k, v, start, end, key_bias, scale):
         key_bias = hopper.pad(key_bias, 1, 8).swapaxes(1, 2)
     out, lse = _attend(q, k, v, start, end, key_bias, scale)
     return out[:, :tokens], lse[:, :tokens]
+
+
+__all__ = ["KERNELS", "range_attention"]

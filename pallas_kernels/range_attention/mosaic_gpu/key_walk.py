@@ -266,23 +266,35 @@ class _QueryGradient(KeyWalk):
         return acc
 
 
+def forward_scratch(sizes: Sizes, config: Config):
+    """What `forward` needs in shared memory."""
+    return KeyWalk.scratch(sizes, config, copies=sizes.groups + 1) | {
+        "lse_tile": plgpu.SMEM((config.places, ROWS), jnp.float32),
+        "turn": plgpu.Barrier(num_arrivals=2),
+    }
+
+
+def query_gradient_scratch(sizes: Sizes, config: Config):
+    """What `query_gradient` needs in shared memory."""
+    scratch = KeyWalk.scratch(sizes, config, copies=2 * sizes.groups + 2)
+    return scratch | {
+        "out_bar_tile": scratch["q_tile"],
+        "sums_tile": plgpu.SMEM((config.places, 2, ROWS), jnp.float32),
+    }
+
+
 def forward(q, k, v, start, end, key_bias, *, scale, config: Config):
     """out [B, T, Hq, D] and lse f32 [B, T, Hq]; key_bias is [B, Hkv, N] or None."""
     sizes = Sizes.of(q, k, key_bias, scale)
     plan = plan_queries(start, end, sizes, config.step)
     lse_shape = sizes.batch, sizes.tiles, sizes.num_kv_heads, ROWS
-    scratch = KeyWalk.scratch(sizes, config, copies=sizes.groups + 1)
     results = hopper.launch(
         "range_forward",
         hopper.roles(functools.partial(_Forward, sizes, config)),
         programs=min(config.programs, sizes.items),
         operands={"q": q, "k": k, "v": v, "plan": plan, "bias": key_bias},
         outputs={"out": q, "lse": jax.ShapeDtypeStruct(lse_shape, jnp.float32)},
-        scratch=scratch
-        | {
-            "lse_tile": plgpu.SMEM((config.places, ROWS), jnp.float32),
-            "turn": plgpu.Barrier(num_arrivals=2),
-        },
+        scratch=forward_scratch(sizes, config),
     )
     return results["out"], by_token(results["lse"], sizes)
 
@@ -292,7 +304,6 @@ def query_gradient(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale,
     sizes = Sizes.of(q, k, key_bias, scale)
     plan = plan_queries(start, end, sizes, config.step)
     sums = jnp.stack([by_tile(x, sizes) for x in (lse, delta)], axis=3)
-    scratch = KeyWalk.scratch(sizes, config, copies=2 * sizes.groups + 2)
     return hopper.launch(
         "range_query_gradient",
         hopper.roles(functools.partial(_QueryGradient, sizes, config), loader_registers=56),
@@ -302,9 +313,5 @@ def query_gradient(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale,
             "sums": sums,
         },
         outputs={"q_bar": q},
-        scratch=scratch
-        | {
-            "out_bar_tile": scratch["q_tile"],
-            "sums_tile": plgpu.SMEM((config.places, 2, ROWS), jnp.float32),
-        },
+        scratch=query_gradient_scratch(sizes, config),
     )["q_bar"]  # fmt: skip
