@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.segments import choose_rows, first_places, sum_runs
 from sparsex_jax.config import AttentionConfig
 
 
@@ -194,7 +195,7 @@ gather_keys.defvjp(_gather_keys_fwd, _gather_keys_bwd)
 
 
 def _sum_rows(token: jax.Array, rows: Any, num_keys: int, dtype) -> Any:
-    """Sums of the rows that belong to the same token, by a scan that starts anew at each token.
+    """Sums of the rows that belong to the same token.
 
     Args:
       token: int32 [M]; negative for a row of none.
@@ -205,19 +206,9 @@ def _sum_rows(token: jax.Array, rows: Any, num_keys: int, dtype) -> Any:
     Returns:
       The same tree of arrays [N, ...].
     """
-
-    def choose(condition, x, y):  # row by row
-        return jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-
-    def add(earlier, later):
-        same = earlier[0] == later[0]
-        total = jax.tree.map(lambda x, y: choose(same, x + y, y), earlier[1], later[1])
-        return later[0], total
-
     order = jnp.argsort(token, stable=True)
-    in_order = token[order], jax.tree.map(lambda x: x[order].astype(dtype), rows)
-    token, sums = jax.lax.associative_scan(add, in_order)
-    key = jnp.arange(num_keys, dtype=token.dtype)
-    last = jnp.searchsorted(token, key, side="right") - 1
-    found = (last >= 0) & (token[last] == key)
-    return jax.tree.map(lambda x: choose(found, x[last], 0), sums)
+    token = token[order]
+    sums = sum_runs(token, jax.tree.map(lambda x: x[order].astype(dtype), rows))
+    first = first_places(token, num_keys)
+    found = first[1:] > first[:-1]
+    return jax.tree.map(lambda x: choose_rows(found, x[first[1:] - 1], 0), sums)

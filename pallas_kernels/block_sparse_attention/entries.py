@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.segments import first_places
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -80,8 +82,7 @@ def sort_entries(chunk_index, indptr, indices, values, sizes: Sizes) -> Entries:
     column = (b * sizes.heads + h) * sizes.num_blocks + block
     column = jnp.where(filled, column, sizes.columns).ravel()
     order = jnp.argsort(column, stable=True).astype(jnp.int32)
-    boundaries = jnp.arange(sizes.columns + 1, dtype=jnp.int32)
-    starts = jnp.searchsorted(column[order], boundaries).astype(jnp.int32)
+    starts = first_places(column[order], sizes.columns)
     return Entries(place, jnp.where(filled, value, 0), filled, order, starts)
 
 

@@ -67,8 +67,10 @@ def plan_chunk(index, indptr, indices, values, sizes: Sizes, width: int) -> Chun
 
     tiles = sizes.entries // width + min(sizes.columns, sizes.entries)
     tile = jnp.arange(tiles, dtype=jnp.int32)
-    column = jnp.searchsorted(tile_starts, tile, side="right").astype(jnp.int32) - 1
-    column = jnp.minimum(column, sizes.columns - 1)  # of tiles past the last, which nobody reads
+    # Of tiles past the last, which nobody reads, it is some column.
+    column = jnp.repeat(
+        jnp.arange(sizes.columns, dtype=jnp.int32), counts, total_repeat_length=tiles
+    )
     member = jnp.arange(width, dtype=jnp.int32)
     sorted_place = (starts[column] + (tile - tile_starts[column]) * width)[:, None] + member
     some = sorted_place < starts[column + 1][:, None]

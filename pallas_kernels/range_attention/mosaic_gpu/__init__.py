@@ -12,7 +12,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import hopper
@@ -21,43 +20,20 @@ from pallas_kernels.range_attention import xla
 from pallas_kernels.range_attention.mosaic_gpu.configs import KERNELS, config_for
 from pallas_kernels.range_attention.mosaic_gpu.key_walk import forward, query_gradient
 from pallas_kernels.range_attention.mosaic_gpu.query_walk import key_gradients
+from pallas_kernels.segments import first_places
 
 _WIDEST_BACKWARD = 128  # head dimension
 
 
 def _hide_unseen_keys(k, v, start, end, key_bias):
     """Zeros for keys that no query sees: they may hold anything, and 0 * NaN is no zero."""
-    removed = None if key_bias is None else (key_bias == -jnp.inf).swapaxes(1, 2)
-    gaps = jnp.any(start[:, 1:] > end[:, :-1])
-    gaps |= jnp.any(start[:, 0] > 0) | jnp.any(end[:, -1] < k.shape[1])
-    if removed is not None:
-        gaps |= jnp.any(removed)
-
-    def hide(k, v):
-        # Of the queries whose end is past a key, the first has the lowest start.
-        key = jnp.arange(k.shape[1], dtype=jnp.int32)
-        first = jax.vmap(lambda end: jnp.searchsorted(end, key, side="right"))(end)
-        start_of_first = jnp.take_along_axis(
-            start, first, axis=1, mode="fill", fill_value=2**31 - 1
-        )
-        seen = (start_of_first <= key)[..., None]
-        if removed is not None:
-            seen = seen & ~removed
-        return tuple(jnp.where(seen[..., None], x, 0) for x in (k, v))
-
-    return lax.cond(gaps, hide, lambda k, v: (k, v), k, v)
-
-
-def _hide_blind_queries(q, out_bar, seen):
-    """Zeros for queries without keys, should they or their cotangents not be finite."""
-    total = jnp.sum(q, axis=-1, dtype=jnp.float32) + jnp.sum(out_bar, axis=-1, dtype=jnp.float32)
-
-    def hide(q, out_bar):
-        return tuple(jnp.where(seen[..., None], x, 0) for x in (q, out_bar))
-
-    return lax.cond(
-        jnp.any(~seen & ~jnp.isfinite(total)), hide, lambda q, out_bar: (q, out_bar), q, out_bar
-    )
+    # Of the queries whose end is past a key, the first has the lowest start.
+    first = jax.vmap(lambda end: first_places(end, k.shape[1]))(end)[:, 1:]
+    start = jnp.take_along_axis(start, first, axis=1, mode="fill", fill_value=2**31 - 1)
+    seen = (start <= jnp.arange(k.shape[1], dtype=jnp.int32))[..., None]
+    if key_bias is not None:
+        seen = seen & (key_bias != -jnp.inf).swapaxes(1, 2)
+    return tuple(jnp.where(seen[..., None], x, 0) for x in (k, v))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -83,7 +59,8 @@ def _attend_bwd(scale, residuals, cotangents):
     delta = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - lse_bar
     lse, delta = jnp.where(seen, lse * LOG2E, 0), jnp.where(seen, delta, 0)
     k, v = _hide_unseen_keys(k, v, start, end, key_bias)
-    q, out_bar = _hide_blind_queries(q, out_bar, seen)
+    # Queries without keys, and their cotangents, may hold anything, too.
+    q, out_bar = (jnp.where(seen[..., None], x, 0) for x in (q, out_bar))
     operands = q, k, v, start, end, key_bias, out_bar, lse, delta
     q_bar, (k_bar, v_bar, bias_bar) = (
         hopper.batchable(functools.partial(f, scale=scale, config=config_for(name, q.shape[3])))(

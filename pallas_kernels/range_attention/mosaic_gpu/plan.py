@@ -8,6 +8,7 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import HALF, ROWS
+from pallas_kernels.segments import first_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +109,13 @@ def plan_keys(start, end, sizes: Sizes, step: int):
     halves = 2 * sizes.key_tiles
     key = jnp.arange(halves, dtype=jnp.int32) * HALF
 
-    def search(x, boundary, side):
-        return jax.vmap(lambda row: jnp.searchsorted(row, boundary, side=side))(x)
+    def first_of(half):  # query whose half has at least each number, from 1 on
+        return jax.vmap(lambda row: first_places(row, halves))(half)[:, 1:]
 
-    first = search(end, key, "right")
-    last = jnp.maximum(search(start, key + HALF, "left"), first)
-    whole_first = search(end, key + HALF, "left")
-    whole_last = search(start, key, "right")
+    first = first_of(-(-end // HALF))  # whose end is past the half's first key
+    last = jnp.maximum(first_of(start // HALF), first)
+    whole_first = first_of(end // HALF)
+    whole_last = first_of(-(-start // HALF))
     origin = jnp.repeat(first[:, ::2] // 8 * 8, 2, axis=1)
 
     def steps_to(token):  # complete ones
