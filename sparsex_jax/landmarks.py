@@ -6,8 +6,7 @@ r + 1 nodes of level 0, then of level 1, and so on until the past is covered. Se
 from the start of the document, so that packed documents see what separate ones would.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,30 +184,27 @@ def _gather_keys_fwd(k, v, salience, token):
 
 def _gather_keys_bwd(residuals, cotangents):
     k, salience, token = residuals  # of the first two, shape and type
-    sums = functools.partial(_sum_rows, num_keys=k.shape[1], dtype=salience.dtype)
-    over_heads = jax.vmap(sums, in_axes=(0, 1), out_axes=1)
-    k_bar, v_bar, salience_bar = jax.vmap(over_heads)(token, cotangents)
+    batch, num_keys, heads = k.shape[:3]
+    size = batch * heads * num_keys
+    first = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads, 1) * num_keys
+    key = jnp.where(token < 0, size, token + first).ravel()
+    order = jnp.argsort(key, stable=True)
+    key = key[order]
+
+    def in_order(x):
+        x = x.swapaxes(1, 2).astype(salience.dtype)
+        return x.reshape(key.size, *x.shape[3:])[order]
+
+    sums = sum_runs(key, jax.tree.map(in_order, cotangents))
+    begin = first_places(key, size)
+    found = begin[1:] > begin[:-1]
+
+    def by_key(x):
+        x = choose_rows(found, x[begin[1:] - 1], 0)
+        return x.reshape(batch, heads, num_keys, *x.shape[1:]).swapaxes(1, 2)
+
+    k_bar, v_bar, salience_bar = jax.tree.map(by_key, sums)
     return k_bar.astype(k.dtype), v_bar.astype(k.dtype), salience_bar, None
 
 
 gather_keys.defvjp(_gather_keys_fwd, _gather_keys_bwd)
-
-
-def _sum_rows(token: jax.Array, rows: Any, num_keys: int, dtype) -> Any:
-    """Sums of the rows that belong to the same token.
-
-    Args:
-      token: int32 [M]; negative for a row of none.
-      rows: a pytree of arrays [M, ...].
-      num_keys: N.
-      dtype: of the sums.
-
-    Returns:
-      The same tree of arrays [N, ...].
-    """
-    order = jnp.argsort(token, stable=True)
-    token = token[order]
-    sums = sum_runs(token, jax.tree.map(lambda x: x[order].astype(dtype), rows))
-    first = first_places(token, num_keys)
-    found = first[1:] > first[:-1]
-    return jax.tree.map(lambda x: choose_rows(found, x[first[1:] - 1], 0), sums)

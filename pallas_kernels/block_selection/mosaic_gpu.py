@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import hopper, tuning
 from pallas_kernels.block_selection import xla
+from pallas_kernels.block_selection.gradients import select_bwd
 from pallas_kernels.hopper import HALF, Ring
 
 _STEP = 64  # blocks
@@ -301,7 +302,7 @@ def _select_fwd(u, c, limit, start, count):
     return (index, score), (u, c, index)
 
 
-_select.defvjp(_select_fwd, xla.select_bwd)
+_select.defvjp(_select_fwd, select_bwd)
 
 
 def select_blocks(u, c, limit, start, count):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_selection import select_blocks, xla
+from pallas_kernels.block_selection import gradients, select_blocks, xla
 
 IMPLEMENTATIONS = ("reference", "xla")
 
@@ -102,6 +102,27 @@ def test_gradients(num_blocks, small_chunks):
     for got in (gradients("xla"), gradients("reference")):
         for a, b in zip(got, expected(jnp.asarray(dense)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("entries", [7, 2**20])
+def test_gradients_by_sorted_entries(entries, monkeypatch):
+    monkeypatch.setattr(gradients, "_MAX_ENTRIES", entries)
+    rng = np.random.default_rng(3)
+    u, c = (rng.standard_normal((2, n, 3, 8)).astype(np.float32) for n in (150, 40))
+    index = rng.permuted(np.tile(np.arange(40, dtype=np.int32), (900, 1)), axis=1)[:, :6]
+    index[:, 0] = np.where(np.any(index == 5, axis=1), index[:, 0], 5)  # for all: many tiles
+    index[(index == 7) | (rng.random(index.shape) < 0.2)] = -1
+    index = index.reshape(2, 150, 3, 6)
+    c[:, 7] = np.nan
+    residuals = tuple(map(jnp.asarray, (u, c, index)))
+    cotangents = None, jnp.asarray(rng.standard_normal(index.shape), jnp.float32)
+    found, expected = (
+        jax.jit(lambda *x, f=f: f(6, x, cotangents)[:2])(*residuals)
+        for f in (gradients.select_bwd, xla.select_bwd)
+    )
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-5)
+    assert not np.any(np.asarray(found[1][:, 7]))
 
 
 def test_gradients_scatter_to_distinct_places(small_chunks, monkeypatch):

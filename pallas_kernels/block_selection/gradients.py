@@ -1,0 +1,82 @@
+"""Gradients of the scores of selected blocks, by entries sorted by block.
+
+The work grows with the selected blocks, T x K, where a dense product with all blocks grows with
+T x N / S. Nothing is added in an order that could change.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mesh_axes import zeros_like
+from pallas_kernels.segments import choose_rows, first_places, sum_runs
+
+_TILE = 64  # entries
+_MAX_ENTRIES = 2**25  # at a time
+
+
+def select_bwd(count: int, residuals, cotangents):
+    """Gradients of u and c, the same for whatever implementation found `index`.
+
+    Args:
+      count: K.
+      residuals: u [B, T, Hkv, d], c [B, Nb, Hkv, d] and index int32 [B, T, Hkv, K].
+      cotangents: of the index, which has none, and of the score, f32 [B, T, Hkv, K].
+    """
+    u, c, index = residuals
+    score_bar = jnp.where(index < 0, 0, cotangents[1])
+    batch, tokens, heads, _ = u.shape
+    chunks = -(-batch * tokens * heads * count // _MAX_ENTRIES)
+    size = -(-tokens // chunks)
+
+    def split(x, fill=0):
+        missing = [(0, 0), (0, chunks * size - tokens)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, missing, constant_values=fill)
+        return jnp.moveaxis(x.reshape(batch, chunks, size, *x.shape[2:]), 1, 0)
+
+    def add(c_bar, operands):
+        u, index, score_bar = operands
+        more = _block_gradient(u, index, score_bar, c.shape[1])
+        return c_bar + more, _query_gradient(c, index, score_bar).astype(u.dtype)
+
+    operands = split(u), split(index, fill=-1), split(score_bar)
+    c_bar, u_bar = lax.scan(add, zeros_like(c, score_bar.dtype), operands)
+    u_bar = jnp.moveaxis(u_bar, 0, 1).reshape(batch, -1, *u.shape[2:])[:, :tokens]
+    return u_bar, c_bar.astype(c.dtype), None, None
+
+
+def _query_gradient(c, index, score_bar):
+    """[B, T, Hkv, d] in score_bar's type."""
+    b, h = (x[..., None] for x in jnp.ogrid[: c.shape[0], :1, : c.shape[2]][::2])
+    # A block that nobody selected may hold anything.
+    block = jnp.where(index < 0, c.shape[1], index)
+    chosen = c.at[b, block, h].get(mode="fill", fill_value=0)
+    return jnp.sum(score_bar[..., None] * chosen.astype(score_bar.dtype), axis=3)
+
+
+def _block_gradient(u, index, score_bar, num_blocks):
+    """[B, Nb, Hkv, d] in score_bar's type.
+
+    Tiles of entries that chose the same block are summed first, then the tiles of a block.
+    """
+    batch, _, heads, dim = u.shape
+    columns = batch * heads * num_blocks
+    b, h = (x[..., None] for x in jnp.ogrid[:batch, :1, :heads][::2])
+    column = jnp.where(index < 0, columns, (b * heads + h) * num_blocks + index).ravel()
+    order = jnp.argsort(column, stable=True).astype(jnp.int32)
+    starts = first_places(column[order], columns)
+
+    counts = -(-jnp.diff(starts) // _TILE)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    tiles = column.size // _TILE + min(columns, column.size)
+    of_tile = jnp.repeat(jnp.arange(columns, dtype=jnp.int32), counts, total_repeat_length=tiles)
+    tile = jnp.arange(tiles, dtype=jnp.int32) - (ends - counts)[of_tile]
+    place = (starts[of_tile] + tile * _TILE)[:, None] + jnp.arange(_TILE, dtype=jnp.int32)
+    some = place < starts[of_tile + 1][:, None]
+
+    entry = order.at[place].get(mode="clip")
+    weight = jnp.where(some, score_bar.ravel()[entry], 0)
+    row = jnp.where(some, entry // index.shape[3], u.size // dim)
+    rows = u.reshape(-1, dim).at[row].get(mode="fill", fill_value=0)
+    sums = sum_runs(of_tile, jnp.sum(weight[..., None] * rows.astype(weight.dtype), axis=1))
+    sums = choose_rows(counts > 0, sums[ends - 1], 0)
+    return jnp.moveaxis(sums.reshape(batch, heads, num_blocks, dim), 1, 2)
