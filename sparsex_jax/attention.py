@@ -23,7 +23,7 @@ Branch = tuple[jax.Array, jax.Array]  # out [B, T, Hq, D], lse f32 [B, T, Hq]
 
 # Long sequences are taken in chunks of tokens.
 _MIN_CHUNK = 2**15
-_MAX_CHUNKS = 16
+_MAX_CHUNKS = 8
 
 
 def sparse_attention(
@@ -74,7 +74,7 @@ def sparse_attention(
         None if x is None else jnp.broadcast_to(x, (batch, tokens))
         for x in pasts(positions, segment_ids, config)
     )
-    far_k = apply_rotary(k, positions, config.rope_base) if config.fusion == "softmax" else k
+    turned_k = apply_rotary(k, positions, config.rope_base) if config.fusion == "softmax" else None
     marks = span = pyramid = None
     has_landmarks = tokens >= config.window + config.segment_length
     if has_landmarks and config.landmarks == "pyramid":
@@ -100,10 +100,11 @@ def sparse_attention(
                 queries.q, marked_k, marked_v, *queries.span, bias, implementation=implementation
             )
         if tokens > config.window and config.top_k:
-            turned = config.fusion == "softmax"
-            far_q = _turn(queries.q, first, config) if turned else queries.q
+            far = queries.q, keys.k
+            if keys.turned_k is not None:
+                far = _turn(queries.q, first, config), keys.turned_k
             dynamic = dynamic_branch(
-                far_q, keys.far_k, keys.v, queries.features, keys.block_features, queries.limit,
+                *far, keys.v, queries.features, keys.block_features, queries.limit,
                 queries.document_start, config=config, implementation=implementation,
             )  # fmt: skip
         return fuse(local, landmarks, dynamic, queries.landmark_gate, queries.dynamic_gate, config)
@@ -113,7 +114,7 @@ def sparse_attention(
         _Queries(
             q, query_features, landmark_gate, dynamic_gate, local_start, document_start, limit, span
         ),
-        _Keys(k, far_k, v, block_features, marks),
+        _Keys(k, turned_k, v, block_features, marks),
         size=max(_MIN_CHUNK, -(-tokens // (_MAX_CHUNKS * config.block_size)) * config.block_size),
         saved=("block_sparse_attention", "block_selection"),
     )
@@ -133,10 +134,10 @@ class _Queries(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """What all tokens share: keys, those of the dynamic branch, values, ...; None likewise."""
+    """What all tokens share; None where there is none."""
 
     k: jax.Array
-    far_k: jax.Array
+    turned_k: jax.Array | None  # with RoPE, for fusion="softmax"
     v: jax.Array
     block_features: jax.Array | None
     marks: tuple[jax.Array, jax.Array, jax.Array] | None  # landmarks' keys, values, biases

@@ -42,8 +42,10 @@ def map_chunks(
         return f(first, chunk, jax.tree.map(_summed_in, shared, totals))
 
     def split(x):
-        widths = [(0, chunks * size - tokens) if axis == 1 else (0, 0) for axis in range(x.ndim)]
-        x = jnp.pad(x, widths, mode="edge")
+        missing = chunks * size - tokens
+        if missing:
+            widths = [(0, missing if axis == 1 else 0) for axis in range(x.ndim)]
+            x = jnp.pad(x, widths, mode="edge")
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
 
     first = jnp.arange(chunks, dtype=jnp.int32) * size

@@ -30,7 +30,7 @@ from pallas_kernels.mesh_axes import vary_over, varying, zeros_like
 
 # Entries of a chunk of queries. Partial results are held of all of them, so there should be few,
 # but enough for whole tiles of a block's entries, and not so few that launches dominate.
-_ENTRIES_PER_BLOCK = {"forward": 32, "query_gradient": 16}
+_ENTRIES_PER_BLOCK = {"forward": 24, "query_gradient": 16}
 _MIN_ENTRIES = 2**18
 # dK and dV have no partial results: as many as int32 counts, and sorts.
 _MAX_ENTRIES = 2**27

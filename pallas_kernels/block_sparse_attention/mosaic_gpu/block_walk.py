@@ -206,7 +206,8 @@ def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, conf
     def finish(x, sums):
         x = x.reshape(sizes.batch, sizes.num_blocks, block[0], sizes.heads, block[1])
         b, h, n = place
-        return jnp.where(used, x, 0).at[b, n, :, h].set(sums.astype(x.dtype), mode="drop")
+        # In this order the sums are written in place, and the choice can be part of what follows.
+        return jnp.where(used, x.at[b, n, :, h].set(sums.astype(x.dtype), mode="drop"), 0)
 
     return finish(results["k_bar"], sums[:, 1]), finish(results["v_bar"], sums[:, 0])
 
