@@ -172,7 +172,7 @@ class Ring:
 
 
 def launch(
-    name: str, run: Callable, *, programs: int, operands, outputs, scratch, computing: int = 2
+    name: str, run: Callable, *, programs: int, operands, outputs, scratch, warpgroups: int = 3
 ):
     """Runs a kernel.
 
@@ -184,7 +184,7 @@ def launch(
       operands: dict of arrays, or None.
       outputs: dict of shapes and dtypes.
       scratch: dict of scratch types, trees of them, or None.
-      computing: warpgroups that compute; one more loads.
+      warpgroups: of a thread block.
 
     Returns:
       A dict of arrays, like `outputs`.
@@ -208,7 +208,7 @@ def launch(
         out_type=tuple(outputs.values()),
         grid=(programs,),
         grid_names=("program",),
-        num_threads=computing + 1,
+        num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types=[scratch],
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -230,29 +230,26 @@ def contiguous_share(items, at):
     return first, each + (at.program < more).astype(jnp.int32)
 
 
-def roles(block: Callable, computing: int = 2, loader_registers: int = 40) -> Callable:
-    """For `launch`: `block(at)` makes what computes in all warpgroups but the last, which loads.
+def roles(block: Callable, loader_registers: int = 40) -> Callable:
+    """For `launch`: `block(at)` makes what computes in two warpgroups and loads in the third.
 
     Args:
       block: makes an object with the methods `load` and `compute`.
-      computing: warpgroups that compute.
-      loader_registers: of each thread of the last of three warpgroups; the others share the rest.
+      loader_registers: of each thread of the third; the others share the rest.
     """
 
     def run(at):
         member = block(at)
-        loads = at.warpgroup == computing
+        loads = at.warpgroup == 2
 
         @pl.when(loads)
         def _():
-            if computing > 1:
-                plgpu.set_max_registers(loader_registers, action="decrease")
+            plgpu.set_max_registers(loader_registers, action="decrease")
             member.load()
 
         @pl.when(jnp.logical_not(loads))
         def _():
-            if computing > 1:
-                plgpu.set_max_registers((_REGISTERS - loader_registers) // 2, action="increase")
+            plgpu.set_max_registers((_REGISTERS - loader_registers) // 2, action="increase")
             member.compute()
 
     return run

@@ -3,14 +3,15 @@
 A tile of 64 queries walks over its blocks, 64 a step. A warpgroup keeps the best of each query in
 registers, and as long as any query's best score of the step beats the worst of its
 list, all queries take that score out of the step and, where it is better, into the list. Scores
-never reach device memory. One warpgroup of a thread block computes, since the reduction that asks
-whether any query goes on has one place in shared memory; several blocks share a multiprocessor.
+never reach device memory. A thread block is one warpgroup, since the reduction that asks
+whether any query goes on has one place in shared memory; four of them share a multiprocessor.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -22,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels import hopper, tuning
 from pallas_kernels.block_selection import xla
 from pallas_kernels.block_selection.gradients import select_bwd
-from pallas_kernels.hopper import HALF, Ring
+from pallas_kernels.hopper import HALF
 
 _STEP = 64  # blocks
 _MOST = 64  # blocks that a query selects
@@ -38,8 +39,8 @@ class Config:
       programs: thread blocks at most.
     """
 
-    stages: int = 6
-    programs: int = 2 * hopper.MULTIPROCESSORS
+    stages: int = 3
+    programs: int = 4 * hopper.MULTIPROCESSORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,116 +92,107 @@ def _lowest_column(marked):
 
 
 class _Walk:
-    """A thread block that walks, for each of its tiles of queries, over their blocks.
+    """A warpgroup that walks, for each of its tiles of queries, over their blocks.
 
     `at` has the references: u, c, plan, index and score in device memory; u_tile, plan_tile,
-    c_tile, index_tile and score_tile in shared memory; and the rings' barriers.
+    c_tile, index_tile and score_tile in shared memory; and the barriers of what is copied there.
     """
 
     def __init__(self, sizes: _Sizes, config: Config, at):
         self.sizes, self.config, self.at = sizes, config, at
-        self.u_ring = Ring(2, *at.u_ring)
-        self.c_ring = Ring(config.stages, *at.c_ring)
         self.own_items = hopper.share(sizes.items, at)
 
-    def locate(self, i):
+    def run(self):
+        """Selects for item after item."""
+        lax.fori_loop(0, self.own_items, self._select_item, jnp.int32(0))
+
+    def _locate(self, i):
         """(batch element, tile, KV head) of this block's item i."""
         item = self.at.program + i * self.at.programs
         tile = lax.div(item, self.sizes.heads)
         b, tile = lax.div(tile, self.sizes.tiles), lax.rem(tile, self.sizes.tiles)
         return b, tile, lax.rem(item, self.sizes.heads)
 
-    def load(self):
-        """Fills the rings, item after item."""
-        at, copy = self.at, plgpu.copy_gmem_to_smem
+    def _select_item(self, i, turn):
+        at, copy, stages = self.at, plgpu.copy_gmem_to_smem, self.config.stages
+        b, tile, h = self._locate(i)
+        tokens = pl.ds(pl.multiple_of(tile * HALF, HALF), HALF)
+        copy(at.plan.at[b, tile], at.plan_tile, at.u_ready)
+        copy(at.u.at[b, tokens, h], at.u_tile, at.u_ready)
+        plgpu.barrier_wait(at.u_ready)
+        starts, limits = (plgpu.load(at.plan_tile.at[n], layout=hopper.ROW) for n in (0, 1))
+        first, steps, whole_first, whole_last = (at.plan_tile[2, n] for n in range(4))
 
-        def load_item(i, turn):
-            b, tile, h = self.locate(i)
-            place = self.u_ring.claim(i)
-            ready = self.u_ring.ready.at[place]
-            copy(at.plan.at[b, tile], at.plan_tile.at[place], ready)
-            tokens = pl.ds(pl.multiple_of(tile * HALF, HALF), HALF)
-            copy(at.u.at[b, tokens, h], at.u_tile.at[place], ready)
-            first, steps = at.plan[b, tile, 2, 0], at.plan[b, tile, 2, 1]
+        def load(j):
+            slot = lax.rem(turn + j, stages)
+            blocks = pl.ds(pl.multiple_of(first + j * _STEP, 8), _STEP)
+            copy(at.c.at[b, blocks, h], at.c_tile.at[slot], at.c_ready.at[slot])
 
-            @pl.loop(0, steps)
-            def _(j):
-                slot = self.c_ring.claim(turn + j)
-                blocks = pl.ds(pl.multiple_of(first + j * _STEP, 8), _STEP)
-                copy(at.c.at[b, blocks, h], at.c_tile.at[slot], self.c_ring.ready.at[slot])
-
-            return turn + steps
-
-        lax.fori_loop(0, self.own_items, load_item, jnp.int32(0))
-
-    def compute(self):
-        """Selects for item after item."""
-        lax.fori_loop(0, self.own_items, self._compute_item, jnp.int32(0))
-
-    def _compute_item(self, i, turn):
-        at, shape = self.at, (HALF, self.sizes.count)
-        place = self.u_ring.receive(i)
-        plan = at.plan_tile.at[place]
-        starts, limits = (plgpu.load(plan.at[n], layout=hopper.ROW) for n in (0, 1))
-        first, steps, whole_first, whole_last = (plan[2, n] for n in range(4))
+        pl.loop(0, jnp.minimum(steps, stages))(load)
 
         def step(masked, j, best):
             origin = first + j * _STEP
-            slot = self.c_ring.receive(turn + j)
-            queries, features = at.u_tile.at[place], at.c_tile.at[slot]
-            scores = hopper.multiply(queries, hopper.transposed(features), (HALF, _STEP))
-            self.c_ring.release(turn + j)
+            slot = lax.rem(turn + j, stages)
+            plgpu.barrier_wait(at.c_ready.at[slot])
+            features = hopper.transposed(at.c_tile.at[slot])
+            scores = hopper.multiply(at.u_tile, features, (HALF, _STEP))
             if masked:
                 scores = hopper.keep(scores, 1, starts - origin, limits - origin)
-            return _take_best(scores, origin.astype(jnp.float32), best)
+            best = _take_best(scores, origin.astype(jnp.float32), best)
+            # All warps have met since they read this slot: to ask whether any query goes on.
+            pl.when(j + stages < steps)(lambda: load(j + stages))
+            return best
 
-        # Empty places are blocks -1, -2, ...: all different, so that one is replaced at a time.
-        best = hopper.full(shape, -jnp.inf), -1 - _columns(shape)
-        best = lax.fori_loop(0, whole_first, functools.partial(step, True), best)
+        best = lax.fori_loop(0, whole_first, functools.partial(step, True), self._nothing())
         best = lax.fori_loop(whole_first, whole_last, functools.partial(step, False), best)
         best = lax.fori_loop(whole_last, steps, functools.partial(step, True), best)
-        score, index = _sorted(*best)
+        score, index = _sorted(best.score, best.index)
         plgpu.wait_smem_to_gmem(0)  # of the item before
         at.score_tile[...] = score
         at.index_tile[...] = jnp.maximum(index, -1.0).astype(jnp.int32)
         plgpu.commit_smem()
-        self.u_ring.release(i)
-        b, tile, h = self.locate(i)
-        tokens = pl.ds(tile * HALF, HALF)
         plgpu.copy_smem_to_gmem(at.score_tile, at.score.at[b, tokens, h])
         plgpu.copy_smem_to_gmem(at.index_tile, at.index.at[b, tokens, h])
         pl.when(i == self.own_items - 1)(lambda: plgpu.wait_smem_to_gmem(0))
         return turn + steps
 
+    def _nothing(self):
+        """Lists of empty places: blocks -1, -2, ..., so that one is replaced at a time."""
+        shape = HALF, self.sizes.count
+        score = hopper.full(shape, -jnp.inf)
+        return _Best(score, -1 - _columns(shape), hopper.full((HALF,), -jnp.inf, hopper.ROW))
 
-def _take_best(scores, origin, best):
+
+class _Best(NamedTuple):
+    """The best blocks of each query so far, in no order: f32 [64, K], and the worst score [64]."""
+
+    score: jax.Array
+    index: jax.Array
+    worst: jax.Array
+
+
+def _take_best(scores, origin, best: _Best) -> _Best:
     """The best of `best` and of scores [64, 64], of blocks that begin at `origin`."""
 
-    def lead(scores, score):  # of each query's best new score over the worst of its list
-        top, worst = scores.max(axis=1), -(-score).max(axis=1)
-        return top, worst, top > worst
-
     def goes_on(state):
-        scores, score, _ = state
-        _, _, better = lead(scores, score)
-        return jnp.max(jnp.where(better, 1.0, 0.0)) > 0
+        _, top, best = state
+        return jnp.max(jnp.where(top > best.worst, 1.0, 0.0)) > 0
 
     def take(state):
-        scores, score, index = state
+        scores, top, (score, index, worst) = state
         wide, narrow = scores.shape, score.shape
-        top, worst, better = lead(scores, score)
         column = _lowest_column(scores == hopper.along_rows(top, wide))
         # Of equal scores the one with the highest index gives way.
         candidates = jnp.where(score == hopper.along_rows(worst, narrow), index, -_NOTHING)
         replaced = index == hopper.along_rows(candidates.max(axis=1), narrow)
-        replaced = replaced & hopper.along_rows(better, narrow)
+        replaced = replaced & hopper.along_rows(top > worst, narrow)
         score = jnp.where(replaced, hopper.along_rows(top, narrow), score)
         index = jnp.where(replaced, hopper.along_rows(origin + column, narrow), index)
         taken = _columns(wide) == hopper.along_rows(column, wide)
         scores = jnp.where(taken, -jnp.inf, scores)
-        return scores, score, index
+        return scores, scores.max(axis=1), _Best(score, index, -(-score).max(axis=1))
 
-    return lax.while_loop(goes_on, take, (scores, *best))[1:]
+    return lax.while_loop(goes_on, take, (scores, scores.max(axis=1), best))[2]
 
 
 def _sorted(score, index):
@@ -225,18 +217,18 @@ def _sorted(score, index):
 
 def _scratch(sizes: _Sizes, config: Config):
     return {
-        "u_tile": hopper.operand_tile((2, HALF, sizes.dim)),
-        "plan_tile": plgpu.SMEM((2, 3, HALF), jnp.int32),
+        "u_tile": hopper.operand_tile((HALF, sizes.dim)),
+        "plan_tile": plgpu.SMEM((3, HALF), jnp.int32),
         "c_tile": hopper.operand_tile((config.stages, _STEP, sizes.dim)),
         "index_tile": plgpu.SMEM((HALF, sizes.count), jnp.int32),
         "score_tile": plgpu.SMEM((HALF, sizes.count), jnp.float32),
-        "u_ring": Ring.barriers(2, copies=2, consumers=1),
-        "c_ring": Ring.barriers(config.stages, copies=1, consumers=1),
+        "u_ready": plgpu.Barrier(num_arrivals=2),
+        "c_ready": plgpu.Barrier(num_barriers=config.stages),
     }
 
 
 def _grid(dim: int) -> Iterator[Config]:
-    for stages, share in itertools.product((2, 4, 6, 8), (1, 2, 4)):
+    for stages, share in itertools.product((2, 3, 4, 6), (1, 2, 4)):
         yield Config(stages, share * hopper.MULTIPROCESSORS)
 
 
@@ -273,9 +265,9 @@ def select(u, c, limit, start, *, count: int, config: Config):
     best = sizes.batch, sizes.tokens, sizes.heads, count
     results = hopper.launch(
         "select_blocks",
-        hopper.roles(functools.partial(_Walk, sizes, config), computing=1),
+        lambda at: _Walk(sizes, config, at).run(),
         programs=min(config.programs, sizes.items),
-        computing=1,
+        warpgroups=1,
         operands={"u": u, "c": c, "plan": _plan(start, limit, sizes)},
         outputs={
             "index": jax.ShapeDtypeStruct(best, jnp.int32),
