@@ -21,6 +21,11 @@ def vary_alike(*operands) -> tuple:
     return jax.tree.map(lambda x: vary_over(axes, x), operands)
 
 
+def vary_with(x, tree):
+    """A tree of arrays, to begin a loop with, that vary where x does, too."""
+    return jax.tree.map(lambda y: vary_over(varying(x), y), tree)
+
+
 def zeros_like(x, dtype=None) -> jax.Array:
     """Zeros that vary as x does, to begin a loop's sum with."""
     return vary_over(varying(x), jnp.zeros(x.shape, dtype or x.dtype))

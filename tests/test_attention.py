@@ -151,6 +151,32 @@ def test_chunks_of_tokens_equal_the_whole(config, tokens, lengths, monkeypatch):
     chex.assert_trees_all_close(results(), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX])
+def test_chunks_of_tokens_under_shard_map_and_vmap(config, monkeypatch):
+    """A mesh of one device is enough for the rules of what varies over a mesh."""
+    monkeypatch.setattr(attention, "_MIN_CHUNK", 48)
+    inputs = jax.tree.map(jnp.asarray, make_inputs(config, 144, seed=3))
+    cotangent = jnp.asarray(np.random.default_rng(5).standard_normal(inputs["q"].shape), "f4")
+
+    def results(inputs, cotangent):
+        out, vjp = jax.vjp(lambda inputs: attend(config, inputs), inputs)
+        return out, vjp(cotangent)[0]
+
+    expected = jax.jit(results)(inputs, cotangent)
+    heads = jax.P(None, None, "device")
+    specs = jax.tree.map(lambda _: heads, inputs)
+    mesh = jax.make_mesh((1,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(results, mesh=mesh, in_specs=(specs, heads), out_specs=(heads, specs))(
+        inputs, cotangent
+    )
+    chex.assert_trees_all_close(sharded, expected, rtol=1e-5, atol=1e-5)
+    stacked = jax.tree.map(lambda x: x[None], (inputs, cotangent))
+    mapped = jax.jit(jax.vmap(results))(*stacked)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: x[0], mapped), expected, rtol=1e-5, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize(("seed", "chunk"), [(0, 150), (1, 150), (2, 48)])
 @pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
 def test_causality_is_strict(config, seed, chunk, monkeypatch):

@@ -146,7 +146,7 @@ class _Walk:
         best = lax.fori_loop(0, whole_first, functools.partial(step, True), self._nothing())
         best = lax.fori_loop(whole_first, whole_last, functools.partial(step, False), best)
         best = lax.fori_loop(whole_last, steps, functools.partial(step, True), best)
-        score, index = _sorted(best.score, best.index)
+        score, index = _sorted(best.score, best.block)
         plgpu.wait_smem_to_gmem(0)  # of the item before
         at.score_tile[...] = score
         at.index_tile[...] = jnp.maximum(index, -1.0).astype(jnp.int32)
@@ -167,7 +167,7 @@ class _Best(NamedTuple):
     """The best blocks of each query so far, in no order: f32 [64, K], and the worst score [64]."""
 
     score: jax.Array
-    index: jax.Array
+    block: jax.Array
     worst: jax.Array
 
 
@@ -179,18 +179,18 @@ def _take_best(scores, origin, best: _Best) -> _Best:
         return jnp.max(jnp.where(top > best.worst, 1.0, 0.0)) > 0
 
     def take(state):
-        scores, top, (score, index, worst) = state
+        scores, top, (score, block, worst) = state
         wide, narrow = scores.shape, score.shape
         column = _lowest_column(scores == hopper.along_rows(top, wide))
         # Of equal scores the one with the highest index gives way.
-        candidates = jnp.where(score == hopper.along_rows(worst, narrow), index, -_NOTHING)
-        replaced = index == hopper.along_rows(candidates.max(axis=1), narrow)
+        candidates = jnp.where(score == hopper.along_rows(worst, narrow), block, -_NOTHING)
+        replaced = block == hopper.along_rows(candidates.max(axis=1), narrow)
         replaced = replaced & hopper.along_rows(top > worst, narrow)
         score = jnp.where(replaced, hopper.along_rows(top, narrow), score)
-        index = jnp.where(replaced, hopper.along_rows(origin + column, narrow), index)
+        block = jnp.where(replaced, hopper.along_rows(origin + column, narrow), block)
         taken = _columns(wide) == hopper.along_rows(column, wide)
         scores = jnp.where(taken, -jnp.inf, scores)
-        return scores, scores.max(axis=1), _Best(score, index, -(-score).max(axis=1))
+        return scores, scores.max(axis=1), _Best(score, block, -(-score).max(axis=1))
 
     return lax.while_loop(goes_on, take, (scores, scores.max(axis=1), best))[2]
 

@@ -28,6 +28,7 @@ from pallas_kernels.block_sparse_attention.entries import (
     sort_entries,
 )
 from pallas_kernels.csr import BlockCSR
+from pallas_kernels.mesh_axes import vary_with
 
 # Floats of the partial results of a chunk: as many as q has, within these bounds.
 _MIN_PARTIALS = 2**27
@@ -138,6 +139,7 @@ def _take_tiles(step, chunk: _Chunk, shapes: _Shapes) -> _Tiles:
 def _walk(chunk: _Chunk, shapes: _Shapes, body, carry):
     """Runs `body(tiles, carry)` over all tiles of a chunk, `step_tiles` at a time."""
     steps = (chunk.tile_starts[-1] + shapes.step_tiles - 1) // shapes.step_tiles
+    carry = vary_with(steps, carry)
     return jax.lax.fori_loop(
         0, steps, lambda i, carry: body(_take_tiles(i, chunk, shapes), carry), carry
     )
@@ -296,7 +298,8 @@ def _attend_bwd(shapes: _Shapes, residuals, cotangents):
     padded = (shapes.batch, shapes.num_blocks, shapes.block_size, shapes.heads, shapes.head_dim)
     zeros = jnp.zeros(padded, dtype), jnp.zeros(padded, dtype), jnp.zeros_like(values)
     chunks = jnp.arange(grouped[0].shape[1] // shapes.chunk)
-    (k_bar, v_bar, values_bar), q_bar = jax.lax.scan(chunk_gradients, zeros, chunks)
+    bars, q_bar = jax.lax.scan(chunk_gradients, vary_with(k, zeros), chunks)
+    k_bar, v_bar, values_bar = bars
     k_bar, v_bar = (
         x.reshape(shapes.batch, -1, *k.shape[2:])[:, : shapes.num_keys].astype(k.dtype)
         for x in (k_bar, v_bar)

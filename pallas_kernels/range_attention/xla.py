@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.mesh_axes import vary_with
+
 # Logits of a step, over all tiles that walk side by side.
 _LOGITS_PER_STEP = 2**23
 # Logits of one tile and head. Tiles of few queries (decoding) take longer steps, so fewer.
@@ -106,7 +108,7 @@ class _Walk(NamedTuple):
             fresh = (begin[:, None] <= index) & (index < self.last[:, None])
             return step(position, fresh, carry)
 
-        return jax.lax.fori_loop(0, steps, body, carry)
+        return jax.lax.fori_loop(0, steps, body, vary_with(self.first, carry))
 
     def slabs(self, x, position):
         """[B, length, ...] -> [width, size, ...]: what the tiles see at their positions."""

@@ -26,7 +26,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import forward,
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunk
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.hopper import HALF, ROWS
-from pallas_kernels.mesh_axes import vary_over, varying, zeros_like
+from pallas_kernels.mesh_axes import vary_with, zeros_like
 
 # Entries of a chunk of queries. Partial results are held of all of them, so there should be few,
 # but enough for whole tiles of a block's entries, and not so few that launches dominate.
@@ -100,11 +100,9 @@ def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, siz
     if len(chunks) == 1:
         bars = differentiate(0)
     else:
-        zeros = jax.tree.map(
-            lambda x: vary_over(varying(k), jnp.zeros(x.shape, jnp.float32)),
-            jax.eval_shape(differentiate, 0),
-        )
-        bars, _ = lax.scan(add, zeros, chunks)
+        shapes = jax.eval_shape(differentiate, 0)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+        bars, _ = lax.scan(add, vary_with(k, zeros), chunks)
     return tuple(x.reshape(len(q), -1, *k.shape[2:])[:, : k.shape[1]].astype(k.dtype) for x in bars)
 
 
