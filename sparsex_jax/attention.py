@@ -21,8 +21,8 @@ from sparsex_jax.token_chunks import map_chunks
 
 Branch = tuple[jax.Array, jax.Array]  # out [B, T, Hq, D], lse f32 [B, T, Hq]
 
-# Long sequences are taken in chunks of tokens.
-_MIN_CHUNK = 2**15
+# Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys.
+_CHUNK = 2**15
 _MAX_CHUNKS = 8
 
 
@@ -115,9 +115,15 @@ def sparse_attention(
             q, query_features, landmark_gate, dynamic_gate, local_start, document_start, limit, span
         ),
         _Keys(k, turned_k, v, block_features, marks),
-        size=max(_MIN_CHUNK, -(-tokens // (_MAX_CHUNKS * config.block_size)) * config.block_size),
+        size=_chunk_size(tokens, config.block_size),
         saved=("block_sparse_attention", "block_selection"),
     )
+
+
+def _chunk_size(tokens: int, block_size: int) -> int:
+    """Tokens of a chunk, a multiple of the block size."""
+    chunks = min(_MAX_CHUNKS, -(-tokens // _CHUNK)) or 1
+    return -(-tokens // (chunks * block_size)) * block_size
 
 
 class _Queries(NamedTuple):

@@ -147,14 +147,14 @@ def test_chunks_of_tokens_equal_the_whole(config, tokens, lengths, monkeypatch):
         return out, vjp(cotangent)[0]
 
     whole = results()
-    monkeypatch.setattr(attention, "_MIN_CHUNK", 48)
+    monkeypatch.setattr(attention, "_CHUNK", 48)
     chex.assert_trees_all_close(results(), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [SMALL, SOFTMAX])
 def test_chunks_of_tokens_under_shard_map_and_vmap(config, monkeypatch):
     """A mesh of one device is enough for the rules of what varies over a mesh."""
-    monkeypatch.setattr(attention, "_MIN_CHUNK", 48)
+    monkeypatch.setattr(attention, "_CHUNK", 48)
     inputs = jax.tree.map(jnp.asarray, make_inputs(config, 144, seed=3))
     cotangent = jnp.asarray(np.random.default_rng(5).standard_normal(inputs["q"].shape), "f4")
 
@@ -180,7 +180,7 @@ def test_chunks_of_tokens_under_shard_map_and_vmap(config, monkeypatch):
 @pytest.mark.parametrize(("seed", "chunk"), [(0, 150), (1, 150), (2, 48)])
 @pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
 def test_causality_is_strict(config, seed, chunk, monkeypatch):
-    monkeypatch.setattr(attention, "_MIN_CHUNK", chunk)
+    monkeypatch.setattr(attention, "_CHUNK", chunk)
     tokens = 150
     rng = np.random.default_rng(seed)
     changed = int(rng.integers(20, tokens))
