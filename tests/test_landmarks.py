@@ -12,7 +12,7 @@ def test_gradients_of_keys_that_are_listed_often():
     k, v = (rng.standard_normal((2, 9, 2, 4)).astype(np.float32) for _ in range(2))
     salience = rng.standard_normal((2, 9, 2)).astype(np.float32)
     token = jnp.asarray(rng.integers(-1, 7, (2, 2, 40)), jnp.int32)
-    found, vjp = jax.vjp(lambda *x: gather_keys(*x, token), k, v, salience)
+    found, vjp = jax.vjp(jax.jit(lambda *x: gather_keys(*x, token)), k, v, salience)
     assert np.array_equal(found[2] == -np.inf, token.swapaxes(1, 2) < 0)
     cotangents = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), found)
     listed = np.asarray(token)[:, :, None] == np.arange(9)[:, None]  # [B, Hkv, N, M]
@@ -25,5 +25,10 @@ def test_gradients_of_keys_that_are_listed_often():
 def test_gradients_are_summed_in_f32():
     k = jnp.ones((1, 2, 1, 1), jnp.bfloat16)
     token = jnp.ones((1, 1, 300), jnp.int32)
-    gradient = jax.grad(lambda k: jnp.sum(gather_keys(k, k, jnp.zeros((1, 2, 1)), token)[0]))(k)
-    assert gradient.ravel().tolist() == [0, 300]
+
+    @jax.jit
+    @jax.grad
+    def gradient(k):
+        return jnp.sum(gather_keys(k, k, jnp.zeros((1, 2, 1)), token)[0])
+
+    assert gradient(k).ravel().tolist() == [0, 300]

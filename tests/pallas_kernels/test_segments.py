@@ -23,7 +23,7 @@ def test_sum_runs():
     rng = np.random.default_rng(0)
     keys = np.sort(rng.integers(0, 9, 50))
     rows = {"a": rng.standard_normal((50, 3)), "b": rng.standard_normal(50)}
-    found = sum_runs(jnp.asarray(keys), jax.tree.map(jnp.asarray, rows))
+    found = jax.jit(sum_runs)(keys, rows)
     for n in range(50):
         run = slice(np.searchsorted(keys, keys[n]), n + 1)
         for name, x in rows.items():
