@@ -379,19 +379,57 @@ def fuse(
     return total.astype(local[0].dtype)
 
 
+class SoftmaxSum(NamedTuple):
+    """A softmax over keys that come branch by branch, before its division.
+
+    For merging many branches, of blocks or devices, one after the other: an `lse` that is carried
+    from merge to merge is rounded in each, and the errors add up (docs/math.md has how much). Here
+    only each branch's own is rounded.
+
+    Attributes:
+      top: the largest lse so far, f32 [B, T, Hq]; -inf without keys. It has no gradient.
+      total: the sum of exp(lse - top), f32 [B, T, Hq].
+      out: the sum of exp(lse - top) * out, f32 [B, T, Hq, D].
+    """
+
+    top: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+    @classmethod
+    def of(cls, branch: Branch) -> "SoftmaxSum":
+        """The sum of one branch (out [B, T, Hq, D], lse [B, T, Hq])."""
+        out, lse = branch
+        top = jax.lax.stop_gradient(lse)
+        total = jnp.exp(lse - _finite(top))
+        return cls(top, total, out.astype(lse.dtype) * total[..., None])
+
+    def add(self, branch: Branch) -> "SoftmaxSum":
+        """The sum with a further branch, which must not share keys with the others."""
+        other = SoftmaxSum.of(branch)
+        top = jnp.maximum(self.top, other.top)
+        old, new = (jnp.exp(x.top - _finite(top)) for x in (self, other))
+        out = self.out * old[..., None] + other.out * new[..., None]
+        return SoftmaxSum(top, self.total * old + other.total * new, out)
+
+    def branch(self, dtype: jnp.dtype) -> Branch:
+        """Output of a dtype and lse of the softmax over all keys; 0 and -inf without any."""
+        seen = self.total > 0
+        total = jnp.where(seen, self.total, 1)
+        out = jnp.where(seen[..., None], self.out / total[..., None], 0).astype(dtype)
+        return out, jnp.where(seen, self.top + jnp.log(total), -jnp.inf)
+
+
 def merge_softmax(first: Branch, second: Branch) -> Branch:
     """One softmax over the keys of two branches, which must not share any.
 
-    With m = max(lse_1, lse_2) the weights are exp(lse_i - m); docs/math.md has the numerics.
+    To merge more than a few, add them to a `SoftmaxSum`. docs/math.md has the numerics.
     """
-    (out_1, lse_1), (out_2, lse_2) = first, second
-    empty = jnp.isneginf(lse_1) & jnp.isneginf(lse_2)
-    # Where both are -inf, differences have no value and no gradient: compute with 0 there.
-    lse_1, lse_2 = (jnp.where(empty, 0, lse) for lse in (lse_1, lse_2))
-    lse = jnp.logaddexp(lse_1, lse_2)
-    weights = [jnp.where(empty, 0, jnp.exp(x - lse))[..., None] for x in (lse_1, lse_2)]
-    out = weights[0] * out_1.astype(lse.dtype) + weights[1] * out_2.astype(lse.dtype)
-    return out.astype(out_1.dtype), jnp.where(empty, -jnp.inf, lse)
+    return SoftmaxSum.of(first).add(second).branch(first[0].dtype)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.where(x > -jnp.inf, x, 0)
 
 
 def _no_keys(q: jax.Array) -> Branch:

@@ -27,7 +27,7 @@ COMMANDS = {
     "demo": Command("demo", "hide needles in 16K and 128K tokens of source text and find them"),
     "train": Command("train", "train a model from a preset, or go on where a run stands"),
     "eval": Command("evaluate", "score a model: `sparsex eval needle`"),
-    "bench": Command("bench", "time the attention against dense: `sparsex bench attention`"),
+    "bench": Command("bench", "speed against dense attention, and errors at length"),
     "report": Command("report", "tables and plots of what is in results/"),
     "tune": Command("tune", "find the fastest configs of the kernels on this Hopper GPU"),
     "info": Command("info", "devices, versions, and the kernel that each primitive would take"),

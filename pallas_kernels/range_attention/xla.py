@@ -25,6 +25,9 @@ _LOGITS_PER_STEP = 2**23
 _LOGITS_PER_TILE = 2**14
 _TILE = 128
 _MAX_STEP = 2048
+# Steps whose sums are begun anew and then joined: rounding adds up over the steps of a group and
+# over groups, not over all the thousands of steps of a long walk.
+_GROUP = 64
 
 
 class _Plan(NamedTuple):
@@ -99,8 +102,22 @@ class _Walk(NamedTuple):
 
         Near the axis' end a slab is moved back to fit: what it then holds again is not fresh.
         """
-        steps = jnp.max(-((self.first - self.last) // self.size), initial=0)
+        return self._run(0, self._count(), step, carry)
 
+    def run_in_groups(self, step, empty, join):
+        """Like `run`, but each _GROUP of steps begins with `empty`; `join` adds it to the rest."""
+        count = self._count()
+
+        def body(j, carry):
+            first = j * _GROUP
+            return join(carry, self._run(first, jnp.minimum(first + _GROUP, count), step, empty))
+
+        return jax.lax.fori_loop(0, -(-count // _GROUP), body, vary_with(self.first, empty))
+
+    def _count(self):
+        return jnp.max(-((self.first - self.last) // self.size), initial=0)
+
+    def _run(self, first_step, last_step, step, carry):
         def body(j, carry):
             begin = self.first + j * self.size
             position = jnp.clip(begin, 0, self.length - self.size)
@@ -108,7 +125,7 @@ class _Walk(NamedTuple):
             fresh = (begin[:, None] <= index) & (index < self.last[:, None])
             return step(position, fresh, carry)
 
-        return jax.lax.fori_loop(0, steps, body, vary_with(self.first, carry))
+        return jax.lax.fori_loop(first_step, last_step, body, vary_with(self.first, carry))
 
     def slabs(self, x, position):
         """[B, length, ...] -> [width, size, ...]: what the tiles see at their positions."""
@@ -179,6 +196,37 @@ def _query_plan(q, num_keys):
     return _plan(batch, tokens, rows, rows * size * num_kv_heads * groups), size
 
 
+class _Sums(NamedTuple):
+    """Of the keys so far, for queries [P, h, t, g].
+
+    A wrong total scales the whole output, so what rounding takes from it is kept; errors of the
+    values are independent of each other.
+    """
+
+    top: jax.Array  # the largest logit
+    total: jax.Array  # of the weights exp(logit - top)
+    lost: jax.Array  # by rounding from total
+    out: jax.Array  # weighted values, [P, h, t, g, d]
+
+    def scaled(self, top):
+        """The same, relative to a `top` that is no smaller."""
+        decay = jnp.exp(self.top - _finite(top))
+        return _Sums(top, self.total * decay, self.lost * decay, self.out * decay[..., None])
+
+    def plus(self, total, out, lost=0):
+        """With more weights and values, relative to the same top; exact if they are 0."""
+        new = self.total + total
+        taken = new - self.total  # Knuth's two-sum
+        lost += self.lost + ((self.total - (new - taken)) + (total - taken))
+        return _Sums(self.top, new, lost, self.out + out)
+
+    def joined(self, other):
+        """The sums over the keys of both."""
+        top = jnp.maximum(self.top, other.top)
+        _, total, lost, out = other.scaled(top)
+        return self.scaled(top).plus(total, out, lost)
+
+
 def _forward(q, k, v, start, end, key_bias, scale):
     """out [B, T, Hkv, G, D] and lse [B, T, Hkv, G] of the grouped q."""
     plan, size = _query_plan(q, k.shape[1])
@@ -188,22 +236,19 @@ def _forward(q, k, v, start, end, key_bias, scale):
         owner, q, start, end = operands
         walk = _key_walk(owner, start, end, k.shape[1], size)
 
-        def step(position, fresh, carry):
-            top, total, out = carry
+        def step(position, fresh, sums):
             k_tile, v_tile, bias, mask = _keys(walk, position, fresh, start, end, k, v, key_bias)
             logits = _logits(q, k_tile, bias, mask, scale)
-            new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-            shift = _finite(new_top)
-            decay = jnp.exp(top - shift)
-            weights = jnp.exp(logits - shift[..., None])
-            total = total * decay + jnp.sum(weights, axis=-1)
+            top = jnp.maximum(sums.top, jnp.max(logits, axis=-1))
+            weights = jnp.exp(logits - _finite(top)[..., None])
             update = _einsum("phtgs,pshd->phtgd", weights.astype(v.dtype), v_tile)
-            return new_top, total, out * decay[..., None] + update
+            return sums.scaled(top).plus(jnp.sum(weights, axis=-1), update)
 
         shape = _head_major(q).shape
-        zeros = functools.partial(jnp.zeros, dtype=dtype)
-        carry = jnp.full(shape[:-1], -jnp.inf, dtype), zeros(shape[:-1]), zeros(shape)
-        top, total, out = walk.run(step, carry)
+        nothing = jnp.zeros(shape[:-1], dtype)
+        empty = _Sums(nothing - jnp.inf, nothing, nothing, jnp.zeros(shape, dtype))
+        top, total, lost, out = walk.run_in_groups(step, empty, _Sums.joined)
+        total += lost
         seen = total > 0
         out = jnp.where(seen[..., None], out / jnp.where(seen, total, 1)[..., None], 0)
         lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)

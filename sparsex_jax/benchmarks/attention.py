@@ -6,7 +6,6 @@ length that is timed.
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,19 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsex_jax.benchmarks import cases, reference, rooflines
+from sparsex_jax.benchmarks import cases, reference, rooflines, runner
 from sparsex_jax.benchmarks.cases import Case, Inputs
 from sparsex_jax.benchmarks.names import Direction, Part, Selection
 from sparsex_jax.benchmarks.reference_keys import fetch
-from sparsex_jax.benchmarks.results import check_same_run, read_results, write_results
-from sparsex_jax.benchmarks.timing import OutOfMemory, Timing, compile_program, measure
+from sparsex_jax.benchmarks.runner import BAD, Row, judge
+from sparsex_jax.benchmarks.timing import Timing, compile_program, measure
 from sparsex_jax.benchmarks.workload import Workload
 from sparsex_jax.config import AttentionConfig, ConfigError
-from sparsex_jax.errors import is_memory_full
 
-Row = dict[str, Any]
 LIKELY_SHARE = 0.5  # of the roofline, for dense attention of which nothing is known yet
-BAD = ("wrong", "failed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,27 +189,20 @@ def measure_case(
     return found._replace(timing=measure(lambda: run(*arguments), samples, seconds))
 
 
-class Benchmark:
-    """Measures step by step, and writes the results file after each.
+class Benchmark(runner.Benchmark[Step]):
+    """Times the cases of `settings` as far as they are right; see `runner.Benchmark`."""
 
-    Args:
-      settings: what to measure.
-      path: of the results file.
-      command: as typed.
-      resume: keeps the rows that the file has, failed ones aside, and measures the others only.
-
-    Raises:
-      ConfigError: the file cannot be gone on with.
-    """
+    name = "attention"
+    fields = (
+        "overlap", "milliseconds", "milliseconds_q1", "milliseconds_q3", "samples",
+        "calls_per_sample", "speedup_over_dense", "teraflops_per_second", "gigabytes_per_second",
+        "roofline_share", "peak_bytes", "max_error", "gradient_error", "measured_heads", "status",
+        "note",
+    )  # fmt: skip
 
     def __init__(self, settings: Settings, path: Path, command: str, *, resume: bool = False):
-        self.settings, self.path, self.command = settings, path, command
-        self.rows: list[Row] = []
-        if resume and path.exists():
-            saved = read_results(path)
-            check_same_run(saved, "attention", settings.describe(), path)
-            # After a broken kernel a GPU may fail whatever follows in the same process.
-            self.rows = [row for row in saved["rows"] if row.get("status") != "failed"]
+        super().__init__(settings.describe(), path, command, resume=resume)
+        self.settings = settings
         self.bad: dict[tuple[str, str, str], Row] = {}  # what the short length has shown
         self.chip = rooflines.find_chip(jax.devices()[0].device_kind)
 
@@ -224,9 +213,9 @@ class Benchmark:
             return []
         return [step for step in self._steps((length,)) if self._timed_later(step)]
 
-    def steps(self) -> list[Step]:
-        """The rows that are still to measure."""
-        return [step for step in self._steps(self.settings.lengths) if not self._is_there(step)]
+    def all_steps(self) -> list[Step]:
+        """A step for each row, in order."""
+        return self._steps(self.settings.lengths)
 
     def _steps(self, lengths: tuple[int, ...]) -> list[Step]:
         return [
@@ -240,11 +229,7 @@ class Benchmark:
         name = check.case.system, check.case.part
         return any((x.case.system, x.case.part) == name for x in self.steps())
 
-    def _is_there(self, step: Step) -> bool:
-        wanted = self._identity(step)
-        return any(all(row.get(name) == wanted[name] for name in wanted) for row in self.rows)
-
-    def _identity(self, step: Step) -> Row:
+    def identity(self, step: Step) -> Row:
         """The fields that tell rows apart."""
         case, settings, work = step.case, self.settings, self.settings.workload(step.length)
         return {
@@ -272,21 +257,10 @@ class Benchmark:
             key = step.case.system, step.case.part, step.direction
             self.bad[key] = {"status": status, "note": f"at {step.length} tokens: {note}"}
 
-    def measure(self, step: Step) -> Row:
-        """Measures a row, adds it to the file and returns it."""
+    def run(self, step: Step) -> Row:
+        """The fields beyond `identity`: times and rates, or why there are none."""
         key = step.case.system, step.case.part, step.direction
-        row = self._identity(step) | dict.fromkeys(_MEASURED)
-        if key in self.bad:
-            row |= self.bad[key]
-        else:
-            try:
-                row |= self._measured(step)
-            except Exception as error:
-                status, note = judge(error)
-                row |= {"status": status, "note": note}
-        self.rows.append(row)
-        write_results(self.path, "attention", self.command, self.settings.describe(), self.rows)
-        return row
+        return self.bad.get(key) or self._measured(step)
 
     def _measured(self, step: Step) -> Row:
         settings, case = self.settings, step.case
@@ -361,31 +335,8 @@ class Benchmark:
         return dense[-1]["milliseconds"] / milliseconds if dense else None
 
 
-_MEASURED = (
-    "overlap", "milliseconds", "milliseconds_q1", "milliseconds_q3", "samples", "calls_per_sample",
-    "speedup_over_dense", "teraflops_per_second", "gigabytes_per_second", "roofline_share",
-    "peak_bytes", "max_error", "gradient_error", "measured_heads", "status", "note",
-)  # fmt: skip
-
-
 def describe_errors(errors: list[reference.Error]) -> str:
     """The largest difference, measured by what rounding may make it, in words."""
     worst = max(errors, key=lambda error: error.value / error.tolerance)
     what = {"outputs": "outputs", "gradients": "gradients", "norm": "gradients (in norm)"}[worst.of]
     return f"{what} differ from the reference by {worst.value:.3g}, over {worst.tolerance:g}"
-
-
-def judge(error: Exception) -> tuple[str, str]:
-    """Status and note of a row that could not be measured, so that the others still are.
-
-    Raises:
-      Exception: the error itself, if SPARSEX_DEBUG=1 asks where it comes from.
-    """
-    text = " ".join(str(error).split())
-    if isinstance(error, OutOfMemory):
-        return "out_of_memory", text
-    if is_memory_full(error):
-        return "out_of_memory", text[:200]
-    if os.environ.get("SPARSEX_DEBUG") == "1":
-        raise error
-    return "failed", f"{type(error).__name__}: {text[:200]}"

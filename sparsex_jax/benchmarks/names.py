@@ -1,9 +1,13 @@
-"""Names in the rows of attention benchmarks; light to import."""
+"""Names in the rows of benchmarks; light to import."""
 
 from typing import Literal, get_args
 
 Part = Literal["op", "scoring", "selection", "rotary", "local", "landmarks", "dynamic", "fusion"]
 Direction = Literal["forward", "forward_backward"]
 Selection = Literal["random", "correlated"]
+Logits = Literal["normal", "peaked", "large"]
+Precision = Literal["f32", "f32_merged", "f32_summed", "bf16"]
 PARTS: tuple[Part, ...] = get_args(Part)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+LOGITS: tuple[Logits, ...] = get_args(Logits)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)

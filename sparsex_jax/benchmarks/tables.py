@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sparsex_jax.benchmarks.names import DIRECTIONS, PARTS
+from sparsex_jax.benchmarks.names import DIRECTIONS, LOGITS, PARTS
 
 Row = dict[str, Any]
 Label = Callable[[int], str]
@@ -11,6 +11,10 @@ Label = Callable[[int], str]
 SHAPE = ("query_heads", "kv_heads", "head_dim")
 ATTENTION_FIELDS = ("system", "part", "direction", "tokens", *SHAPE, "milliseconds", "status")
 ACCURACY_FIELDS = ("system", "task", "tokens", "samples", "accuracy", "low", "high", "status")
+NUMERICS_FIELDS = (
+    "system", "logits", "tokens", "queries", "head_dim", "output_error", "output_error_max",
+    "lse_error", "lse_relative_error", "status",
+)  # fmt: skip
 ADDED_PARTS = ("selection", "rotary", "local", "landmarks", "dynamic", "fusion")  # make up an op
 
 
@@ -106,6 +110,25 @@ def accuracy_table(rows: Sequence[Row], label: Label) -> str:
     return markdown(["task", *(f"{label(length)} tokens" for length in lengths)], lines)
 
 
+def numerics_table(rows: Sequence[Row], label: Label) -> str:
+    """Relative errors by logits, system and length: of the worst query's output, and of lse."""
+    lengths = sorted({row["tokens"] for row in rows})
+    names = list(dict.fromkeys((row["logits"], describe_numerics(row)) for row in rows))
+    names.sort(key=lambda name: _place(LOGITS, name[0]))
+    found = {(row["logits"], describe_numerics(row), row["tokens"]): row for row in rows}
+    lines = [
+        [logits, system] + [_errors(found.get((logits, system, length))) for length in lengths]
+        for logits, system in names
+    ]
+    return markdown(["logits", "system", *(f"{label(length)} keys" for length in lengths)], lines)
+
+
+def describe_numerics(row: Row) -> str:
+    """Who computed a row of errors, and from how many numbers."""
+    details = [row.get("implementation"), f"{row['queries']} queries", f"D = {row['head_dim']}"]
+    return f"{row['system']} ({', '.join(x for x in details if x)})"
+
+
 def _place(names: Sequence[str], name: str) -> int:
     return names.index(name) if name in names else len(names)
 
@@ -137,3 +160,12 @@ def _accuracy(row: Row | None) -> str:
         return row["status"].replace("_", " ")
     share, low, high = (f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high"))
     return f"{share.removesuffix('.0')} % ({low} to {high}; {row['samples']} samples)"
+
+
+def _errors(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["output_error_max"] is None:
+        return row["status"].replace("_", " ")
+    over = "" if row["status"] == "measured" else f" {row['status']}"
+    return f"{row['output_error_max']:.1e}, {row['lse_relative_error']:.1e}{over}"

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels import dispatch, tuning
-from sparsex_jax.benchmarks.attention import describe_errors, judge
+from sparsex_jax.benchmarks.attention import describe_errors
 from sparsex_jax.benchmarks.kernel_cases import KernelCase, make_case
 from sparsex_jax.benchmarks.results import check_writable, provenance
+from sparsex_jax.benchmarks.runner import judge
 from sparsex_jax.benchmarks.timing import compile_program, measure
 from sparsex_jax.benchmarks.workload import Workload
 from sparsex_jax.config import AttentionConfig, ConfigError

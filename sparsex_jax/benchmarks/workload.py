@@ -136,7 +136,7 @@ class Workload:
           number: tells several of the name apart.
         """
         key = jax.random.fold_in(jax.random.key(self.seed), NAMES.index(name))
-        return _normal(jax.random.fold_in(key, number), spec.shape, spec.dtype)
+        return normal(jax.random.fold_in(key, number), spec.shape, spec.dtype)
 
     def query_features(self) -> jax.Array:
         """u, bfloat16 [1, T, Hkv, d_s]; see `stretch`."""
@@ -195,7 +195,7 @@ class Workload:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+def normal(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     """Normal numbers [1, tokens, ...], made chunk by chunk: their bits never fill the memory."""
     tokens, rest = shape[1], shape[2:]
     most = max(1, FLOATS_PER_CHUNK // math.prod(rest))

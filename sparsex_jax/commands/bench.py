@@ -1,13 +1,23 @@
 """`sparsex bench`."""
 
 import dataclasses
+import functools
 import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import rich.console
-
-from sparsex_jax.benchmarks.names import DIRECTIONS, PARTS, Direction, Part, Selection
+from sparsex_jax.benchmarks.names import (
+    DIRECTIONS,
+    LOGITS,
+    PARTS,
+    PRECISIONS,
+    Direction,
+    Logits,
+    Part,
+    Precision,
+    Selection,
+)
 from sparsex_jax.benchmarks.tables import format_number
 from sparsex_jax.commands.arguments import (
     format_length,
@@ -20,7 +30,7 @@ from sparsex_jax.commands.arguments import (
 from sparsex_jax.config import ConfigError
 
 if TYPE_CHECKING:
-    from sparsex_jax.benchmarks.attention import Benchmark
+    from sparsex_jax.benchmarks.runner import Benchmark, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,70 +79,157 @@ class AttentionArguments:
     resume: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class NumericsArguments:
+    """Measures the errors of attention over all keys of a long context, against float64.
+
+    The queries, heads of one token, see all keys by range attention. The reference has the same
+    operands, so only the arithmetic is judged. The command exits with 1 if in float32 a query's
+    output or lse has a relative error above 1e-6. 4M keys take 8 GiB of memory.
+
+    Attributes:
+      lengths: keys, a multiple of 64; 4096, 16K and 1M are understood.
+      logits: "normal" have a spread of 1, "peaked" too but for one key with 20, "large" a spread of
+        6, so that the largest are near 30.
+      systems: "f32" and "bf16" (operands, and sums in float32) take all keys at once. "f32_merged"
+        merges the (out, lse) of blocks pair by pair, "f32_summed" adds them to a SoftmaxSum.
+      queries: query heads, all of one KV head.
+      head_dim: width of a head.
+      block: keys of the blocks that are merged.
+      implementation: of range attention (mosaic_gpu, xla, reference); by default what `sparsex
+        info` names.
+      seed: decides the inputs.
+      out: results file (JSON); by default results/HARDWARE/numerics.json (cpu, h200, ...).
+      resume: keeps the rows that the file has, except failed ones, and measures the others.
+    """
+
+    lengths: tuple[str, ...] = ("64K", "1M", "4M")
+    logits: tuple[Logits, ...] = LOGITS
+    systems: tuple[Precision, ...] = PRECISIONS
+    queries: int = 32
+    head_dim: int = 128
+    block: str = "64K"
+    implementation: str | None = None
+    seed: int = 0
+    out: Path | None = None
+    resume: bool = False
+
+
 def main(arguments: list[str]) -> int:
     """Parses the arguments, runs the command and returns its exit status."""
-    if arguments[:1] in (["-h"], ["--help"]):
-        print("usage: sparsex bench attention [arguments]\n")
-        print("`sparsex bench attention --help` tells more.")
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    command = shlex.join(["sparsex", "bench", *arguments])
+    if name in ("-h", "--help"):
+        print("usage: sparsex bench attention [arguments]")
+        print("       sparsex bench numerics [arguments]\n")
+        print("`sparsex bench attention --help` and `sparsex bench numerics --help` tell more.")
         return 0
-    if arguments[:1] == ["attention"]:
-        command = shlex.join(["sparsex", "bench", *arguments])
-        return attention(parse(AttentionArguments, "bench attention", arguments[1:]), command)
-    given = f"{arguments[0]!r}" if arguments else "nothing"
-    raise ConfigError(f"bench must be followed by what to measure, not {given}: use attention")
+    if name == "attention":
+        return attention(parse(AttentionArguments, "bench attention", rest), command)
+    if name == "numerics":
+        return numerics(parse(NumericsArguments, "bench numerics", rest), command)
+    given = f"{name!r}" if arguments else "nothing"
+    raise ConfigError(
+        f"bench must be followed by what to measure, not {given}: use attention or numerics"
+    )
 
 
 def attention(arguments: AttentionArguments, command: str) -> int:
     """Runs the command, which is quoted in what it writes; 1 if a row is wrong or failed."""
-    from sparsex_jax.benchmarks.attention import BAD, Benchmark, Settings
+    from sparsex_jax.benchmarks.attention import Benchmark, Settings
     from sparsex_jax.benchmarks.results import check_writable, default_path
 
     path = arguments.out or default_path("attention")
     check = arguments.check_length
-    given = dataclasses.asdict(arguments)
-    for name in ("out", "resume"):
-        del given[name]
-    given["lengths"] = tuple(parse_lengths(arguments.lengths))
-    given["check_length"] = None if check == "0" else parse_length(check)
-    settings = Settings(**given)
+    short = None if check == "0" else parse_length(check)
+    settings = Settings(**_given(arguments) | {"check_length": short})
     check_writable(path)
     benchmark = Benchmark(settings, path, command, resume=arguments.resume)
+    checks = [
+        (f"comparing {step.case.part}, {step.direction}", functools.partial(benchmark.check, step))
+        for step in benchmark.checks()
+    ]
+    return _run(benchmark, _describe_times, checks)
+
+
+def numerics(arguments: NumericsArguments, command: str) -> int:
+    """Runs the command, which is quoted in what it writes; 1 if a row is wrong or failed."""
+    from sparsex_jax.benchmarks.numerics import Benchmark, Settings
+    from sparsex_jax.benchmarks.results import check_writable, default_path
+
+    path = arguments.out or default_path("numerics")
+    settings = Settings(**_given(arguments) | {"block": parse_length(arguments.block)})
+    check_writable(path)
+    return _run(Benchmark(settings, path, command, resume=arguments.resume), _describe_errors)
+
+
+def _given(arguments: AttentionArguments | NumericsArguments) -> dict[str, Any]:
+    """The arguments that are settings, lengths as numbers."""
+    given = dataclasses.asdict(arguments)
+    del given["out"], given["resume"]
+    return given | {"lengths": tuple(parse_lengths(arguments.lengths))}
+
+
+def _run[Step](
+    benchmark: "Benchmark[Step]",
+    describe: Callable[["Row"], str],
+    checks: Sequence[tuple[str, Callable[[], None]]] = (),
+) -> int:
+    """Measures what is missing, tells of each row; 1 if one is wrong or failed.
+
+    Args:
+      benchmark: what to measure.
+      describe: a measured row in words.
+      checks: what to call before, with names.
+    """
+    from sparsex_jax.benchmarks.runner import BAD
+
     console = make_console()
-    rows = _run(benchmark, console)
-    console.print(f"results: {path} (`sparsex report` draws them)", markup=False, soft_wrap=True)
-    return int(any(row["status"] in BAD for row in rows))
-
-
-def _run(benchmark: "Benchmark", console: rich.console.Console) -> list[dict[str, Any]]:
-    """The rows that were measured now."""
-    rows = []
-    checks, steps = benchmark.checks(), benchmark.steps()
-    kept = len(benchmark.rows)
-    if kept:
-        console.print(f"{kept} rows are in {benchmark.path} already", markup=False, soft_wrap=True)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
+    steps, bad = benchmark.steps(), False
+    if benchmark.rows:
+        say(f"{len(benchmark.rows)} rows are in {benchmark.path} already")
     with make_progress(console) as bar:
         shown = bar.add_task("", total=len(checks) + len(steps))
-        for step in checks:
-            bar.update(shown, description=f"comparing {step.case.part}, {step.direction}")
-            benchmark.check(step)
+        for name, check in checks:
+            bar.update(shown, description=name)
+            check()
             bar.advance(shown)
         for step in steps:
-            name = f"{format_length(step.length)} {step.case.system} {step.case.part}"
-            bar.update(shown, description=f"{name}, {step.direction}")
-            rows.append(benchmark.measure(step))
-            text = f"{name}, {step.direction}: {_outcome(rows[-1])}"
-            console.print(text, markup=False, soft_wrap=True)
+            name = _name(benchmark.identity(step))
+            bar.update(shown, description=name)
+            row = benchmark.measure(step)
+            bad |= row["status"] in BAD
+            say(f"{name}: {_outcome(row, describe)}")
             bar.advance(shown)
-    return rows
+    say(f"results: {benchmark.path} (`sparsex report` shows them)")
+    return int(bad)
 
 
-def _outcome(row: dict[str, Any]) -> str:
+def _name(row: "Row") -> str:
+    """What a row measures, in words."""
+    details = [row[name] for name in ("part", "direction", "logits") if name in row]
+    return f"{format_length(row['tokens'])} {row['system']} {', '.join(details)}"
+
+
+def _outcome(row: "Row", describe: Callable[["Row"], str]) -> str:
     """A row in words."""
     if row["status"] != "measured":
         return f"{row['status'].replace('_', ' ')}: {row['note']}"
+    return describe(row) + (f" ({row['note']})" if row["note"] else "")
+
+
+def _describe_times(row: "Row") -> str:
     parts = [f"{format_number(row['milliseconds'])} ms"]
     if row["speedup_over_dense"] and row["system"] == "sparsex":
         parts.append(f"{format_number(row['speedup_over_dense'])} times as fast as dense")
     if row["roofline_share"]:
         parts.append(f"{row['roofline_share']:.0%} of the roofline")
-    return ", ".join(parts) + (f" ({row['note']})" if row["note"] else "")
+    return ", ".join(parts)
+
+
+def _describe_errors(row: "Row") -> str:
+    return (
+        f"relative error {row['output_error']:.1e}, of the worst query"
+        f" {row['output_error_max']:.1e}; lse {row['lse_relative_error']:.1e}"
+    )

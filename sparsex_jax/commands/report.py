@@ -12,6 +12,7 @@ from sparsex_jax.config import ConfigError
 
 ATTENTION = ("attention", "attention_peers")
 ACCURACY = ("needle",)
+NUMERICS = ("numerics",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,11 @@ def _check(path: Path, results: dict[str, Any]) -> None:
         fields = tables.ATTENTION_FIELDS
     elif name in ACCURACY:
         fields = tables.ACCURACY_FIELDS
+    elif name in NUMERICS:
+        fields = tables.NUMERICS_FIELDS
     else:
-        raise ConfigError(f"{path} has benchmark={name!r}, not {', '.join(ATTENTION + ACCURACY)}")
+        known = ", ".join(ATTENTION + ACCURACY + NUMERICS)
+        raise ConfigError(f"{path} has benchmark={name!r}, not {known}")
     for number, row in enumerate(results["rows"]):
         missing = [field for field in fields if field not in row]
         if missing:
@@ -104,6 +108,9 @@ def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
     )
     if results["benchmark"] in ACCURACY:
         print(tables.accuracy_table(results["rows"], format_length), end="\n\n")
+    elif results["benchmark"] in NUMERICS:
+        print("Relative errors: of the worst query's output, and of the worst lse.\n")
+        print(tables.numerics_table(results["rows"], format_length), end="\n\n")
     else:
         _print_attention(results["rows"])
 
