@@ -91,7 +91,8 @@ def test_model_round_trip(tmp_path, model, dtype):
         np.testing.assert_array_equal(np.asarray(restored[name]), np.asarray(value.astype(kept)))
     wide = split_model(load(tmp_path / "model", dtype="float32")[1])[1]
     assert all(value.dtype == jnp.float32 for value in wide.values())
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) < 15
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) < len(saved)  # not one for each array; how many is up to orbax
 
 
 def test_model_is_replaced_whole(tmp_path, model):
