@@ -1,6 +1,6 @@
 """Runs of equal keys in sorted arrays, without a loop: a binary search is one of many launches."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,43 @@ def first_places(keys: jax.Array, count: int) -> jax.Array:
     key = jnp.where(begins & (keys >= 0), jnp.minimum(keys, count), count + 1)
     first = first.at[key].min(place, mode="drop")
     return lax.cummin(first, reverse=True)
+
+
+class Tiles(NamedTuple):
+    """Runs of a sorted array, cut into tiles.
+
+    Attributes:
+      run: int32 [tiles]: the run of each tile; some run for those past the last tile in use.
+      place: int32 [tiles, width]: the places of a tile, past the run's end where it is shorter.
+      inside: bool [tiles, width]: where they are not.
+      starts: int32 [runs + 1]: the first tile of each run.
+    """
+
+    run: jax.Array
+    place: jax.Array
+    inside: jax.Array
+    starts: jax.Array
+
+
+def cut_runs(starts: jax.Array, size: int, width: int) -> Tiles:
+    """Cuts runs into tiles of one run each.
+
+    Args:
+      starts: int32 [runs + 1], as `first_places` finds them.
+      size: of the sorted array.
+      width: places of a tile.
+
+    Returns:
+      As many tiles as there may be.
+    """
+    runs = len(starts) - 1
+    tiles = size // width + min(runs, size)
+    counts = -(-jnp.diff(starts) // width)
+    tile_starts = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
+    run = jnp.repeat(jnp.arange(runs, dtype=jnp.int32), counts, total_repeat_length=tiles)
+    tile = jnp.arange(tiles, dtype=jnp.int32) - tile_starts[run]
+    place = (starts[run] + tile * width)[:, None] + jnp.arange(width, dtype=jnp.int32)
+    return Tiles(run, place, place < starts[run + 1][:, None], tile_starts)
 
 
 def sum_runs(keys: jax.Array, rows: Any) -> Any:

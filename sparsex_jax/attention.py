@@ -14,12 +14,17 @@ from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
 from sparsex_jax.config import AttentionConfig
-from sparsex_jax.landmarks import Nodes, build_pyramid, gather_keys, leaf_nodes, visible_landmarks
+from sparsex_jax.fusion import Branch, fuse
+from sparsex_jax.landmarks import (
+    Nodes,
+    all_landmarks,
+    gather_keys,
+    gather_landmarks,
+    visible_landmarks,
+)
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.spans import check_segment_ids, pasts, remote_end
 from sparsex_jax.token_chunks import map_chunks
-
-Branch = tuple[jax.Array, jax.Array]  # out [B, T, Hq, D], lse f32 [B, T, Hq]
 
 # Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys.
 _CHUNK = 2**15
@@ -78,7 +83,7 @@ def sparse_attention(
     marks = span = pyramid = None
     has_landmarks = tokens >= config.window + config.segment_length
     if has_landmarks and config.landmarks == "pyramid":
-        marks, pyramid = landmark_keys(k, v, salience, config, document_start is not None)
+        marks, pyramid = gather_landmarks(k, v, salience, config, document_start is not None)
     elif has_landmarks and config.landmarks == "all":
         marks, span = all_landmarks(k, v, salience, limit, document_start, config)
 
@@ -282,154 +287,6 @@ def landmark_branch(
     return range_attention(
         q, keys, values, begin, end, key_bias=bias, implementation=implementation
     )
-
-
-def landmark_keys(
-    k: jax.Array, v: jax.Array, salience: jax.Array, config: AttentionConfig, sliding: bool
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], list[Nodes]]:
-    """The landmarks of a whole sequence, each once, and the pyramid over them.
-
-    Args:
-      k: [B, N, Hkv, D].
-      v: [B, N, Hkv, D].
-      salience: f32 [B, N, Hkv].
-      config: the pyramid's shape.
-      sliding: as in `build_pyramid`.
-
-    Returns:
-      Keys, values and salience for `landmark_branch`, and its pyramid.
-    """
-    size = config.block_size if sliding else config.segment_length
-    leaves = leaf_nodes(jax.lax.stop_gradient(salience), 0, size, config.landmarks_per_segment)
-    marks = gather_keys(k, v, salience, leaves.token.reshape(*leaves.token.shape[:2], -1))
-    number = jnp.arange(marks[0].shape[1], dtype=jnp.int32).reshape(leaves.token.shape[2:])
-    leaves = leaves._replace(token=jnp.broadcast_to(number, leaves.token.shape))
-    return marks, build_pyramid(leaves, config, sliding)
-
-
-def all_landmarks(
-    k: jax.Array,
-    v: jax.Array,
-    salience: jax.Array,
-    local_start: jax.Array,
-    document_start: jax.Array | None,
-    config: AttentionConfig,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """The landmarks of every complete segment, and which of them each query sees.
-
-    Attending to them costs m / L of dense attention: quadratic, and kept for ablation.
-
-    Args:
-      k: [B, T, Hkv, D].
-      v: [B, T, Hkv, D].
-      salience: f32 [B, T, Hkv].
-      local_start: a(t), int32 [B, T].
-      document_start: of the first whole block of each token's document, int32 [B, T], or None.
-      config: segment length, landmarks per segment, block size.
-
-    Returns:
-      Keys, values and biases, and the range of them that each query sees, int32 [B, T] each.
-    """
-    tokens, count, size = k.shape[1], config.landmarks_per_segment, config.segment_length
-    still = jax.lax.stop_gradient(salience)
-    if document_start is None:
-        listed = leaf_nodes(still, 0, size, count).token
-        span = jnp.zeros_like(local_start), local_start // size * count
-    else:
-        width = size // config.block_size
-        shifted = [
-            leaf_nodes(still[:, i * config.block_size :], i * config.block_size, size, count).token
-            for i in range(width)
-        ]
-        fewest = tokens // config.block_size  # nodes that start at each block; the last are empty
-        shifted = [
-            jnp.pad(x, ((0, 0), (0, 0), (0, -(-fewest // width) - x.shape[2]), (0, 0)),
-                    constant_values=-1)
-            for x in shifted
-        ]  # fmt: skip
-        listed = jnp.stack(shifted, axis=3)
-        listed = listed.reshape(*listed.shape[:2], -1, count)[:, :, :fewest]
-        starts = document_start[:, : fewest * config.block_size : config.block_size]
-        block = jnp.arange(fewest, dtype=jnp.int32)
-        aligned = (block - starts // config.block_size) % width == 0
-        listed = jnp.where(aligned[:, None, :, None], listed, -1)
-        begin = document_start // config.block_size * count
-        segments = (local_start - document_start) // size
-        span = begin, begin + segments * width * count
-    return gather_keys(k, v, salience, listed.reshape(*listed.shape[:2], -1)), span
-
-
-def fuse(
-    local: Branch,
-    landmarks: Branch | None,
-    dynamic: Branch | None,
-    landmark_gate: jax.Array | None,
-    dynamic_gate: jax.Array | None,
-    config: AttentionConfig,
-) -> jax.Array:
-    """The branches as one output: a gated sum, or one softmax merged from their lse."""
-    if config.fusion == "softmax":
-        return local[0] if dynamic is None else merge_softmax(local, dynamic)[0]
-    wide = jnp.promote_types(local[0].dtype, jnp.float32)
-    total = local[0].astype(wide)
-    for branch, gate in ((landmarks, landmark_gate), (dynamic, dynamic_gate)):
-        if branch is not None:
-            out = branch[0].astype(wide)
-            total += out if gate is None else out * gate.astype(wide)[..., None]
-    return total.astype(local[0].dtype)
-
-
-class SoftmaxSum(NamedTuple):
-    """A softmax over keys that come branch by branch, before its division.
-
-    For merging many branches, of blocks or devices, one after the other: an `lse` that is carried
-    from merge to merge is rounded in each, and the errors add up (docs/math.md has how much). Here
-    only each branch's own is rounded.
-
-    Attributes:
-      top: the largest lse so far, f32 [B, T, Hq]; -inf without keys. It has no gradient.
-      total: the sum of exp(lse - top), f32 [B, T, Hq].
-      out: the sum of exp(lse - top) * out, f32 [B, T, Hq, D].
-    """
-
-    top: jax.Array
-    total: jax.Array
-    out: jax.Array
-
-    @classmethod
-    def of(cls, branch: Branch) -> "SoftmaxSum":
-        """The sum of one branch (out [B, T, Hq, D], lse [B, T, Hq])."""
-        out, lse = branch
-        top = jax.lax.stop_gradient(lse)
-        total = jnp.exp(lse - _finite(top))
-        return cls(top, total, out.astype(lse.dtype) * total[..., None])
-
-    def add(self, branch: Branch) -> "SoftmaxSum":
-        """The sum with a further branch, which must not share keys with the others."""
-        other = SoftmaxSum.of(branch)
-        top = jnp.maximum(self.top, other.top)
-        old, new = (jnp.exp(x.top - _finite(top)) for x in (self, other))
-        out = self.out * old[..., None] + other.out * new[..., None]
-        return SoftmaxSum(top, self.total * old + other.total * new, out)
-
-    def branch(self, dtype: jnp.dtype) -> Branch:
-        """Output of a dtype and lse of the softmax over all keys; 0 and -inf without any."""
-        seen = self.total > 0
-        total = jnp.where(seen, self.total, 1)
-        out = jnp.where(seen[..., None], self.out / total[..., None], 0).astype(dtype)
-        return out, jnp.where(seen, self.top + jnp.log(total), -jnp.inf)
-
-
-def merge_softmax(first: Branch, second: Branch) -> Branch:
-    """One softmax over the keys of two branches, which must not share any.
-
-    To merge more than a few, add them to a `SoftmaxSum`. docs/math.md has the numerics.
-    """
-    return SoftmaxSum.of(first).add(second).branch(first[0].dtype)
-
-
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.where(x > -jnp.inf, x, 0)
 
 
 def _no_keys(q: jax.Array) -> Branch:

@@ -208,3 +208,78 @@ def _gather_keys_bwd(residuals, cotangents):
 
 
 gather_keys.defvjp(_gather_keys_fwd, _gather_keys_bwd)
+
+
+def gather_landmarks(
+    k: jax.Array, v: jax.Array, salience: jax.Array, config: AttentionConfig, sliding: bool
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], list[Nodes]]:
+    """The landmarks of a whole sequence, each once, and the pyramid over them.
+
+    Args:
+      k: [B, N, Hkv, D].
+      v: [B, N, Hkv, D].
+      salience: f32 [B, N, Hkv].
+      config: the pyramid's shape.
+      sliding: as in `build_pyramid`.
+
+    Returns:
+      Keys, values and salience for `landmark_branch`, and its pyramid.
+    """
+    size = config.block_size if sliding else config.segment_length
+    leaves = leaf_nodes(jax.lax.stop_gradient(salience), 0, size, config.landmarks_per_segment)
+    marks = gather_keys(k, v, salience, leaves.token.reshape(*leaves.token.shape[:2], -1))
+    number = jnp.arange(marks[0].shape[1], dtype=jnp.int32).reshape(leaves.token.shape[2:])
+    leaves = leaves._replace(token=jnp.broadcast_to(number, leaves.token.shape))
+    return marks, build_pyramid(leaves, config, sliding)
+
+
+def all_landmarks(
+    k: jax.Array,
+    v: jax.Array,
+    salience: jax.Array,
+    local_start: jax.Array,
+    document_start: jax.Array | None,
+    config: AttentionConfig,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The landmarks of every complete segment, and which of them each query sees.
+
+    Attending to them costs m / L of dense attention: quadratic, and kept for ablation.
+
+    Args:
+      k: [B, T, Hkv, D].
+      v: [B, T, Hkv, D].
+      salience: f32 [B, T, Hkv].
+      local_start: a(t), int32 [B, T].
+      document_start: of the first whole block of each token's document, int32 [B, T], or None.
+      config: segment length, landmarks per segment, block size.
+
+    Returns:
+      Keys, values and biases, and the range of them that each query sees, int32 [B, T] each.
+    """
+    tokens, count, size = k.shape[1], config.landmarks_per_segment, config.segment_length
+    still = jax.lax.stop_gradient(salience)
+    if document_start is None:
+        listed = leaf_nodes(still, 0, size, count).token
+        span = jnp.zeros_like(local_start), local_start // size * count
+    else:
+        width = size // config.block_size
+        shifted = [
+            leaf_nodes(still[:, i * config.block_size :], i * config.block_size, size, count).token
+            for i in range(width)
+        ]
+        fewest = tokens // config.block_size  # nodes that start at each block; the last are empty
+        shifted = [
+            jnp.pad(x, ((0, 0), (0, 0), (0, -(-fewest // width) - x.shape[2]), (0, 0)),
+                    constant_values=-1)
+            for x in shifted
+        ]  # fmt: skip
+        listed = jnp.stack(shifted, axis=3)
+        listed = listed.reshape(*listed.shape[:2], -1, count)[:, :, :fewest]
+        starts = document_start[:, : fewest * config.block_size : config.block_size]
+        block = jnp.arange(fewest, dtype=jnp.int32)
+        aligned = (block - starts // config.block_size) % width == 0
+        listed = jnp.where(aligned[:, None, :, None], listed, -1)
+        begin = document_start // config.block_size * count
+        segments = (local_start - document_start) // size
+        span = begin, begin + segments * width * count
+    return gather_keys(k, v, salience, listed.reshape(*listed.shape[:2], -1)), span

@@ -12,8 +12,9 @@ import pytest
 from pallas_kernels.ahead_of_time import compile_for
 from pallas_kernels.block_selection import select_blocks
 from sparsex_jax import attention
-from sparsex_jax.attention import merge_softmax, sparse_attention
+from sparsex_jax.attention import sparse_attention
 from sparsex_jax.config import AttentionConfig, ConfigError
+from sparsex_jax.fusion import merge_softmax
 from sparsex_jax.spans import remote_end
 from tests.attention_reference import sparse_attention_reference
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mesh_axes import zeros_like
-from pallas_kernels.segments import choose_rows, first_places, sum_runs
+from pallas_kernels.segments import choose_rows, cut_runs, first_places, sum_runs
 
 _TILE = 64  # entries
 _MAX_ENTRIES = 2**25  # at a time
@@ -63,20 +63,13 @@ def _block_gradient(u, index, score_bar, num_blocks):
     b, h = (x[..., None] for x in jnp.ogrid[:batch, :1, :heads][::2])
     column = jnp.where(index < 0, columns, (b * heads + h) * num_blocks + index).ravel()
     order = jnp.argsort(column, stable=True).astype(jnp.int32)
-    starts = first_places(column[order], columns)
+    tiles = cut_runs(first_places(column[order], columns), column.size, _TILE)
 
-    counts = -(-jnp.diff(starts) // _TILE)
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
-    tiles = column.size // _TILE + min(columns, column.size)
-    of_tile = jnp.repeat(jnp.arange(columns, dtype=jnp.int32), counts, total_repeat_length=tiles)
-    tile = jnp.arange(tiles, dtype=jnp.int32) - (ends - counts)[of_tile]
-    place = (starts[of_tile] + tile * _TILE)[:, None] + jnp.arange(_TILE, dtype=jnp.int32)
-    some = place < starts[of_tile + 1][:, None]
-
-    entry = order.at[place].get(mode="clip")
-    weight = jnp.where(some, score_bar.ravel()[entry], 0)
-    row = jnp.where(some, entry // index.shape[3], u.size // dim)
+    entry = order.at[tiles.place].get(mode="clip")
+    weight = jnp.where(tiles.inside, score_bar.ravel()[entry], 0)
+    row = jnp.where(tiles.inside, entry // index.shape[3], u.size // dim)
     rows = u.reshape(-1, dim).at[row].get(mode="fill", fill_value=0)
-    sums = sum_runs(of_tile, jnp.sum(weight[..., None] * rows.astype(weight.dtype), axis=1))
-    sums = choose_rows(counts > 0, sums[ends - 1], 0)
+    sums = sum_runs(tiles.run, jnp.sum(weight[..., None] * rows.astype(weight.dtype), axis=1))
+    ends = tiles.starts[1:]
+    sums = choose_rows(ends > tiles.starts[:-1], sums[ends - 1], 0)
     return jnp.moveaxis(sums.reshape(batch, heads, num_blocks, dim), 1, 2)

@@ -5,7 +5,6 @@ length that is timed.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +17,10 @@ from sparsex_jax.benchmarks import cases, reference, rooflines, runner
 from sparsex_jax.benchmarks.cases import Case, Inputs
 from sparsex_jax.benchmarks.names import Direction, Part, Selection
 from sparsex_jax.benchmarks.reference_keys import fetch
-from sparsex_jax.benchmarks.runner import BAD, Row, judge
+from sparsex_jax.benchmarks.runner import BAD, Row, judge, require_positive, require_some
 from sparsex_jax.benchmarks.timing import Timing, compile_program, measure
 from sparsex_jax.benchmarks.workload import Workload
-from sparsex_jax.config import AttentionConfig, ConfigError
+from sparsex_jax.config import AttentionConfig
 
 LIKELY_SHARE = 0.5  # of the roofline, for dense attention of which nothing is known yet
 
@@ -49,25 +48,20 @@ class Settings:
     lengths: tuple[int, ...]
     parts: tuple[Part, ...]
     directions: tuple[Direction, ...]
-    query_heads: int = 16
-    kv_heads: int = 2
-    head_dim: int = 128
-    implementation: str | None = None
-    selection: Selection = "random"
-    samples: int = 20
-    seconds: float = 10.0
-    dense_seconds: float = 60.0
-    check_length: int | None = 4096
-    seed: int = 0
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    implementation: str | None
+    selection: Selection
+    samples: int
+    seconds: float
+    dense_seconds: float
+    check_length: int | None
+    seed: int
 
     def __post_init__(self):
-        for name in ("lengths", "parts", "directions"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} must name at least one: see --help")
-        for name in ("samples", "seconds", "dense_seconds"):
-            value = getattr(self, name)
-            if not value > 0 or not math.isfinite(value):
-                raise ConfigError(f"{name}={value} must be positive: use 1, say")
+        require_some(self, "lengths", "parts", "directions")
+        require_positive(self, "samples", "seconds", "dense_seconds")
         for length in (*self.lengths, *([self.check_length] if self.check_length else [])):
             for case in cases.find_cases(self.parts, "forward"):
                 cases.implementation_of(case, self.workload(length))

@@ -18,9 +18,11 @@ from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
-from sparsex_jax.attention import fuse, landmark_branch, landmark_keys, sparse_attention
+from sparsex_jax.attention import landmark_branch, sparse_attention
 from sparsex_jax.benchmarks.names import Direction
 from sparsex_jax.benchmarks.workload import Workload
+from sparsex_jax.fusion import fuse
+from sparsex_jax.landmarks import gather_landmarks
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.spans import remote_end
 
@@ -94,7 +96,7 @@ def _local(work: Workload, inputs: Inputs):
 
 
 def _landmarks(work: Workload, inputs: Inputs):
-    marks, pyramid = landmark_keys(
+    marks, pyramid = gather_landmarks(
         inputs["k"], inputs["v"], inputs["salience"], work.config, sliding=False
     )
     out, _ = landmark_branch(

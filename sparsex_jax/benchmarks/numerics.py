@@ -18,12 +18,12 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.range_attention import range_attention
-from sparsex_jax.attention import Branch, SoftmaxSum, merge_softmax
 from sparsex_jax.benchmarks import runner
 from sparsex_jax.benchmarks.names import Logits, Precision
-from sparsex_jax.benchmarks.runner import Row
+from sparsex_jax.benchmarks.runner import Row, require_some
 from sparsex_jax.benchmarks.workload import normal
 from sparsex_jax.config import ConfigError, check_seed
+from sparsex_jax.fusion import Branch, SoftmaxSum, merge_softmax
 
 BAR = 1e-6  # relative error that float32 may have: of any query's output, and of any lse
 PEAK = 20.0  # logit of the one key that each "peaked" query singles out; the others' spread is 1
@@ -63,9 +63,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("lengths", "logits", "systems"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} must name at least one: see --help")
+        require_some(self, "lengths", "logits", "systems")
         for name in ("queries", "head_dim", "block"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive: use 64, say")

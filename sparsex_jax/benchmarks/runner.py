@@ -1,12 +1,14 @@
 """A benchmark whose rows are measured one by one, each written before the next begins."""
 
 import abc
+import math
 import os
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sparsex_jax.benchmarks.results import check_same_run, read_results, write_results
 from sparsex_jax.benchmarks.timing import OutOfMemory
+from sparsex_jax.config import ConfigError
 from sparsex_jax.errors import is_memory_full
 
 Row = dict[str, Any]
@@ -89,3 +91,18 @@ def judge(error: Exception) -> tuple[str, str]:
     if os.environ.get("SPARSEX_DEBUG") == "1":
         raise error
     return "failed", f"{type(error).__name__}: {text[:200]}"
+
+
+def require_some(settings: Any, *names: str) -> None:
+    """Raises ConfigError unless each of these tuples has an element."""
+    for name in names:
+        if not getattr(settings, name):
+            raise ConfigError(f"{name} must name at least one: see --help")
+
+
+def require_positive(settings: Any, *names: str) -> None:
+    """Raises ConfigError unless each of these numbers is positive and finite."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value > 0 or not math.isfinite(value):
+            raise ConfigError(f"{name}={value} must be positive: use 1, say")

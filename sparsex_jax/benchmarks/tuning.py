@@ -14,7 +14,7 @@ from pallas_kernels import dispatch, tuning
 from sparsex_jax.benchmarks.attention import describe_errors
 from sparsex_jax.benchmarks.kernel_cases import KernelCase, make_case
 from sparsex_jax.benchmarks.results import check_writable, provenance
-from sparsex_jax.benchmarks.runner import judge
+from sparsex_jax.benchmarks.runner import judge, require_positive, require_some
 from sparsex_jax.benchmarks.timing import compile_program, measure
 from sparsex_jax.benchmarks.workload import Workload
 from sparsex_jax.config import AttentionConfig, ConfigError
@@ -59,13 +59,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("kernels", "head_dims"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} must name at least one: see --help")
-        for name in ("samples", "seconds"):
-            value = getattr(self, name)
-            if not value > 0 or not math.isfinite(value):
-                raise ConfigError(f"{name}={value} must be positive: use 1, say")
+        require_some(self, "kernels", "head_dims")
+        require_positive(self, "samples", "seconds")
         known = tuning.kernels()
         for name in self.kernels:
             if name not in known and name not in dispatch.PRIMITIVES:

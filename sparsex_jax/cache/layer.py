@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.range_attention import range_attention
-from sparsex_jax.attention import dynamic_branch, fuse, landmark_branch
+from sparsex_jax.attention import dynamic_branch, landmark_branch
 from sparsex_jax.config import AttentionConfig, ModelConfig
+from sparsex_jax.fusion import fuse
 from sparsex_jax.landmarks import Nodes, leaf_nodes, merge_pairs, num_levels
 from sparsex_jax.modules.attention import KeySide, QuerySide
 from sparsex_jax.modules.transformer import Block

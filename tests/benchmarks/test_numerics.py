@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from sparsex_jax import cli
-from sparsex_jax.attention import SoftmaxSum, merge_softmax
 from sparsex_jax.benchmarks import numerics, tables
 from sparsex_jax.benchmarks.names import LOGITS, PRECISIONS
 from sparsex_jax.commands.arguments import format_length
+from sparsex_jax.fusion import SoftmaxSum, merge_softmax
 from tests.test_cli import fail
 
 __all__ = ["fail"]  # a fixture

@@ -1,4 +1,4 @@
-"""Runs Mosaic GPU kernels on the CPU: `interpret`.
+"""Runs Mosaic GPU kernels on the CPU: `interpret`, and in small pieces: `cut_small`.
 
 JAX's interpreter has a thread per warpgroup, and simulates shared memory, barriers and TMA. Memory
 is NaN before it is written, reads out of bounds raise (TMA fills with zeros). For JAX 0.11.2 this
@@ -16,6 +16,7 @@ is issued, and a `commit_smem` that is missing before another warpgroup's wgmma 
 """
 
 import contextlib
+import dataclasses
 import functools
 import types
 
@@ -216,3 +217,13 @@ def interpret(*, detect_races=False):
 def races_found():
     """Whether the last kernel had a race; it ran with `detect_races`."""
     return gpu_callbacks.get_races().races_found
+
+
+def cut_small(monkeypatch, mosaic_gpu, programs: int) -> None:
+    """Makes a package's kernels run in few thread blocks, with two stages."""
+    config_for = mosaic_gpu.config_for
+
+    def small(*args):
+        return dataclasses.replace(config_for(*args), programs=programs, stages=2)
+
+    monkeypatch.setattr(mosaic_gpu, "config_for", small)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.ahead_of_time import compile_for
 from pallas_kernels.block_selection import mosaic_gpu, select_blocks
 from tests.pallas_kernels.accuracy import assert_same_bits
-from tests.pallas_kernels.hopper_interpreter import interpret
+from tests.pallas_kernels.hopper_interpreter import cut_small, interpret
 
 # A kernel that hangs holds the main thread, where a signal would not reach it.
 pytestmark = pytest.mark.timeout(300, method="thread")
@@ -49,8 +49,7 @@ class TestSmall:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
         """Two thread blocks and two stages, so that all take turns."""
-        config = mosaic_gpu.Config(stages=2, programs=2)
-        monkeypatch.setattr(mosaic_gpu, "config_for", lambda dim: config)
+        cut_small(monkeypatch, mosaic_gpu, programs=2)
 
     @pytest.mark.parametrize(
         ("shape", "count"), [((1, 64, 100, 1, 64), 8), ((2, 75, 300, 2, 64), 16)]

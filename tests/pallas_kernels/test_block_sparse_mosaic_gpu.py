@@ -13,7 +13,7 @@ from pallas_kernels.ahead_of_time import compile_for
 from pallas_kernels.block_sparse_attention import block_sparse_attention, mosaic_gpu
 from pallas_kernels.csr import BlockCSR
 from tests.pallas_kernels.accuracy import assert_accurate, assert_same_bits
-from tests.pallas_kernels.hopper_interpreter import interpret
+from tests.pallas_kernels.hopper_interpreter import cut_small, interpret
 from tests.pallas_kernels.test_block_sparse_attention import (
     bigbird,
     one_block,
@@ -59,12 +59,7 @@ class TestSmall:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        config_for = mosaic_gpu.config_for
-
-        def small(*args):
-            return dataclasses.replace(config_for(*args), programs=3, stages=2)
-
-        monkeypatch.setattr(mosaic_gpu, "config_for", small)
+        cut_small(monkeypatch, mosaic_gpu, programs=3)
 
     @pytest.mark.parametrize(
         "case",

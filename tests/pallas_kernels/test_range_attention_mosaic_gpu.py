@@ -1,7 +1,5 @@
 """range_attention on Hopper GPUs: interpreted or on a GPU (make test-gpu), and compiled for one."""
 
-import dataclasses
-
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from pallas_kernels.ahead_of_time import compile_for
 from pallas_kernels.range_attention import mosaic_gpu, range_attention
 from tests.pallas_kernels import accuracy
 from tests.pallas_kernels.accuracy import assert_same_bits
-from tests.pallas_kernels.hopper_interpreter import interpret
+from tests.pallas_kernels.hopper_interpreter import cut_small, interpret
 from tests.pallas_kernels.test_range_attention import (
     assert_strictly_causal,
     assert_unseen_may_be_nan,
@@ -51,12 +49,7 @@ class TestSmall:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        config_for = mosaic_gpu.config_for
-
-        def small(*args):
-            return dataclasses.replace(config_for(*args), programs=2, stages=2)
-
-        monkeypatch.setattr(mosaic_gpu, "config_for", small)
+        cut_small(monkeypatch, mosaic_gpu, programs=2)
 
     @pytest.mark.parametrize(
         ("num_kv_heads", "groups", "tokens", "size", "block"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.segments import first_places, sum_runs
+from pallas_kernels.segments import cut_runs, first_places, sum_runs
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 200])
@@ -28,3 +28,18 @@ def test_sum_runs():
         run = slice(np.searchsorted(keys, keys[n]), n + 1)
         for name, x in rows.items():
             np.testing.assert_allclose(found[name][n], x[run].sum(axis=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 4, 64])
+def test_cut_runs(width):
+    keys = np.sort(np.random.default_rng(1).integers(0, 9, 50))
+    keys = keys[keys != 4]  # an empty run
+    starts = first_places(jnp.asarray(keys), 9)
+    tiles = jax.jit(cut_runs, static_argnums=(1, 2))(starts, keys.size, width)
+    used = int(tiles.starts[-1])
+    found = np.asarray(tiles.place)[:used][np.asarray(tiles.inside)[:used]]
+    np.testing.assert_array_equal(found, np.arange(keys.size))  # each place once, in order
+    for tile in range(used):
+        run = int(tiles.run[tile])
+        assert tiles.starts[run] <= tile < tiles.starts[run + 1] and tiles.inside[tile, 0]
+        assert set(keys[np.asarray(tiles.place[tile])[np.asarray(tiles.inside[tile])]]) == {run}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention.entries import Entries, Sizes, sort_entries
+from pallas_kernels.segments import cut_runs
 
 HEADER = 8  # numbers of a tile's description before those of its entries
 BATCH, HEAD, BLOCK, TURN, FIRST, LAST = range(6)  # their places
@@ -60,22 +61,12 @@ def plan_chunk(index, indptr, indices, values, sizes: Sizes, width: int) -> Chun
       width: R, entries of a tile.
     """
     entries = sort_entries(index, indptr, indices, values, sizes)
-    order, starts = entries.order, entries.starts
-    counts = -(-jnp.diff(starts) // width)
-    tile_starts = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
-    turns = jnp.cumsum(counts > 0, dtype=jnp.int32) - 1
-
-    tiles = sizes.entries // width + min(sizes.columns, sizes.entries)
-    tile = jnp.arange(tiles, dtype=jnp.int32)
-    # Of tiles past the last, which nobody reads, it is some column.
-    column = jnp.repeat(
-        jnp.arange(sizes.columns, dtype=jnp.int32), counts, total_repeat_length=tiles
-    )
-    member = jnp.arange(width, dtype=jnp.int32)
-    sorted_place = (starts[column] + (tile - tile_starts[column]) * width)[:, None] + member
-    some = sorted_place < starts[column + 1][:, None]
+    tiles = cut_runs(entries.starts, sizes.entries, width)
+    column, used = tiles.run, tiles.starts[1:] > tiles.starts[:-1]
+    turns = jnp.cumsum(used, dtype=jnp.int32) - 1
     # A tile's first entry stands for the missing ones: what they load must be harmless.
-    entry = order.at[jnp.where(some, sorted_place, sorted_place[:, :1])].get(mode="clip")
+    place = jnp.where(tiles.inside, tiles.place, tiles.place[:, :1])
+    entry = entries.order.at[place].get(mode="clip")
     token = entry // sizes.capacity % sizes.chunk + index * sizes.chunk
     row, block = column // sizes.num_blocks, column % sizes.num_blocks
     numbers = [
@@ -83,10 +74,10 @@ def plan_chunk(index, indptr, indices, values, sizes: Sizes, width: int) -> Chun
         row % sizes.heads,
         block,
         turns[column],
-        tile_starts[column],
-        tile_starts[column + 1] - 1,
+        tiles.starts[column],
+        tiles.starts[column + 1] - 1,
     ]
     header = jnp.pad(jnp.stack(numbers, axis=1), [(0, 0), (0, HEADER - len(numbers))])
-    described = jnp.concatenate([header, token, jnp.where(some, entry, -1)], axis=1)
+    described = jnp.concatenate([header, token, jnp.where(tiles.inside, entry, -1)], axis=1)
     described = described.astype(jnp.int32)
-    return Chunk(entries, described, tile_starts[-1:], counts > 0)
+    return Chunk(entries, described, tiles.starts[-1:], used)
