@@ -16,15 +16,15 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "nano"
 
 
-def parse_length(text: str) -> int:
-    """Tokens: "4096", "16K", "1M" (powers of two).
+def parse_length(text: str, name: str = "length") -> int:
+    """Tokens: "4096", "16K", "1M" (powers of two); `name` is the argument's, for the message.
 
     Raises:
       ValueError: the text is no such number.
     """
     match = re.fullmatch(r"([1-9]\d*)([KM]?)", text.upper())
     if match is None:
-        raise ValueError(f"length={text!r} must be a number of tokens: use 4096, 16K or 1M, say")
+        raise ValueError(f"{name}={text!r} must be a number of tokens: use 4096, 16K or 1M, say")
     return int(match[1]) * UNITS[match[2]]
 
 

@@ -141,7 +141,7 @@ def attention(arguments: AttentionArguments, command: str) -> int:
 
     path = arguments.out or default_path("attention")
     check = arguments.check_length
-    short = None if check == "0" else parse_length(check)
+    short = None if check == "0" else parse_length(check, "check_length")
     settings = Settings(**_given(arguments) | {"check_length": short})
     check_writable(path)
     benchmark = Benchmark(settings, path, command, resume=arguments.resume)
@@ -158,7 +158,7 @@ def numerics(arguments: NumericsArguments, command: str) -> int:
     from sparsex_jax.benchmarks.results import check_writable, default_path
 
     path = arguments.out or default_path("numerics")
-    settings = Settings(**_given(arguments) | {"block": parse_length(arguments.block)})
+    settings = Settings(**_given(arguments) | {"block": parse_length(arguments.block, "block")})
     check_writable(path)
     return _run(Benchmark(settings, path, command, resume=arguments.resume), _describe_errors)
 

@@ -173,7 +173,7 @@ def test_summing_many_branches_is_one_softmax():
         (["--systems", "f64"], "f64"),
         (["--queries", "0"], "queries=0 must be positive"),
         (["--head-dim", "-1"], "head_dim=-1 must be positive"),
-        (["--block", "0"], "length='0'"),
+        (["--block", "0"], "block='0'"),
         (["--seed", "-1"], "seed=-1"),
         (["--implementation", "cuda"], "'cuda' is not an implementation"),
         (["--implementation", "mosaic_gpu"], "cannot run range_attention on cpu"),
