@@ -191,7 +191,7 @@ def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, conf
         "block_sparse_key_gradients",
         hopper.roles(functools.partial(BlockWalk, sizes, config), loader_registers=56),
         programs=config.programs,
-        operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
+        operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes, HALF),
         outputs={
             "k_bar": jax.ShapeDtypeStruct(padded, k.dtype),
             "v_bar": jax.ShapeDtypeStruct(padded, v.dtype),

@@ -18,6 +18,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     TURN,
     Chunk,
     Config,
+    description_width,
 )
 from pallas_kernels.hopper import HALF, LOG2E, ROWS, Ring
 
@@ -45,7 +46,7 @@ class EntryWalk:
         keys = hopper.operand_tile((config.key_stages, sizes.block_size, sizes.head_dim))
         return {
             "q_tile": hopper.operand_tile((config.stages, ROWS, sizes.head_dim)),
-            "info_tile": plgpu.SMEM((config.stages, HEADER + 2 * width), jnp.int32),
+            "info_tile": plgpu.SMEM((config.stages, description_width(width)), jnp.int32),
             "k_tile": keys,
             "v_tile": keys,
             "q_ring": Ring.barriers(config.stages, arrays * (width + 1)),
@@ -103,7 +104,8 @@ class EntryWalk:
                 self.k_ring.receive(turn)
 
             meanwhile = functools.partial(pl.when(i > 0), lambda: self.finish_store(i - 1))
-            self.compute_tile(slot, lax.rem(turn, self.config.key_stages), meanwhile)
+            key_slot = lax.rem(turn, self.config.key_stages)
+            self.compute_tile(self.first + i, slot, key_slot, meanwhile)
             plgpu.commit_smem_to_gmem_group()
             return turn
 
@@ -122,9 +124,20 @@ class EntryWalk:
         keys = self.sizes.num_keys - self.at.info_tile[slot, BLOCK] * self.sizes.block_size
         return functools.partial(hopper.keep, axis=1, below=keys)
 
-    def store_entries(self, slot, *pairs):
-        """Starts the copies of this warpgroup's entries from tiles to arrays of entries."""
+    def store_entries(self, tile, slot, matrix, numbers):
+        """Starts the copies of this warpgroup's results.
+
+        Args:
+          tile: of all tiles.
+          slot: of its place in shared memory.
+          matrix: (place, array): a row per row of the tile, goes to an array of entries.
+          numbers: (place, array): a number per row, goes to an array of tiles.
+        """
         groups, own = self.sizes.groups, HALF // self.sizes.groups
+        tile_ref, array = numbers
+        target = array.at[tile, self.rows]
+        plgpu.copy_smem_to_gmem(tile_ref.at[slot, self.rows], target, commit_group=False)
+        tile_ref, array = matrix
         for n in range(own):
             member = self.at.warpgroup * own + n
             entry = self.at.info_tile[slot, HEADER + self.width + member]
@@ -132,13 +145,12 @@ class EntryWalk:
 
             @pl.when(entry >= 0)
             def _(entry=entry, row=row):
-                for tile_ref, array in pairs:
-                    source = tile_ref.at[slot, row]
-                    plgpu.copy_smem_to_gmem(source, array.at[entry], commit_group=False)
+                source = tile_ref.at[slot, row]
+                plgpu.copy_smem_to_gmem(source, array.at[entry], commit_group=False)
 
 
 class _Forward(EntryWalk):
-    def compute_tile(self, slot, key_slot, meanwhile):
+    def compute_tile(self, tile, slot, key_slot, meanwhile):
         """Attention within the block."""
         at = self.at
         queries = at.q_tile.at[slot, self.rows]
@@ -158,7 +170,7 @@ class _Forward(EntryWalk):
         at.q_tile[slot, self.rows] = (acc / hopper.along_rows(total, shape)).astype(at.q.dtype)
         at.lse_tile[slot, self.rows] = top * (1 / LOG2E) + jnp.log(total)
         plgpu.commit_smem()
-        self.store_entries(slot, (at.q_tile, at.out), (at.lse_tile, at.lse))
+        self.store_entries(tile, slot, (at.q_tile, at.out), (at.lse_tile, at.lse))
 
 
 class _QueryGradient(EntryWalk):
@@ -168,7 +180,7 @@ class _QueryGradient(EntryWalk):
         self.load_rows(at.out_bar, at.out_bar_tile, slot, ready, b, h, tokens)
         plgpu.copy_gmem_to_smem(at.sums.at[tile], at.sums_tile.at[slot], ready)
 
-    def compute_tile(self, slot, key_slot, meanwhile):
+    def compute_tile(self, tile, slot, key_slot, meanwhile):
         """What the block contributes to dQ, and to the gradient of each row's bias."""
         at, sums = self.at, self.at.sums_tile
         keys, values = at.k_tile.at[key_slot], at.v_tile.at[key_slot]
@@ -185,7 +197,7 @@ class _QueryGradient(EntryWalk):
         acc = hopper.multiply(narrow, keys, (HALF, self.sizes.head_dim))
         at.q_tile[slot, self.rows] = acc.astype(at.q.dtype)
         plgpu.commit_smem()
-        self.store_entries(slot, (at.q_tile, at.q_bar), (at.bias_tile, at.bias_bar))
+        self.store_entries(tile, slot, (at.q_tile, at.q_bar), (at.bias_tile, at.bias_bar))
 
 
 def forward_scratch(sizes: Sizes, config: Config):
@@ -214,10 +226,10 @@ def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
         hopper.roles(functools.partial(_Forward, sizes, config), loader_registers=56),
         programs=config.programs,
         operands={"q": q, "k": k, "v": v, "tiles": chunk.tiles, "num_tiles": chunk.num_tiles},
-        outputs=_per_entry(sizes, q.dtype, "out", "lse"),
+        outputs=_results(chunk, sizes, q.dtype, "out", "lse"),
         scratch=forward_scratch(sizes, config),
     )
-    return results["out"], results["lse"]
+    return results["out"], _by_entry(results["lse"], chunk, sizes)
 
 
 def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, config: Config):
@@ -238,38 +250,43 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
         "block_sparse_query_gradient",
         hopper.roles(functools.partial(_QueryGradient, sizes, config), loader_registers=56),
         programs=config.programs,
-        operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
-        outputs=_per_entry(sizes, q.dtype, "q_bar", "bias_bar"),
+        operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes, ROWS),
+        outputs=_results(chunk, sizes, q.dtype, "q_bar", "bias_bar"),
         scratch=query_gradient_scratch(sizes, config),
     )
-    return results["q_bar"], results["bias_bar"]
+    return results["q_bar"], _by_entry(results["bias_bar"], chunk, sizes)
 
 
-def _per_entry(sizes: Sizes, dtype, matrix: str, row: str):
-    rows = sizes.entries, sizes.groups
+def _results(chunk: Chunk, sizes: Sizes, dtype, matrix: str, numbers: str):
+    entries = sizes.entries, sizes.groups, sizes.head_dim
     return {
-        matrix: jax.ShapeDtypeStruct((*rows, sizes.head_dim), dtype),
-        row: jax.ShapeDtypeStruct(rows, jnp.float32),
+        matrix: jax.ShapeDtypeStruct(entries, dtype),
+        numbers: jax.ShapeDtypeStruct((len(chunk.tiles), ROWS), jnp.float32),
     }
 
 
-def gradient_operands(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes):
-    """What the kernels for gradients take; arguments as in `query_gradient`."""
+def _by_entry(x, chunk: Chunk, sizes: Sizes):
+    """Numbers of the rows of tiles -> [entries, groups], anything where an entry is empty."""
+    return x.reshape(-1, sizes.groups).at[chunk.slot].get(mode="clip")
+
+
+def gradient_operands(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, rows: int):
+    """What the kernels for gradients take, of tiles of `rows`; arguments as in `query_gradient`."""
     return {
         "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,
-        "num_tiles": chunk.num_tiles, "sums": _sums_by_tile(lse, delta, chunk, sizes),
+        "num_tiles": chunk.num_tiles, "sums": _sums_by_tile(lse, delta, chunk, sizes, rows),
     }  # fmt: skip
 
 
-def _sums_by_tile(lse, delta, chunk: Chunk, sizes: Sizes):
+def _sums_by_tile(lse, delta, chunk: Chunk, sizes: Sizes, rows: int):
     """f32 [tiles, 2, R * groups]: of the tiles' rows lse - bias in units of log 2, and delta.
 
     For a missing entry lse is so high that its weights are 0.
     """
-    width = (chunk.tiles.shape[1] - HEADER) // 2
+    width = rows // sizes.groups
     b, h = chunk.tiles[:, BATCH, None], chunk.tiles[:, HEAD, None]
     token = chunk.tiles[:, HEADER : HEADER + width]
-    entry = chunk.tiles[:, HEADER + width :, None]
+    entry = chunk.tiles[:, HEADER + width : HEADER + 2 * width, None]
     shape = *lse.shape[:2], sizes.heads, sizes.groups
     lse, delta = (x.reshape(shape)[b, token, h] for x in (lse, delta))  # [tiles, R, groups]
     shift = (lse - chunk.entries.value.ravel()[jnp.maximum(entry, 0)]) * LOG2E

@@ -12,6 +12,7 @@ from pallas_kernels.block_sparse_attention.entries import Entries, Sizes, sort_e
 from pallas_kernels.segments import cut_runs
 
 HEADER = 8  # numbers of a tile's description before those of its entries
+_ALIGNED = 32  # numbers: TMA copies to multiples of 128 bytes in shared memory
 BATCH, HEAD, BLOCK, TURN, FIRST, LAST = range(6)  # their places
 
 
@@ -35,17 +36,25 @@ class Chunk(NamedTuple):
 
     Attributes:
       entries: sorted by column.
-      tiles: int32 [tiles, HEADER + 2 R]: batch element, KV head, block, the block's number among
-        those that have entries, the block's first and last tile; then the tokens of the tile's R
-        entries, then the entries' numbers, or -1 for none.
+      slot: int32 [entries]: the place of each entry among those of all tiles, R a tile; out of
+        bounds if empty.
+      tiles: int32 [tiles, description_width(R)]: batch element, KV head, block, the block's number
+        among those that have entries, the block's first and last tile; then the tokens of the
+        tile's R entries, then the entries' numbers, or -1 for none.
       num_tiles: int32 [1]: how many tiles there are.
       used: bool [columns]: whether a block has entries.
     """
 
     entries: Entries
+    slot: jax.Array
     tiles: jax.Array
     num_tiles: jax.Array
     used: jax.Array
+
+
+def description_width(width: int) -> int:
+    """Numbers of the description of a tile of `width` entries."""
+    return -(-(HEADER + 2 * width) // _ALIGNED) * _ALIGNED
 
 
 @functools.partial(jax.named_call, name="plan_chunk")
@@ -78,6 +87,13 @@ def plan_chunk(index, indptr, indices, values, sizes: Sizes, width: int) -> Chun
         tiles.starts[column + 1] - 1,
     ]
     header = jnp.pad(jnp.stack(numbers, axis=1), [(0, 0), (0, HEADER - len(numbers))])
-    described = jnp.concatenate([header, token, jnp.where(tiles.inside, entry, -1)], axis=1)
-    described = described.astype(jnp.int32)
-    return Chunk(entries, described, tiles.starts[-1:], used)
+    entry = jnp.where(tiles.inside, entry, -1)
+    described = jnp.concatenate([header, token, entry], axis=1).astype(jnp.int32)
+    missing = description_width(width) - described.shape[1]
+    described = jnp.pad(described, [(0, 0), (0, missing)])
+    nowhere = jnp.full(sizes.entries, entry.size, jnp.int32)
+    numbers = jnp.arange(entry.size, dtype=jnp.int32)
+    slot = nowhere.at[jnp.where(tiles.inside, entry, sizes.entries).ravel()].set(
+        numbers, mode="drop", unique_indices=True
+    )
+    return Chunk(entries, slot, described, tiles.starts[-1:], used)
