@@ -1,7 +1,7 @@
 """What the Hopper kernels (Pallas Mosaic GPU, sm_90) share.
 
-A kernel is a persistent grid of thread blocks, mostly of three warpgroups: the last copies tiles
-into rings in shared memory by TMA, the others compute, on 64 rows each.
+A kernel is a persistent grid of thread blocks, mostly of three or four warpgroups: the last copies
+tiles into rings in shared memory by TMA, the others compute, on 64 rows each.
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number per row of a product
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 SHARED_MEMORY = 227 * 1024  # bytes that a thread block may use
-# Of three threads, one of each warpgroup: 168 each at launch. Asking for more waits for ever.
-_REGISTERS = 3 * 168
+# Of each thread at launch, by the number of computing warpgroups beside the loading one. Who asks
+# for more than the others have left waits for ever.
+_REGISTERS = {2: 168, 3: 128}
 _ALIGNMENT = 1024  # bytes, of each array in shared memory
 _BARRIER = 8  # bytes
 MULTIPROCESSORS = 132  # of an H100 SXM, H200: one thread block each
@@ -230,17 +231,19 @@ def contiguous_share(items, at):
     return first, each + (at.program < more).astype(jnp.int32)
 
 
-def roles(block: Callable, loader_registers: int = 40) -> Callable:
-    """For `launch`: `block(at)` makes what computes in two warpgroups and loads in the third.
+def roles(block: Callable, loader_registers: int = 40, computing: int = 2) -> Callable:
+    """For `launch`: `block(at)` makes what computes in some warpgroups and loads in a further one.
 
     Args:
       block: makes an object with the methods `load` and `compute`.
-      loader_registers: of each thread of the third; the others share the rest.
+      loader_registers: of each thread of the last warpgroup; the others share the rest.
+      computing: warpgroups that compute, 2 or 3.
     """
+    registers = ((computing + 1) * _REGISTERS[computing] - loader_registers) // computing // 8 * 8
 
     def run(at):
         member = block(at)
-        loads = at.warpgroup == 2
+        loads = at.warpgroup == computing
 
         @pl.when(loads)
         def _():
@@ -249,7 +252,7 @@ def roles(block: Callable, loader_registers: int = 40) -> Callable:
 
         @pl.when(jnp.logical_not(loads))
         def _():
-            plgpu.set_max_registers((_REGISTERS - loader_registers) // 2, action="increase")
+            plgpu.set_max_registers(registers, action="increase")
             member.compute()
 
     return run

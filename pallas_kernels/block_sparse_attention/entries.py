@@ -59,17 +59,17 @@ class Entries(NamedTuple):
     starts: jax.Array
 
 
-def sort_entries(chunk_index, indptr, indices, values, sizes: Sizes) -> Entries:
+def sort_entries(first, indptr, indices, values, sizes: Sizes) -> Entries:
     """The entries of a chunk; the sort is stable, so of a column the earlier queries come first.
 
     Args:
-      chunk_index: of the chunk.
+      first: token of the chunk; those past the last have no entries.
       indptr: int32 [B, Hkv, T + 1].
       indices: int32 [B, Hkv, E].
       values: [B, Hkv, E].
       sizes: of the call.
     """
-    row = chunk_index * sizes.chunk + jnp.arange(sizes.chunk + 1, dtype=jnp.int32)
+    row = first + jnp.arange(sizes.chunk + 1, dtype=jnp.int32)
     bounds = indptr[:, :, jnp.minimum(row, indptr.shape[-1] - 1)]
     place = bounds[..., :-1, None] + jnp.arange(sizes.capacity, dtype=jnp.int32)
     place = jnp.where(place < bounds[..., 1:, None], place, indices.shape[-1])

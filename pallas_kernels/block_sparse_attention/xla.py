@@ -111,7 +111,7 @@ def _group(x, shapes):
 
 
 def _plan_chunk(chunk_index, indptr, indices, values, shapes: _Shapes) -> _Chunk:
-    entries = sort_entries(chunk_index, indptr, indices, values, shapes)
+    entries = sort_entries(chunk_index * shapes.chunk, indptr, indices, values, shapes)
     tiles = (jnp.diff(entries.starts) + shapes.tile_rows - 1) // shapes.tile_rows
     tile_starts = jnp.pad(jnp.cumsum(tiles, dtype=jnp.int32), (1, 0))
     tile = jnp.arange(shapes.max_tiles, dtype=jnp.int32)

@@ -115,7 +115,7 @@ def _range_attention(function: str, work: Workload) -> KernelCase:
     )  # fmt: skip
 
 
-_plan = jax.jit(functools.partial(plan_chunk, 0), static_argnums=(3, 4))
+_plan = jax.jit(functools.partial(plan_chunk, 0), static_argnums=3)
 _combine = jax.jit(combine, static_argnames="sizes")
 
 
@@ -130,8 +130,7 @@ def _block_sparse_attention(function: str, work: Workload) -> KernelCase:
         1, work.kv_heads, work.groups, work.head_dim, work.tokens, block_size, work.blocks, count,
         queries, work.head_dim**-0.5,
     )  # fmt: skip
-    rows = hopper.HALF if function == "key_gradients" else hopper.ROWS
-    chunk = _plan(blocks.indptr, blocks.indices, blocks.values, sizes, rows // sizes.groups)
+    chunk = _plan(blocks.indptr, blocks.indices, blocks.values, sizes)
 
     def attend(q, k, v, values):
         pattern = BlockCSR(blocks.indptr, blocks.indices, values, work.blocks, count)

@@ -220,10 +220,12 @@ def races_found():
 
 
 def cut_small(monkeypatch, mosaic_gpu, programs: int) -> None:
-    """Makes a package's kernels run in few thread blocks, with two stages."""
+    """Makes a package's kernels run in few thread blocks, with as few stages as they can."""
     config_for = mosaic_gpu.config_for
 
     def small(*args):
-        return dataclasses.replace(config_for(*args), programs=programs, stages=2)
+        config = config_for(*args)
+        stages = 2 * getattr(config, "computing", 1)
+        return dataclasses.replace(config, programs=programs, stages=stages)
 
     monkeypatch.setattr(mosaic_gpu, "config_for", small)

@@ -19,14 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention import xla
-from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine, join_chunks
+from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine
 from pallas_kernels.block_sparse_attention.mosaic_gpu.block_walk import key_gradients
 from pallas_kernels.block_sparse_attention.mosaic_gpu.configs import KERNELS, config_for
 from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import forward, query_gradient
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunk
 from pallas_kernels.csr import BlockCSR
-from pallas_kernels.hopper import HALF, ROWS
-from pallas_kernels.mesh_axes import vary_with, zeros_like
+from pallas_kernels.mesh_axes import vary_with
 
 # Entries of a chunk of queries. Partial results are held of all of them, so there should be few,
 # but enough for whole tiles of a block's entries, and not so few that launches dominate.
@@ -40,28 +39,45 @@ def _padded_groups(groups: int) -> int:
     return 8 if groups <= 8 else 16
 
 
-def _cut(kernel: str, q, sizes: Sizes) -> tuple[Sizes, jax.Array]:
-    """The sizes of a kernel's call on q [B, T, Hkv * groups, D], and the indices of its chunks."""
+def _cut(kernel: str, q, sizes: Sizes) -> tuple[Sizes, int]:
+    """The sizes of a kernel's call on q [B, T, Hkv * groups, D], and the number of its chunks."""
     sizes = dataclasses.replace(sizes, batch=len(q))
     entries = max(_MIN_ENTRIES, _ENTRIES_PER_BLOCK.get(kernel, _MAX_ENTRIES) * sizes.columns)
     most = max(1, min(entries, _MAX_ENTRIES) // (sizes.batch * sizes.heads * sizes.capacity))
     chunks = -(-q.shape[1] // most)
-    sizes = dataclasses.replace(sizes, chunk=-(-q.shape[1] // chunks))
-    return sizes, jnp.arange(chunks, dtype=jnp.int32)
+    return dataclasses.replace(sizes, chunk=-(-q.shape[1] // chunks)), chunks
+
+
+def _for_chunks(chunks: int, tokens: int, sizes: Sizes, like, step, results):
+    """Runs `step(first token, results)` chunk after chunk, and returns the last results.
+
+    The last chunk ends with the sequence: what it shares with the one before is computed twice.
+    """
+
+    def of_chunk(i, results):
+        return step(jnp.minimum(i * sizes.chunk, tokens - sizes.chunk), results)
+
+    return lax.fori_loop(0, chunks, of_chunk, vary_with(like, results))
+
+
+def _put(target, rows, first):
+    """Writes rows of tokens [B, chunk, Hkv, groups, ...] to target [B, T, Hkv * groups, ...]."""
+    rows = rows.reshape(*rows.shape[:2], *target.shape[2:]).astype(target.dtype)
+    return lax.dynamic_update_slice_in_dim(target, rows, first, axis=1)
 
 
 def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
     sizes, chunks = _cut("forward", q, sizes)
     config = config_for("forward", sizes.head_dim)
 
-    def attend(_, i):
-        chunk = plan_chunk(i, indptr, indices, values, sizes, ROWS // sizes.groups)
+    def attend(first, results):
+        chunk = plan_chunk(first, indptr, indices, values, sizes)
         parts = forward(q, k, v, chunk, sizes, config)
-        out, lse = combine(chunk.entries, *parts, sizes)
-        return None, (out.astype(q.dtype), lse)
+        found = combine(chunk.entries, *parts, sizes)
+        return tuple(_put(x, y, first) for x, y in zip(results, found, strict=True))
 
-    _, (out, lse) = lax.scan(attend, None, chunks)
-    return join_chunks(out, q.shape[1]), join_chunks(lse, q.shape[1])
+    empty = lax.empty(q.shape, q.dtype), lax.empty(q.shape[:3], jnp.float32)
+    return _for_chunks(chunks, q.shape[1], sizes, q, attend, empty)
 
 
 def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
@@ -70,19 +86,19 @@ def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, si
     config = config_for("query_gradient", sizes.head_dim)
     b, h = (x[..., None, None] for x in jnp.ogrid[: sizes.batch, : sizes.heads])
 
-    def differentiate(values_bar, i):
-        chunk = plan_chunk(i, indptr, indices, values, sizes, ROWS // sizes.groups)
+    def differentiate(first, results):
+        chunk = plan_chunk(first, indptr, indices, values, sizes)
         parts = query_gradient(q, k, v, out_bar, lse, delta, chunk, sizes, config)
-        q_bar, bias_bar = (by_token(x, sizes) for x in parts)
+        of_entries, bias_bar = (by_token(x, sizes) for x in parts)
         filled = jnp.moveaxis(chunk.entries.filled, 1, 2)[..., None]
-        q_bar = jnp.sum(jnp.where(filled[..., None], q_bar.astype(jnp.float32), 0), axis=3)
+        of_entries = jnp.where(filled[..., None], of_entries.astype(jnp.float32), 0)
         value_bar = jnp.sum(jnp.where(filled, bias_bar, 0), axis=4).swapaxes(1, 2)
-        # Each entry belongs to one row, so adding to zero is writing.
-        values_bar = values_bar.at[b, h, chunk.entries.place].add(value_bar, mode="drop")
-        return values_bar, q_bar.astype(q.dtype)
+        q_bar, values_bar = results
+        values_bar = values_bar.at[b, h, chunk.entries.place].set(value_bar, mode="drop")
+        return _put(q_bar, jnp.sum(of_entries, axis=3), first), values_bar
 
-    values_bar, q_bar = lax.scan(differentiate, zeros_like(values), chunks)
-    return join_chunks(q_bar, q.shape[1]), values_bar
+    results = lax.empty(q.shape, q.dtype), jnp.zeros_like(values)
+    return _for_chunks(chunks, q.shape[1], sizes, q, differentiate, results)
 
 
 def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
@@ -91,18 +107,18 @@ def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, siz
     config = config_for("key_gradients", sizes.head_dim)
 
     def differentiate(i):
-        chunk = plan_chunk(i, indptr, indices, values, sizes, HALF // sizes.groups)
+        chunk = plan_chunk(i * sizes.chunk, indptr, indices, values, sizes)
         return key_gradients(q, k, v, out_bar, lse, delta, chunk, sizes, config)
 
-    def add(total, i):
-        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, differentiate(i)), None
+    def add(i, total):
+        return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, differentiate(i))
 
-    if len(chunks) == 1:
+    if chunks == 1:
         bars = differentiate(0)
     else:
         shapes = jax.eval_shape(differentiate, 0)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-        bars, _ = lax.scan(add, vary_with(k, zeros), chunks)
+        bars = lax.fori_loop(0, chunks, add, vary_with(k, zeros))
     return tuple(x.reshape(len(q), -1, *k.shape[2:])[:, : k.shape[1]].astype(k.dtype) for x in bars)
 
 

@@ -181,7 +181,7 @@ class BlockWalk:
 
 
 def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, config: Config):
-    """dK and dV, [B, blocks, S, Hkv, D], of a chunk of queries planned for tiles of 64 rows.
+    """dK and dV, [B, blocks, S, Hkv, D], of a chunk of queries.
 
     Arguments as in `entry_walk.query_gradient`.
     """
@@ -191,7 +191,7 @@ def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, conf
         "block_sparse_key_gradients",
         hopper.roles(functools.partial(BlockWalk, sizes, config), loader_registers=56),
         programs=config.programs,
-        operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes, HALF),
+        operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
         outputs={
             "k_bar": jax.ShapeDtypeStruct(padded, k.dtype),
             "v_bar": jax.ShapeDtypeStruct(padded, v.dtype),

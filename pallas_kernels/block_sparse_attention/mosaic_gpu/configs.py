@@ -14,8 +14,24 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import (
 )
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Config
 
-# With one stage, or one key stage, forward and dQ would wait for ever.
-_GRIDS = {64: ((2, 4, 6, 8), (2, 4)), 128: ((2, 3, 4), (2, 3))}
+# Stages, key stages, computing warpgroups. With one stage for each warpgroup, or one key stage,
+# forward and dQ would wait for ever.
+_GRIDS = {
+    ("forward", 64): ((6, 12), (2, 3, 4), (2, 3)),
+    ("forward", 128): ((4, 6), (2, 3), (2, 3)),
+    ("query_gradient", 64): ((6, 12), (2, 3, 4), (2, 3)),
+    ("query_gradient", 128): ((4,), (2,), (2,)),
+    ("key_gradients", 64): ((2, 4, 6, 8), (2, 4), (2,)),
+    ("key_gradients", 128): ((2, 3, 4), (2, 3), (2,)),
+}
+_DEFAULTS = {
+    ("forward", 64): Config(12, 3, computing=3),
+    ("forward", 128): Config(6, 3, computing=3),
+    ("query_gradient", 64): Config(6, 3, computing=3),
+    ("query_gradient", 128): Config(4, 2),
+    ("key_gradients", 64): Config(6),
+    ("key_gradients", 128): Config(3),
+}
 _SCRATCH = {
     "forward": forward_scratch,
     "query_gradient": query_gradient_scratch,
@@ -24,15 +40,15 @@ _SCRATCH = {
 
 
 def _default(function: str, head_dim: int) -> Config:
-    small = head_dim == 64
-    stages = {"forward": 6 if small else 4, "query_gradient": 4 if small else 2}
-    return Config(stages=stages.get(function, 6 if small else 3))
+    return _DEFAULTS[function, head_dim]
 
 
 def _grid(function: str, head_dim: int) -> Iterator[Config]:
     yield dataclasses.replace(_default(function, head_dim), programs=2 * hopper.MULTIPROCESSORS)
-    for stages, key_stages in itertools.product(*_GRIDS[head_dim]):
-        yield Config(stages, key_stages)
+    for cut in itertools.product(*_GRIDS[function, head_dim]):
+        config = Config(*cut)
+        if function == "key_gradients" or config.stages % config.computing == 0:
+            yield config
 
 
 def _scratch(function: str, head_dim: int, config: Config):

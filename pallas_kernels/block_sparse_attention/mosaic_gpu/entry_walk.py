@@ -13,45 +13,52 @@ from pallas_kernels.block_sparse_attention.entries import Sizes
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     BATCH,
     BLOCK,
+    DESCRIPTION,
     HEAD,
     HEADER,
     TURN,
     Chunk,
     Config,
-    description_width,
 )
-from pallas_kernels.hopper import HALF, LOG2E, ROWS, Ring
+from pallas_kernels.hopper import HALF, LOG2E, Ring
 
 
 class EntryWalk:
     """A thread block that walks over its share of the tiles, which are sorted by block.
 
-    A tile is 128 rows: the query heads of `ROWS // groups` entries. A block's keys stay in shared
-    memory for all of its tiles. `at` has the references: q, k, v, tiles and num_tiles in device
-    memory; q_tile, info_tile, k_tile and v_tile in shared memory; and the rings' barriers.
+    A tile is 64 rows: the query heads of `HALF // groups` entries. The computing warpgroups take
+    every so-manieth tile each, and so overlap: one's softmax runs while others multiply. A block's
+    keys stay in shared memory until all have passed its tiles. `at` has the references: q, k, v,
+    tiles and num_tiles in device memory; q_tile, info_tile, k_tile and v_tile in shared memory; and
+    the rings' barriers.
     """
 
     def __init__(self, sizes: Sizes, config: Config, at):
         self.sizes, self.config, self.at = sizes, config, at
+        # A slot belongs to one warpgroup, as the stages are a multiple of their number.
         self.q_ring = Ring(config.stages, *at.q_ring)
         self.k_ring = Ring(config.key_stages, *at.k_ring)
-        self.width = ROWS // sizes.groups
-        self.rows = hopper.half_of(at.warpgroup)
+        self.width = HALF // sizes.groups
         self.first, self.count = hopper.contiguous_share(at.num_tiles[0], at)
 
     @staticmethod
     def scratch(sizes: Sizes, config: Config, arrays: int):
         """What every walk needs, for tiles of so many arrays of rows, each with one of numbers."""
-        width = ROWS // sizes.groups
+        width = HALF // sizes.groups
         keys = hopper.operand_tile((config.key_stages, sizes.block_size, sizes.head_dim))
         return {
-            "q_tile": hopper.operand_tile((config.stages, ROWS, sizes.head_dim)),
-            "info_tile": plgpu.SMEM((config.stages, description_width(width)), jnp.int32),
+            "q_tile": hopper.operand_tile((config.stages, HALF, sizes.head_dim)),
+            "info_tile": plgpu.SMEM((config.stages, DESCRIPTION), jnp.int32),
             "k_tile": keys,
             "v_tile": keys,
-            "q_ring": Ring.barriers(config.stages, arrays * (width + 1)),
-            "k_ring": Ring.barriers(config.key_stages, 2),
+            "q_ring": Ring.barriers(config.stages, arrays * (width + 1), consumers=1),
+            "k_ring": Ring.barriers(config.key_stages, 2, consumers=config.computing),
         }
+
+    def turn(self, i):
+        """The number of own tile i's block, among those of this thread block."""
+        tiles = self.at.tiles
+        return tiles[self.first + i, TURN] - tiles[self.first, TURN]
 
     def load(self):
         """Fills the rings, tile after tile."""
@@ -59,9 +66,9 @@ class EntryWalk:
 
         def load_tile(i, turns):
             tile = self.first + i
-            b, h, block, turn = (at.tiles[tile, n] for n in (BATCH, HEAD, BLOCK, TURN))
+            b, h, block = (at.tiles[tile, n] for n in (BATCH, HEAD, BLOCK))
             tokens = [at.tiles[tile, HEADER + n] for n in range(self.width)]
-            turn = turn - at.tiles[self.first, TURN]
+            turn = self.turn(i)
 
             @pl.when(turn >= turns)
             def _():
@@ -93,28 +100,43 @@ class EntryWalk:
 
     def compute(self):
         """Computes tile after tile; results leave while the next tile is under way."""
+        own, last = self.config.computing, self.count - 1
 
-        def compute_tile(i, held):
-            slot = self.q_ring.receive(i)
-            turn = self.at.info_tile[slot, TURN] - self.at.tiles[self.first, TURN]
+        def advance(held, turn):
+            """Passes from block to block; each waits for all, for so barriers count."""
 
-            @pl.when(turn > held)
-            def _():
-                pl.when(held >= 0)(lambda: self.k_ring.release(held))
+            def next_block(turn, _):
+                pl.when(turn > 0)(lambda: self.k_ring.release(turn - 1))
                 self.k_ring.receive(turn)
 
-            meanwhile = functools.partial(pl.when(i > 0), lambda: self.finish_store(i - 1))
+            lax.fori_loop(held + 1, turn + 1, next_block, None)
+
+        def compute_tile(n, turns):
+            i = self.at.warpgroup + n * own
+            held, turn = turns
+            # Looked up early, for it is not in shared memory yet when it is needed.
+            next_turn = self.turn(jnp.minimum(i + own, last))
+            # First the keys: the loader cannot reach this tile before they are given back.
+            advance(held, turn)
+            slot = self.q_ring.receive(i)
             key_slot = lax.rem(turn, self.config.key_stages)
+            meanwhile = functools.partial(pl.when(n > 0), lambda: self.finish_store(i - own))
             self.compute_tile(self.first + i, slot, key_slot, meanwhile)
             plgpu.commit_smem_to_gmem_group()
-            return turn
+            return turn, next_turn
 
-        lax.fori_loop(0, self.count, compute_tile, jnp.int32(-1))
-        pl.when(self.count > 0)(lambda: self.finish_store(self.count - 1))
+        @pl.when(self.count > 0)
+        def _():
+            tiles = lax.div(last - self.at.warpgroup + own, own)
+            first_turn = self.turn(jnp.minimum(self.at.warpgroup, last))
+            turns = jnp.int32(-1), first_turn
+            held, _ = lax.fori_loop(0, tiles, compute_tile, turns)
+            advance(held, self.turn(last))
+            plgpu.wait_smem_to_gmem(0)
 
     def finish_store(self, i):
         """Waits until tile i's results have left, then gives its slot back."""
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         self.q_ring.release(i)
 
     def hide(self, slot):
@@ -125,7 +147,7 @@ class EntryWalk:
         return functools.partial(hopper.keep, axis=1, below=keys)
 
     def store_entries(self, tile, slot, matrix, numbers):
-        """Starts the copies of this warpgroup's results.
+        """Starts the copies of a tile's results.
 
         Args:
           tile: of all tiles.
@@ -133,19 +155,16 @@ class EntryWalk:
           matrix: (place, array): a row per row of the tile, goes to an array of entries.
           numbers: (place, array): a number per row, goes to an array of tiles.
         """
-        groups, own = self.sizes.groups, HALF // self.sizes.groups
         tile_ref, array = numbers
-        target = array.at[tile, self.rows]
-        plgpu.copy_smem_to_gmem(tile_ref.at[slot, self.rows], target, commit_group=False)
+        plgpu.copy_smem_to_gmem(tile_ref.at[slot], array.at[tile], commit_group=False)
         tile_ref, array = matrix
-        for n in range(own):
-            member = self.at.warpgroup * own + n
-            entry = self.at.info_tile[slot, HEADER + self.width + member]
-            row = pl.ds(pl.multiple_of(member * groups, groups), groups)
+        groups = self.sizes.groups
+        for n in range(self.width):
+            entry = self.at.info_tile[slot, HEADER + self.width + n]
 
             @pl.when(entry >= 0)
-            def _(entry=entry, row=row):
-                source = tile_ref.at[slot, row]
+            def _(n=n, entry=entry):
+                source = tile_ref.at[slot, pl.ds(n * groups, groups)]
                 plgpu.copy_smem_to_gmem(source, array.at[entry], commit_group=False)
 
 
@@ -153,7 +172,7 @@ class _Forward(EntryWalk):
     def compute_tile(self, tile, slot, key_slot, meanwhile):
         """Attention within the block."""
         at = self.at
-        queries = at.q_tile.at[slot, self.rows]
+        queries = at.q_tile.at[slot]
         logits = hopper.scores(
             queries,
             at.k_tile.at[key_slot],
@@ -167,8 +186,8 @@ class _Forward(EntryWalk):
         total = weights.sum(axis=1)
         shape = (HALF, self.sizes.head_dim)
         acc = hopper.multiply(weights.astype(at.v.dtype), at.v_tile.at[key_slot], shape)
-        at.q_tile[slot, self.rows] = (acc / hopper.along_rows(total, shape)).astype(at.q.dtype)
-        at.lse_tile[slot, self.rows] = top * (1 / LOG2E) + jnp.log(total)
+        at.q_tile[slot] = (acc / hopper.along_rows(total, shape)).astype(at.q.dtype)
+        at.lse_tile[slot] = top * (1 / LOG2E) + jnp.log(total)
         plgpu.commit_smem()
         self.store_entries(tile, slot, (at.q_tile, at.out), (at.lse_tile, at.lse))
 
@@ -184,18 +203,18 @@ class _QueryGradient(EntryWalk):
         """What the block contributes to dQ, and to the gradient of each row's bias."""
         at, sums = self.at, self.at.sums_tile
         keys, values = at.k_tile.at[key_slot], at.v_tile.at[key_slot]
-        lse, delta = (plgpu.load(sums.at[slot, n, self.rows], layout=hopper.ROW) for n in (0, 1))
-        queries, out_bar = (x.at[slot, self.rows] for x in (at.q_tile, at.out_bar_tile))
+        lse, delta = (plgpu.load(sums.at[slot, n], layout=hopper.ROW) for n in (0, 1))
+        queries, out_bar = (x.at[slot] for x in (at.q_tile, at.out_bar_tile))
         logits = hopper.scores(
             queries, keys, None, self.hide(slot), scale=self.sizes.scale, meanwhile=meanwhile
         )
         weights = jnp.exp2(logits - hopper.along_rows(lse, logits.shape))
         weights_bar = hopper.multiply(out_bar, hopper.transposed(values), logits.shape)
         logits_bar = weights * (weights_bar - hopper.along_rows(delta, logits.shape))
-        at.bias_tile[slot, self.rows] = logits_bar.sum(axis=1)
+        at.bias_tile[slot] = logits_bar.sum(axis=1)
         narrow = (logits_bar * self.sizes.scale).astype(at.k.dtype)
         acc = hopper.multiply(narrow, keys, (HALF, self.sizes.head_dim))
-        at.q_tile[slot, self.rows] = acc.astype(at.q.dtype)
+        at.q_tile[slot] = acc.astype(at.q.dtype)
         plgpu.commit_smem()
         self.store_entries(tile, slot, (at.q_tile, at.q_bar), (at.bias_tile, at.bias_bar))
 
@@ -203,7 +222,7 @@ class _QueryGradient(EntryWalk):
 def forward_scratch(sizes: Sizes, config: Config):
     """What `forward` needs in shared memory."""
     scratch = EntryWalk.scratch(sizes, config, arrays=1)
-    return scratch | {"lse_tile": plgpu.SMEM((config.stages, ROWS), jnp.float32)}
+    return scratch | {"lse_tile": plgpu.SMEM((config.stages, HALF), jnp.float32)}
 
 
 def query_gradient_scratch(sizes: Sizes, config: Config):
@@ -211,8 +230,8 @@ def query_gradient_scratch(sizes: Sizes, config: Config):
     scratch = EntryWalk.scratch(sizes, config, arrays=2)
     return scratch | {
         "out_bar_tile": scratch["q_tile"],
-        "sums_tile": plgpu.SMEM((config.stages, 2, ROWS), jnp.float32),
-        "bias_tile": plgpu.SMEM((config.stages, ROWS), jnp.float32),
+        "sums_tile": plgpu.SMEM((config.stages, 2, HALF), jnp.float32),
+        "bias_tile": plgpu.SMEM((config.stages, HALF), jnp.float32),
     }
 
 
@@ -223,8 +242,7 @@ def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
     """
     results = hopper.launch(
         "block_sparse_forward",
-        hopper.roles(functools.partial(_Forward, sizes, config), loader_registers=56),
-        programs=config.programs,
+        **_team(_Forward, sizes, config),
         operands={"q": q, "k": k, "v": v, "tiles": chunk.tiles, "num_tiles": chunk.num_tiles},
         outputs=_results(chunk, sizes, q.dtype, "out", "lse"),
         scratch=forward_scratch(sizes, config),
@@ -248,20 +266,29 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
     """
     results = hopper.launch(
         "block_sparse_query_gradient",
-        hopper.roles(functools.partial(_QueryGradient, sizes, config), loader_registers=56),
-        programs=config.programs,
-        operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes, ROWS),
+        **_team(_QueryGradient, sizes, config),
+        operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
         outputs=_results(chunk, sizes, q.dtype, "q_bar", "bias_bar"),
         scratch=query_gradient_scratch(sizes, config),
     )
     return results["q_bar"], _by_entry(results["bias_bar"], chunk, sizes)
 
 
+def _team(walk: type[EntryWalk], sizes: Sizes, config: Config):
+    """Who runs the kernel, for `hopper.launch`."""
+    make = functools.partial(walk, sizes, config)
+    return {
+        "run": hopper.roles(make, loader_registers=40, computing=config.computing),
+        "programs": config.programs,
+        "warpgroups": config.computing + 1,
+    }
+
+
 def _results(chunk: Chunk, sizes: Sizes, dtype, matrix: str, numbers: str):
     entries = sizes.entries, sizes.groups, sizes.head_dim
     return {
         matrix: jax.ShapeDtypeStruct(entries, dtype),
-        numbers: jax.ShapeDtypeStruct((len(chunk.tiles), ROWS), jnp.float32),
+        numbers: jax.ShapeDtypeStruct((len(chunk.tiles), HALF), jnp.float32),
     }
 
 
@@ -270,20 +297,20 @@ def _by_entry(x, chunk: Chunk, sizes: Sizes):
     return x.reshape(-1, sizes.groups).at[chunk.slot].get(mode="clip")
 
 
-def gradient_operands(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, rows: int):
-    """What the kernels for gradients take, of tiles of `rows`; arguments as in `query_gradient`."""
+def gradient_operands(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes):
+    """What the kernels for gradients take; arguments as in `query_gradient`."""
     return {
         "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,
-        "num_tiles": chunk.num_tiles, "sums": _sums_by_tile(lse, delta, chunk, sizes, rows),
+        "num_tiles": chunk.num_tiles, "sums": _sums_by_tile(lse, delta, chunk, sizes),
     }  # fmt: skip
 
 
-def _sums_by_tile(lse, delta, chunk: Chunk, sizes: Sizes, rows: int):
+def _sums_by_tile(lse, delta, chunk: Chunk, sizes: Sizes):
     """f32 [tiles, 2, R * groups]: of the tiles' rows lse - bias in units of log 2, and delta.
 
     For a missing entry lse is so high that its weights are 0.
     """
-    width = rows // sizes.groups
+    width = HALF // sizes.groups
     b, h = chunk.tiles[:, BATCH, None], chunk.tiles[:, HEAD, None]
     token = chunk.tiles[:, HEADER : HEADER + width]
     entry = chunk.tiles[:, HEADER + width : HEADER + 2 * width, None]

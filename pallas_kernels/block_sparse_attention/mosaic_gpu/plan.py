@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention.entries import Entries, Sizes, sort_entries
+from pallas_kernels.hopper import HALF
 from pallas_kernels.segments import cut_runs
 
-HEADER = 8  # numbers of a tile's description before those of its entries
-_ALIGNED = 32  # numbers: TMA copies to multiples of 128 bytes in shared memory
+DESCRIPTION = 32  # numbers for each tile: TMA copies to multiples of 128 bytes in shared memory
+HEADER = 8  # of them come before those of its entries
 BATCH, HEAD, BLOCK, TURN, FIRST, LAST = range(6)  # their places
 
 
@@ -21,13 +22,16 @@ class Config:
     """How a kernel is cut.
 
     Attributes:
-      stages: tiles of queries in shared memory at a time.
+      stages: tiles of queries in shared memory at a time; in forward and dQ a multiple of
+        `computing`.
       key_stages: key blocks in shared memory at a time.
+      computing: warpgroups that compute; dK and dV always have two.
       programs: thread blocks.
     """
 
     stages: int
     key_stages: int = 2
+    computing: int = 2
     programs: int = hopper.MULTIPROCESSORS
 
 
@@ -38,9 +42,9 @@ class Chunk(NamedTuple):
       entries: sorted by column.
       slot: int32 [entries]: the place of each entry among those of all tiles, R a tile; out of
         bounds if empty.
-      tiles: int32 [tiles, description_width(R)]: batch element, KV head, block, the block's number
+      tiles: int32 [tiles, DESCRIPTION]: batch element, KV head, block, the block's number
         among those that have entries, the block's first and last tile; then the tokens of the
-        tile's R entries, then the entries' numbers, or -1 for none.
+        tile's R = 64 / groups entries, then the entries' numbers, or -1 for none.
       num_tiles: int32 [1]: how many tiles there are.
       used: bool [columns]: whether a block has entries.
     """
@@ -52,31 +56,26 @@ class Chunk(NamedTuple):
     used: jax.Array
 
 
-def description_width(width: int) -> int:
-    """Numbers of the description of a tile of `width` entries."""
-    return -(-(HEADER + 2 * width) // _ALIGNED) * _ALIGNED
-
-
 @functools.partial(jax.named_call, name="plan_chunk")
-def plan_chunk(index, indptr, indices, values, sizes: Sizes, width: int) -> Chunk:
+def plan_chunk(first, indptr, indices, values, sizes: Sizes) -> Chunk:
     """Plans a chunk of queries.
 
     Args:
-      index: of the chunk.
+      first: token of the chunk.
       indptr: int32 [B, Hkv, T + 1].
       indices: int32 [B, Hkv, E].
       values: f32 [B, Hkv, E].
       sizes: of the call.
-      width: R, entries of a tile.
     """
-    entries = sort_entries(index, indptr, indices, values, sizes)
+    width = HALF // sizes.groups
+    entries = sort_entries(first, indptr, indices, values, sizes)
     tiles = cut_runs(entries.starts, sizes.entries, width)
     column, used = tiles.run, tiles.starts[1:] > tiles.starts[:-1]
     turns = jnp.cumsum(used, dtype=jnp.int32) - 1
     # A tile's first entry stands for the missing ones: what they load must be harmless.
     place = jnp.where(tiles.inside, tiles.place, tiles.place[:, :1])
     entry = entries.order.at[place].get(mode="clip")
-    token = entry // sizes.capacity % sizes.chunk + index * sizes.chunk
+    token = entry // sizes.capacity % sizes.chunk + first
     row, block = column // sizes.num_blocks, column % sizes.num_blocks
     numbers = [
         row // sizes.heads,
@@ -89,8 +88,7 @@ def plan_chunk(index, indptr, indices, values, sizes: Sizes, width: int) -> Chun
     header = jnp.pad(jnp.stack(numbers, axis=1), [(0, 0), (0, HEADER - len(numbers))])
     entry = jnp.where(tiles.inside, entry, -1)
     described = jnp.concatenate([header, token, entry], axis=1).astype(jnp.int32)
-    missing = description_width(width) - described.shape[1]
-    described = jnp.pad(described, [(0, 0), (0, missing)])
+    described = jnp.pad(described, [(0, 0), (0, DESCRIPTION - HEADER - 2 * width)])
     nowhere = jnp.full(sizes.entries, entry.size, jnp.int32)
     numbers = jnp.arange(entry.size, dtype=jnp.int32)
     slot = nowhere.at[jnp.where(tiles.inside, entry, sizes.entries).ravel()].set(
