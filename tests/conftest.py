@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Interpreted kernels are threads that wait for each other: with fewer in the pool they may hang.
-os.environ.setdefault("NPROC", str(max(8, os.cpu_count() or 1)))
+os.environ.setdefault("NPROC", str(max(16, os.cpu_count() or 1)))
 # The compilers for GPUs (scripts/setup.sh compiler), which JAX looks for when it is imported.
 sys.path.append(str(pathlib.Path(sys.prefix) / "compiler"))
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")

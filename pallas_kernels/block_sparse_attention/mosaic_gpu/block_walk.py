@@ -17,13 +17,16 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention.entries import Sizes
-from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import gradient_operands
+from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import (
+    gradient_operands,
+    load_entries,
+    load_tiles,
+)
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     BATCH,
     BLOCK,
     FIRST,
     HEAD,
-    HEADER,
     LAST,
     TURN,
     Chunk,
@@ -72,35 +75,32 @@ class BlockWalk:
         """Fills the rings, tile after tile."""
         at, copy, groups = self.at, plgpu.copy_gmem_to_smem, self.sizes.groups
 
-        def load_tile(i, turns):
-            tile = self.first + i
-            b, h, block = (at.tiles[tile, n] for n in (BATCH, HEAD, BLOCK))
-            tokens = [at.tiles[tile, HEADER + n] for n in range(self.width)]
-            turn = self.turn(i)
-
-            @pl.when(turn >= turns)
+        def load_tile(warp, i, turns, tile):
+            @pl.when(tile.turn >= turns)
             def _():
-                slot = self.k_ring.claim(turn)
+                source = tile.batch, self.keys(tile.block), tile.head
+                slot = self.k_ring.claim(tile.turn)
                 ready = self.k_ring.ready.at[slot]
-                copy(at.k.at[b, self.keys(block), h], at.k_tile.at[slot], ready)
-                copy(at.v.at[b, self.keys(block), h], at.v_tile.at[slot], ready)
+                pl.when(warp == 0)(lambda: copy(at.k.at[*source], at.k_tile.at[slot], ready))
+                pl.when(warp == 1)(lambda: copy(at.v.at[*source], at.v_tile.at[slot], ready))
 
             slot = self.q_ring.claim(i)
             ready = self.q_ring.ready.at[slot]
-            copy(at.sums.at[tile], at.sums_tile.at[slot], ready)
-            heads = pl.ds(pl.multiple_of(h * groups, groups), groups)
-            for n, token in enumerate(tokens):
-                rows = pl.ds(n * groups, groups)
-                copy(at.q.at[b, token, heads], at.q_tile.at[slot, rows], ready)
-                copy(at.out_bar.at[b, token, heads], at.out_bar_tile.at[slot, rows], ready)
-            return turn + 1
 
-        lax.fori_loop(0, self.count, load_tile, jnp.int32(0))
+            @pl.when(warp == 2)
+            def _():
+                copy(at.sums.at[self.first + i], at.sums_tile.at[slot], ready)
+
+            load_entries(at.q, at.q_tile.at[slot], ready, tile, groups)
+            load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, groups)
+            return tile.turn + 1
+
+        load_tiles(at.tiles, self.first, self.count, self.width, load_tile)
 
     def keys(self, block):
         """The keys of a block."""
         size = self.sizes.block_size
-        return pl.ds(pl.multiple_of(block * size, size), size)
+        return pl.ds(block * size, size)
 
     def compute(self):
         """Sums dV in the first warpgroup, dK in the second."""

@@ -1,6 +1,8 @@
 """Forward and dQ: tiles of queries that chose the same block, with results per entry."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -21,6 +23,67 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     Config,
 )
 from pallas_kernels.hopper import HALF, LOG2E, Ring
+
+
+class Tile(NamedTuple):
+    """What a warp of a loader needs to know of a tile, int32.
+
+    Attributes:
+      batch: element.
+      head: of keys.
+      block: of keys.
+      turn: the block's number, counted from that of the first tile.
+      first: entry, among the tile's, that this warp loads.
+      tokens: of the entries that this warp loads.
+    """
+
+    batch: jax.Array
+    head: jax.Array
+    block: jax.Array
+    turn: jax.Array
+    first: jax.Array
+    tokens: tuple[jax.Array, ...]
+
+
+def load_tiles(tiles, first, count, width, load: Callable):
+    """Calls `load(warp, i, turns, tile)` for `count` tiles, in each of four warps.
+
+    Each warp starts its share of the copies, since a warpgroup as a whole would have all of its
+    threads meet for every copy. A tile is looked up in device memory while the one before is
+    loaded, for that takes long.
+
+    Args:
+      tiles: reference to the descriptions.
+      first: tile.
+      count: of tiles.
+      width: entries of a tile, which the warps share.
+      load: `turns` is how many blocks have been loaded before; it returns how many have after.
+    """
+    own = width // hopper.WARPS
+
+    def of_warp(warp):
+        def look_up(i):
+            tile = first + jnp.minimum(i, count - 1)
+            batch, head, block, turn = (tiles[tile, n] for n in (BATCH, HEAD, BLOCK, TURN))
+            tokens = tuple(tiles[tile, HEADER + warp * own + n] for n in range(own))
+            return Tile(batch, head, block, turn - tiles[first, TURN], warp * own, tokens)
+
+        def step(i, state):
+            turns, tile = state
+            following = look_up(i + 1)
+            return load(warp, i, turns, tile), following
+
+        lax.fori_loop(0, count, step, (jnp.int32(0), look_up(0)))
+
+    pl.when(count > 0)(lambda: plgpu.warp_map(of_warp))
+
+
+def load_entries(x, place, ready, tile: Tile, groups: int):
+    """Copies a warp's share of a tile's rows of x [B, T, Hkv * groups, D], entry by entry."""
+    heads = pl.ds(tile.head * groups, groups)
+    for n, token in enumerate(tile.tokens):
+        rows = pl.ds((tile.first + n) * groups, groups)
+        plgpu.copy_gmem_to_smem(x.at[tile.batch, token, heads], place.at[rows], ready)
 
 
 class EntryWalk:
@@ -62,41 +125,32 @@ class EntryWalk:
 
     def load(self):
         """Fills the rings, tile after tile."""
-        at, size = self.at, self.sizes.block_size
+        at, size, copy = self.at, self.sizes.block_size, plgpu.copy_gmem_to_smem
 
-        def load_tile(i, turns):
-            tile = self.first + i
-            b, h, block = (at.tiles[tile, n] for n in (BATCH, HEAD, BLOCK))
-            tokens = [at.tiles[tile, HEADER + n] for n in range(self.width)]
-            turn = self.turn(i)
-
-            @pl.when(turn >= turns)
+        def load_tile(warp, i, turns, tile):
+            @pl.when(tile.turn >= turns)
             def _():
-                keys = pl.ds(pl.multiple_of(block * size, size), size)
-                slot = self.k_ring.claim(turn)
+                source = tile.batch, pl.ds(tile.block * size, size), tile.head
+                slot = self.k_ring.claim(tile.turn)
                 ready = self.k_ring.ready.at[slot]
-                plgpu.copy_gmem_to_smem(at.k.at[b, keys, h], at.k_tile.at[slot], ready)
-                plgpu.copy_gmem_to_smem(at.v.at[b, keys, h], at.v_tile.at[slot], ready)
+                pl.when(warp == 0)(lambda: copy(at.k.at[*source], at.k_tile.at[slot], ready))
+                pl.when(warp == 1)(lambda: copy(at.v.at[*source], at.v_tile.at[slot], ready))
 
             slot = self.q_ring.claim(i)
-            self.load_tile(slot, self.q_ring.ready.at[slot], tile, b, h, tokens)
-            return turn + 1
+            self.load_tile(slot, self.q_ring.ready.at[slot], warp, self.first + i, tile)
+            return tile.turn + 1
 
-        lax.fori_loop(0, self.count, load_tile, jnp.int32(0))
+        load_tiles(at.tiles, self.first, self.count, self.width, load_tile)
 
-    def load_tile(self, slot, ready, tile, b, h, tokens):
-        """Starts the copies that make a tile."""
+    def load_tile(self, slot, ready, warp, number, tile: Tile):
+        """Starts a warp's share of the copies that make a tile of some number among all."""
         at = self.at
-        plgpu.copy_gmem_to_smem(at.tiles.at[tile], at.info_tile.at[slot], ready)
-        self.load_rows(at.q, at.q_tile, slot, ready, b, h, tokens)
 
-    def load_rows(self, x, tile_ref, slot, ready, b, h, tokens):
-        """Copies the tile's rows of x [B, T, Hkv * groups, D], an entry at a time."""
-        groups = self.sizes.groups
-        heads = pl.ds(pl.multiple_of(h * groups, groups), groups)
-        for n, token in enumerate(tokens):
-            target = tile_ref.at[slot, pl.ds(n * groups, groups)]
-            plgpu.copy_gmem_to_smem(x.at[b, token, heads], target, ready)
+        @pl.when(warp == 2)
+        def _():
+            plgpu.copy_gmem_to_smem(at.tiles.at[number], at.info_tile.at[slot], ready)
+
+        load_entries(at.q, at.q_tile.at[slot], ready, tile, self.sizes.groups)
 
     def compute(self):
         """Computes tile after tile; results leave while the next tile is under way."""
@@ -193,11 +247,14 @@ class _Forward(EntryWalk):
 
 
 class _QueryGradient(EntryWalk):
-    def load_tile(self, slot, ready, tile, b, h, tokens):
-        super().load_tile(slot, ready, tile, b, h, tokens)
+    def load_tile(self, slot, ready, warp, number, tile):
+        super().load_tile(slot, ready, warp, number, tile)
         at = self.at
-        self.load_rows(at.out_bar, at.out_bar_tile, slot, ready, b, h, tokens)
-        plgpu.copy_gmem_to_smem(at.sums.at[tile], at.sums_tile.at[slot], ready)
+        load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, self.sizes.groups)
+
+        @pl.when(warp == 3)
+        def _():
+            plgpu.copy_gmem_to_smem(at.sums.at[number], at.sums_tile.at[slot], ready)
 
     def compute_tile(self, tile, slot, key_slot, meanwhile):
         """What the block contributes to dQ, and to the gradient of each row's bias."""
