@@ -40,9 +40,9 @@ class Sizes:
 
 
 class Entries(NamedTuple):
-    """The entries of a chunk, [B, Hkv, chunk, capacity], and their order by column.
+    """The entries of chunks of queries, [C, B, Hkv, chunk, capacity], and their order by column.
 
-    An entry is numbered by its place in that array, a column by its place in [B, Hkv, Nb].
+    An entry is numbered by its place in that array, a column by its place in [C, B, Hkv, Nb].
 
     Attributes:
       place: int32: of each entry in the pattern; out of bounds if empty.
@@ -60,37 +60,40 @@ class Entries(NamedTuple):
 
 
 def sort_entries(first, indptr, indices, values, sizes: Sizes) -> Entries:
-    """The entries of a chunk; the sort is stable, so of a column the earlier queries come first.
+    """The entries of chunks; the sort is stable, so of a column the earlier queries come first.
 
     Args:
-      first: token of the chunk; those past the last have no entries.
+      first: tokens of the chunks, int32 [C]; those past the last token have no entries.
       indptr: int32 [B, Hkv, T + 1].
       indices: int32 [B, Hkv, E].
       values: [B, Hkv, E].
       sizes: of the call.
     """
-    row = first + jnp.arange(sizes.chunk + 1, dtype=jnp.int32)
-    bounds = indptr[:, :, jnp.minimum(row, indptr.shape[-1] - 1)]
+    chunks = len(first)
+    row = first[:, None] + jnp.arange(sizes.chunk + 1, dtype=jnp.int32)
+    bounds = jnp.moveaxis(indptr[:, :, jnp.minimum(row, indptr.shape[-1] - 1)], 2, 0)
     place = bounds[..., :-1, None] + jnp.arange(sizes.capacity, dtype=jnp.int32)
     place = jnp.where(place < bounds[..., 1:, None], place, indices.shape[-1])
-    b, h = (x[..., None, None] for x in jnp.ogrid[: sizes.batch, : sizes.heads])
+    c, b, h = (x[..., None, None] for x in jnp.ogrid[:chunks, : sizes.batch, : sizes.heads])
     block = indices.at[b, h, place].get(mode="fill", fill_value=-1)
     value = values.at[b, h, place].get(mode="fill", fill_value=-jnp.inf)
     filled = (block >= 0) & (block < sizes.num_blocks) & (value != -jnp.inf)
     place = jnp.where(filled, place, indices.shape[-1])
 
-    column = (b * sizes.heads + h) * sizes.num_blocks + block
-    column = jnp.where(filled, column, sizes.columns).ravel()
+    columns = chunks * sizes.columns
+    column = ((c * sizes.batch + b) * sizes.heads + h) * sizes.num_blocks + block
+    column = jnp.where(filled, column, columns).ravel()
     order = jnp.argsort(column, stable=True).astype(jnp.int32)
-    starts = first_places(column[order], sizes.columns)
+    starts = first_places(column[order], columns)
     return Entries(place, jnp.where(filled, value, 0), filled, order, starts)
 
 
-def combine(entries: Entries, out, lse, sizes: Sizes):
-    """Normalised results of entries -> those of queries.
+def combine(value, filled, out, lse, sizes: Sizes):
+    """Normalised results of the entries of a chunk -> those of its queries.
 
     Args:
-      entries: of the chunk.
+      value: the entries' biases, [B, Hkv, chunk, capacity].
+      filled: whether they are not empty, likewise.
       out: [entries, groups, D], anything where an entry is empty.
       lse: f32 [entries, groups], likewise, without the entry's value.
       sizes: of the call.
@@ -99,7 +102,7 @@ def combine(entries: Entries, out, lse, sizes: Sizes):
       [B, chunk, Hkv, groups, D] and [B, chunk, Hkv, groups], of lse's type.
     """
     out, lse = (by_token(x, sizes) for x in (out, lse))
-    value, filled = (jnp.moveaxis(x, 1, 2)[..., None] for x in (entries.value, entries.filled))
+    value, filled = (jnp.moveaxis(x, 1, 2)[..., None] for x in (value, filled))
     lse = jnp.where(filled, lse + value, -jnp.inf)
     top = jnp.max(lse, axis=3)
     top = jnp.where(top > -jnp.inf, top, 0)

@@ -111,7 +111,9 @@ def _group(x, shapes):
 
 
 def _plan_chunk(chunk_index, indptr, indices, values, shapes: _Shapes) -> _Chunk:
-    entries = sort_entries(chunk_index * shapes.chunk, indptr, indices, values, shapes)
+    entries = sort_entries(
+        jnp.reshape(chunk_index * shapes.chunk, 1), indptr, indices, values, shapes
+    )
     tiles = (jnp.diff(entries.starts) + shapes.tile_rows - 1) // shapes.tile_rows
     tile_starts = jnp.pad(jnp.cumsum(tiles, dtype=jnp.int32), (1, 0))
     tile = jnp.arange(shapes.max_tiles, dtype=jnp.int32)
@@ -215,7 +217,7 @@ def _attend(q, k, v, indptr, indices, values, shapes: _Shapes):
             jnp.zeros((shapes.entries, shapes.groups), dtype),
         )
         partials = _walk(chunk, shapes, attend_tiles, partials)
-        out, lse = combine(chunk.entries, *partials, shapes)
+        out, lse = combine(chunk.entries.value[0], chunk.entries.filled[0], *partials, shapes)
         return None, (out.astype(q.dtype), lse)
 
     _, (out, lse) = jax.lax.scan(attend_chunk, None, jnp.arange(grouped.shape[1] // shapes.chunk))
@@ -290,9 +292,9 @@ def _attend_bwd(shapes: _Shapes, residuals, cotangents):
             ),
         )
         q_bar = jnp.sum(by_token(q_bar, shapes), axis=3)
-        value_bar = value_bar.reshape(chunk.entries.value.shape).astype(values.dtype)
+        value_bar = value_bar.reshape(chunk.entries.value.shape[1:]).astype(values.dtype)
         # Each entry belongs to one row, so adding to zero is writing.
-        values_bar = values_bar.at[b, h, chunk.entries.place].add(value_bar, mode="drop")
+        values_bar = values_bar.at[b, h, chunk.entries.place[0]].add(value_bar, mode="drop")
         return (k_bar, v_bar, values_bar), q_bar.astype(q.dtype)
 
     padded = (shapes.batch, shapes.num_blocks, shapes.block_size, shapes.heads, shapes.head_dim)

@@ -13,7 +13,7 @@ from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine
 from pallas_kernels.block_sparse_attention.mosaic_gpu import block_walk, entry_walk
-from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunk
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunks
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
 from pallas_kernels.range_attention.mosaic_gpu import key_walk, query_walk
@@ -115,7 +115,12 @@ def _range_attention(function: str, work: Workload) -> KernelCase:
     )  # fmt: skip
 
 
-_plan = jax.jit(functools.partial(plan_chunk, 0), static_argnums=3)
+@functools.partial(jax.jit, static_argnames="sizes")
+def _plan(blocks: BlockCSR, sizes: Sizes):
+    pattern = blocks.indptr, blocks.indices, blocks.values
+    return plan_chunks(jnp.zeros(1, jnp.int32), *pattern, sizes).chunk(0, sizes)
+
+
 _combine = jax.jit(combine, static_argnames="sizes")
 
 
@@ -130,7 +135,7 @@ def _block_sparse_attention(function: str, work: Workload) -> KernelCase:
         1, work.kv_heads, work.groups, work.head_dim, work.tokens, block_size, work.blocks, count,
         queries, work.head_dim**-0.5,
     )  # fmt: skip
-    chunk = _plan(blocks.indptr, blocks.indices, blocks.values, sizes)
+    chunk = _plan(blocks, sizes)
 
     def attend(q, k, v, values):
         pattern = BlockCSR(blocks.indptr, blocks.indices, values, work.blocks, count)
@@ -143,7 +148,9 @@ def _block_sparse_attention(function: str, work: Workload) -> KernelCase:
         expected = jax.jit(attend)(q, k, v, blocks.values)
 
         def compare(parts):
-            found = zip(_combine(chunk.entries, *parts, sizes=sizes), expected, strict=True)
+            found = zip(
+                _combine(chunk.value, chunk.filled, *parts, sizes=sizes), expected, strict=True
+            )
             return _output_errors([x.reshape(y.shape) for x, y in found], expected)
 
         forward = functools.partial(run, entry_walk.forward)
@@ -156,7 +163,7 @@ def _block_sparse_attention(function: str, work: Workload) -> KernelCase:
         return KernelCase(
             functools.partial(run, entry_walk.query_gradient), operands,
             lambda parts: _errors_of_gradients(
-                _sum_entries(*parts, chunk.entries, sizes), [q_bar, values_bar]
+                _sum_entries(*parts, chunk.filled, sizes), [q_bar, values_bar]
             ),
         )  # fmt: skip
     _, *bars, _ = bars
@@ -167,9 +174,9 @@ def _block_sparse_attention(function: str, work: Workload) -> KernelCase:
 
 
 @functools.partial(jax.jit, static_argnames="sizes")
-def _sum_entries(q_bar, bias_bar, entries, sizes: Sizes):
+def _sum_entries(q_bar, bias_bar, filled, sizes: Sizes):
     """dQ [1, chunk, Hq, D] and the gradient of the values, [1, Hkv, E], from those of entries."""
-    filled = jnp.moveaxis(entries.filled, 1, 2)[..., None]
+    filled = jnp.moveaxis(filled, 1, 2)[..., None]
     q_bar, bias_bar = (by_token(x, sizes) for x in (q_bar, bias_bar))
     q_bar = jnp.sum(jnp.where(filled[..., None], q_bar.astype(jnp.float32), 0), axis=3)
     values_bar = jnp.sum(jnp.where(filled, bias_bar, 0), axis=4).swapaxes(1, 2)

@@ -23,7 +23,7 @@ from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combi
 from pallas_kernels.block_sparse_attention.mosaic_gpu.block_walk import key_gradients
 from pallas_kernels.block_sparse_attention.mosaic_gpu.configs import KERNELS, config_for
 from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import forward, query_gradient
-from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunk
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunks
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.mesh_axes import vary_with
 
@@ -31,7 +31,7 @@ from pallas_kernels.mesh_axes import vary_with
 # but enough for whole tiles of a block's entries, and not so few that launches dominate.
 _ENTRIES_PER_BLOCK = {"forward": 24, "query_gradient": 16}
 _MIN_ENTRIES = 2**18
-# dK and dV have no partial results: as many as int32 counts, and sorts.
+# Of what is planned at once, and of a chunk for dK and dV, which have no partial results.
 _MAX_ENTRIES = 2**27
 
 
@@ -48,16 +48,29 @@ def _cut(kernel: str, q, sizes: Sizes) -> tuple[Sizes, int]:
     return dataclasses.replace(sizes, chunk=-(-q.shape[1] // chunks)), chunks
 
 
-def _for_chunks(chunks: int, tokens: int, sizes: Sizes, like, step, results):
-    """Runs `step(first token, results)` chunk after chunk, and returns the last results.
+def _for_chunks(chunks: int, pattern, sizes: Sizes, tokens: int, step, results):
+    """Runs `step(chunk, its first token, results)` chunk after chunk; returns the last results.
 
-    The last chunk ends with the sequence: what it shares with the one before is computed twice.
+    The last chunk ends with the sequence: what it shares with others is computed again.
     """
+    plans = -(-chunks * sizes.entries // _MAX_ENTRIES)
+    each = -(-chunks // plans)
+    number = jnp.arange(plans * each, dtype=jnp.int32).reshape(plans, each)
+    first = jnp.minimum(number * sizes.chunk, tokens - sizes.chunk)
 
-    def of_chunk(i, results):
-        return step(jnp.minimum(i * sizes.chunk, tokens - sizes.chunk), results)
+    def of_plan(n, results):
+        plan = plan_chunks(first[n], *pattern, sizes)
 
-    return lax.fori_loop(0, chunks, of_chunk, vary_with(like, results))
+        def of_chunk(i, results):
+            return step(plan.chunk(i, sizes), first[n, i], results)
+
+        return _loop(each, of_chunk, results)
+
+    return _loop(plans, of_plan, vary_with(pattern[0], results))
+
+
+def _loop(count: int, step, state):
+    return step(0, state) if count == 1 else lax.fori_loop(0, count, step, state)
 
 
 def _put(target, rows, first):
@@ -70,14 +83,13 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
     sizes, chunks = _cut("forward", q, sizes)
     config = config_for("forward", sizes.head_dim)
 
-    def attend(first, results):
-        chunk = plan_chunk(first, indptr, indices, values, sizes)
+    def attend(chunk, first, results):
         parts = forward(q, k, v, chunk, sizes, config)
-        found = combine(chunk.entries, *parts, sizes)
+        found = combine(chunk.value, chunk.filled, *parts, sizes)
         return tuple(_put(x, y, first) for x, y in zip(results, found, strict=True))
 
     empty = lax.empty(q.shape, q.dtype), lax.empty(q.shape[:3], jnp.float32)
-    return _for_chunks(chunks, q.shape[1], sizes, q, attend, empty)
+    return _for_chunks(chunks, (indptr, indices, values), sizes, q.shape[1], attend, empty)
 
 
 def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
@@ -86,19 +98,19 @@ def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, si
     config = config_for("query_gradient", sizes.head_dim)
     b, h = (x[..., None, None] for x in jnp.ogrid[: sizes.batch, : sizes.heads])
 
-    def differentiate(first, results):
-        chunk = plan_chunk(first, indptr, indices, values, sizes)
+    def differentiate(chunk, first, results):
         parts = query_gradient(q, k, v, out_bar, lse, delta, chunk, sizes, config)
         of_entries, bias_bar = (by_token(x, sizes) for x in parts)
-        filled = jnp.moveaxis(chunk.entries.filled, 1, 2)[..., None]
+        filled = jnp.moveaxis(chunk.filled, 1, 2)[..., None]
         of_entries = jnp.where(filled[..., None], of_entries.astype(jnp.float32), 0)
         value_bar = jnp.sum(jnp.where(filled, bias_bar, 0), axis=4).swapaxes(1, 2)
         q_bar, values_bar = results
-        values_bar = values_bar.at[b, h, chunk.entries.place].set(value_bar, mode="drop")
+        values_bar = values_bar.at[b, h, chunk.place].set(value_bar, mode="drop")
         return _put(q_bar, jnp.sum(of_entries, axis=3), first), values_bar
 
     results = lax.empty(q.shape, q.dtype), jnp.zeros_like(values)
-    return _for_chunks(chunks, q.shape[1], sizes, q, differentiate, results)
+    pattern = indptr, indices, values
+    return _for_chunks(chunks, pattern, sizes, q.shape[1], differentiate, results)
 
 
 def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
@@ -107,7 +119,8 @@ def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, siz
     config = config_for("key_gradients", sizes.head_dim)
 
     def differentiate(i):
-        chunk = plan_chunk(i * sizes.chunk, indptr, indices, values, sizes)
+        first = jnp.reshape(i * sizes.chunk, 1)
+        chunk = plan_chunks(first, indptr, indices, values, sizes).chunk(0, sizes)
         return key_gradients(q, k, v, out_bar, lse, delta, chunk, sizes, config)
 
     def add(i, total):

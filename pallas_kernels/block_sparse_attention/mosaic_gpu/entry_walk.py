@@ -373,6 +373,6 @@ def _sums_by_tile(lse, delta, chunk: Chunk, sizes: Sizes):
     entry = chunk.tiles[:, HEADER + width : HEADER + 2 * width, None]
     shape = *lse.shape[:2], sizes.heads, sizes.groups
     lse, delta = (x.reshape(shape)[b, token, h] for x in (lse, delta))  # [tiles, R, groups]
-    shift = (lse - chunk.entries.value.ravel()[jnp.maximum(entry, 0)]) * LOG2E
+    shift = (lse - chunk.value.ravel()[jnp.maximum(entry, 0)]) * LOG2E
     sums = jnp.stack([jnp.where(entry >= 0, shift, -hopper.LOWEST), delta], axis=1)
     return sums.reshape(len(sums), 2, width * sizes.groups)
