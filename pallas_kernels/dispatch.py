@@ -46,15 +46,12 @@ class Implementation:
       function: computes the primitive from validated operands.
       why_not_on: from a device to the reason why it cannot run there, or None if it can.
       why_not_for: from the operands, likewise; they may be traced.
-      automatic: whether it may be taken without being named. Not before it has been measured on
-        a device it is written for.
     """
 
     name: str
     function: Callable
     why_not_on: Callable[[jax.Device], str | None] = _nothing
     why_not_for: Callable[..., str | None] = _nothing
-    automatic: bool = True
 
     def __post_init__(self):
         if self.name not in PREFERENCE:
@@ -72,7 +69,6 @@ def for_hopper(package: str, function: str, why_not_for: Callable[..., str | Non
         deferred(f"{package}.mosaic_gpu", function),
         why_not_on=not_hopper,
         why_not_for=why_not_for,
-        automatic=False,
     )
 
 
@@ -129,8 +125,6 @@ def _choose(primitive: str, device: jax.Device, operands: tuple) -> tuple[Implem
         if implementation is None:
             continue
         why_not = implementation.why_not(device, operands)
-        if why_not is None and not implementation.automatic:
-            why_not = "not measured yet, so only when asked for by name"
         if why_not is None:
             return implementation, "; ".join(reasons)
         reasons.append(f"not {name}: {why_not}")

@@ -68,18 +68,6 @@ def test_says_once_which_one_and_why(registry, caplog):
     ]
 
 
-def test_not_measured_means_only_by_name(registry, caplog):
-    unmeasured = Implementation("mosaic_gpu", fast, dispatch.not_hopper, automatic=False)
-    dispatch.register("range_attention", unmeasured)
-    with (
-        dispatch.targeting(device("gpu", "9.0")),
-        caplog.at_level(logging.INFO, logger="pallas_kernels"),
-    ):
-        assert dispatch.select("range_attention", None, [1]) is portable
-        assert dispatch.select("range_attention", "mosaic_gpu", [1]) is fast
-    assert "not mosaic_gpu: not measured yet, so only when asked for by name" in caplog.text
-
-
 def test_deferred_is_imported_by_the_first_call():
     function = dispatch.deferred("no_such_module", "f")
     with pytest.raises(ModuleNotFoundError):

@@ -240,7 +240,7 @@ class _Forward(EntryWalk):
         total = weights.sum(axis=1)
         shape = (HALF, self.sizes.head_dim)
         acc = hopper.multiply(weights.astype(at.v.dtype), at.v_tile.at[key_slot], shape)
-        at.q_tile[slot] = (acc / hopper.along_rows(total, shape)).astype(at.q.dtype)
+        at.q_tile[slot] = (acc * hopper.along_rows(1 / total, shape)).astype(at.q.dtype)
         at.lse_tile[slot] = top * (1 / LOG2E) + jnp.log(total)
         plgpu.commit_smem()
         self.store_entries(tile, slot, (at.q_tile, at.out), (at.lse_tile, at.lse))

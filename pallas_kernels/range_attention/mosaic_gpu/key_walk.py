@@ -180,7 +180,8 @@ class _Forward(KeyWalk):
         pl.when((steps == 0) & deferred)(lambda: self.finish_store(i - 1))
         some = total > 0
         total = jnp.where(some, total, 1.0)
-        at.q_tile[place, self.rows] = (acc / hopper.along_rows(total, acc.shape)).astype(at.q.dtype)
+        normalised = acc * hopper.along_rows(1 / total, acc.shape)
+        at.q_tile[place, self.rows] = normalised.astype(at.q.dtype)
         lse = top * (1 / LOG2E) + jnp.log(total)
         at.lse_tile[place, self.rows] = jnp.where(some, lse, -jnp.inf)
         plgpu.commit_smem()
