@@ -10,6 +10,7 @@ adds what the kernels need besides:
   * in race detection, plain reads of shared memory that TMA then fills again: to arrive at a
     barrier is enough between them, as on the chip
   * barriers whose last phases nobody awaits, as at the end of every ring
+  * a check that copies by TMA begin at multiples of 128 bytes in shared memory, as they must
 
 Race detection has limits: thread blocks run one after another, a wgmma counts as finished when it
 is issued, and a `commit_smem` that is missing before another warpgroup's wgmma is not noticed.
@@ -22,13 +23,14 @@ import types
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax._src import callback, source_info_util
 from jax._src import core as jax_core
 from jax._src.pallas.mosaic_gpu import core as gpu_core
 from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
-from jax._src.state import discharge
+from jax._src.state import discharge, indexing
 from jax._src.state import types as state_types
 
 from pallas_kernels import dispatch
@@ -192,6 +194,35 @@ def _deallocate(self):
         _stock_deallocate(self)
 
 
+def _check_alignment(ref):
+    """Of what TMA copies; a start that is traced counts as a multiple of the slice."""
+    for transform in getattr(ref, "transforms", ()):
+        if not isinstance(transform, indexing.NDIndexer):
+            continue
+        stride = jnp.dtype(ref.dtype).itemsize
+        for size, index in reversed(list(zip(transform.shape, transform.indices, strict=True))):
+            start, unit = (index.start, index.size) if hasattr(index, "start") else (index, 1)
+            offset = (start if isinstance(start, int) else unit) * stride
+            if offset % 128:
+                raise ValueError(
+                    f"TMA copies to or from byte {offset} of {ref}, no multiple of 128"
+                )
+            stride *= size
+
+
+def _load(src, dst, *args, **kwargs):
+    _check_alignment(dst)
+    return _stock_load(src, dst, *args, **kwargs)
+
+
+def _store(src, dst, *args, **kwargs):
+    _check_alignment(src)
+    return _stock_store(src, dst, *args, **kwargs)
+
+
+_stock_load, _stock_store = plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem
+
+
 @contextlib.contextmanager
 def interpret(*, detect_races=False):
     """Runs the Mosaic GPU kernels that are traced in this context on the CPU.
@@ -202,6 +233,7 @@ def interpret(*, detect_races=False):
     jaxpr_interpret.JaxprInterpreter.interpret = _interpret
     gpu_callbacks._barrier_arrive = _arrive
     memory.Barrier.deallocate = _deallocate
+    plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem = _load, _store
     try:
         with plgpu.force_gpu_interpret_mode(params), dispatch.targeting(HOPPER):
             yield
@@ -212,6 +244,7 @@ def interpret(*, detect_races=False):
         jaxpr_interpret.JaxprInterpreter.interpret = _stock_interpret
         gpu_callbacks._barrier_arrive = _stock_arrive
         memory.Barrier.deallocate = _stock_deallocate
+        plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem = _stock_load, _stock_store
 
 
 def races_found():

@@ -30,7 +30,7 @@ from pallas_kernels.mesh_axes import vary_with
 # Entries of a chunk of queries. Partial results are held of all of them, so there should be few,
 # but enough for whole tiles of a block's entries, and not so few that launches dominate.
 _ENTRIES_PER_BLOCK = {"forward": 28, "query_gradient": 16}
-_MIN_ENTRIES = 2**18
+_MIN_ENTRIES = 2**17
 # Of what is planned at once, and of a chunk for dK and dV, which have no partial results.
 _MAX_ENTRIES = 2**27
 
