@@ -258,9 +258,6 @@ def roles(block: Callable, loader_registers: int = 40, computing: int = 2) -> Ca
     return run
 
 
-WARPS = 4  # of a warpgroup
-
-
 def pad(x, axis: int, multiple: int, mode: str = "constant"):
     """Pads an axis to a multiple of a number."""
     missing = -x.shape[axis] % multiple

@@ -18,9 +18,9 @@ from jax import lax
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention.entries import Sizes
 from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import (
+    for_tiles,
     gradient_operands,
     load_entries,
-    load_tiles,
 )
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     BATCH,
@@ -75,32 +75,28 @@ class BlockWalk:
         """Fills the rings, tile after tile."""
         at, copy, groups = self.at, plgpu.copy_gmem_to_smem, self.sizes.groups
 
-        def load_tile(warp, i, turns, tile):
+        def load_tile(i, turns, tile):
             @pl.when(tile.turn >= turns)
             def _():
                 source = tile.batch, self.keys(tile.block), tile.head
                 slot = self.k_ring.claim(tile.turn)
                 ready = self.k_ring.ready.at[slot]
-                pl.when(warp == 0)(lambda: copy(at.k.at[*source], at.k_tile.at[slot], ready))
-                pl.when(warp == 1)(lambda: copy(at.v.at[*source], at.v_tile.at[slot], ready))
+                copy(at.k.at[*source], at.k_tile.at[slot], ready)
+                copy(at.v.at[*source], at.v_tile.at[slot], ready)
 
             slot = self.q_ring.claim(i)
             ready = self.q_ring.ready.at[slot]
-
-            @pl.when(warp == 2)
-            def _():
-                copy(at.sums.at[self.first + i], at.sums_tile.at[slot], ready)
-
+            copy(at.sums.at[self.first + i], at.sums_tile.at[slot], ready)
             load_entries(at.q, at.q_tile.at[slot], ready, tile, groups)
             load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, groups)
             return tile.turn + 1
 
-        load_tiles(at.tiles, self.first, self.count, self.width, load_tile)
+        for_tiles(at.tiles, self.first, self.count, self.width, load_tile)
 
     def keys(self, block):
         """The keys of a block."""
         size = self.sizes.block_size
-        return pl.ds(block * size, size)
+        return pl.ds(pl.multiple_of(block * size, size), size)
 
     def compute(self):
         """Sums dV in the first warpgroup, dK in the second."""
@@ -191,6 +187,7 @@ def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, conf
         "block_sparse_key_gradients",
         hopper.roles(functools.partial(BlockWalk, sizes, config), loader_registers=56),
         programs=config.programs,
+        meets=False,
         operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
         outputs={
             "k_bar": jax.ShapeDtypeStruct(padded, k.dtype),

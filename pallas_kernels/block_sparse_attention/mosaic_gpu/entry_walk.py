@@ -26,63 +26,49 @@ from pallas_kernels.hopper import HALF, LOG2E, Ring
 
 
 class Tile(NamedTuple):
-    """What a warp of a loader needs to know of a tile, int32.
-
-    Attributes:
-      batch: element.
-      head: of keys.
-      block: of keys.
-      turn: the block's number, counted from that of the first tile.
-      first: entry, among the tile's, that this warp loads.
-      tokens: of the entries that this warp loads.
-    """
+    """What a loader needs to know of a tile, int32; `turn` counts blocks from the first tile's."""
 
     batch: jax.Array
     head: jax.Array
     block: jax.Array
     turn: jax.Array
-    first: jax.Array
     tokens: tuple[jax.Array, ...]
 
 
-def load_tiles(tiles, first, count, width, load: Callable):
-    """Calls `load(warp, i, turns, tile)` for `count` tiles, in each of four warps.
+def for_tiles(tiles, first, count, width, visit: Callable):
+    """Calls `visit(i, turns, tile)` for `count` tiles.
 
-    Each warp starts its share of the copies, since a warpgroup as a whole would have all of its
-    threads meet for every copy. A tile is looked up in device memory while the one before is
-    loaded, for that takes long.
+    A tile is looked up in device memory while the one before is visited, for that takes long.
 
     Args:
       tiles: reference to the descriptions.
       first: tile.
       count: of tiles.
-      width: entries of a tile, which the warps share.
-      load: `turns` is how many blocks have been loaded before; it returns how many have after.
+      width: entries of a tile.
+      visit: `turns` is how many blocks have been visited before; it returns how many have after.
     """
-    own = width // hopper.WARPS
 
-    def of_warp(warp):
-        def look_up(i):
-            tile = first + jnp.minimum(i, count - 1)
-            batch, head, block, turn = (tiles[tile, n] for n in (BATCH, HEAD, BLOCK, TURN))
-            tokens = tuple(tiles[tile, HEADER + warp * own + n] for n in range(own))
-            return Tile(batch, head, block, turn - tiles[first, TURN], warp * own, tokens)
+    def look_up(i):
+        tile = first + jnp.minimum(i, count - 1)
+        batch, head, block, turn = (tiles[tile, n] for n in (BATCH, HEAD, BLOCK, TURN))
+        tokens = tuple(tiles[tile, HEADER + n] for n in range(width))
+        return Tile(batch, head, block, turn - tiles[first, TURN], tokens)
 
-        def step(i, state):
-            turns, tile = state
-            following = look_up(i + 1)
-            return load(warp, i, turns, tile), following
+    def step(i, state):
+        turns, tile = state
+        following = look_up(i + 1)
+        return visit(i, turns, tile), following
 
+    @pl.when(count > 0)
+    def _():
         lax.fori_loop(0, count, step, (jnp.int32(0), look_up(0)))
-
-    pl.when(count > 0)(lambda: plgpu.warp_map(of_warp))
 
 
 def load_entries(x, place, ready, tile: Tile, groups: int):
-    """Copies a warp's share of a tile's rows of x [B, T, Hkv * groups, D], entry by entry."""
-    heads = pl.ds(tile.head * groups, groups)
+    """Copies a tile's rows of x [B, T, Hkv * groups, D], entry by entry."""
+    heads = pl.ds(pl.multiple_of(tile.head * groups, groups), groups)
     for n, token in enumerate(tile.tokens):
-        rows = pl.ds((tile.first + n) * groups, groups)
+        rows = pl.ds(n * groups, groups)
         plgpu.copy_gmem_to_smem(x.at[tile.batch, token, heads], place.at[rows], ready)
 
 
@@ -91,7 +77,8 @@ class EntryWalk:
 
     A tile is 64 rows: the query heads of `HALF // groups` entries. The computing warpgroups take
     every so-manieth tile each, and so overlap: one's softmax runs while others multiply. A block's
-    keys stay in shared memory until all have passed its tiles. `at` has the references: q, k, v,
+    keys stay in shared memory until all have passed its tiles. What a warp writes to shared memory
+    only it itself reads, or a copy that begins after all have met. `at` has the references: q, k, v,
     tiles and num_tiles in device memory; q_tile, info_tile, k_tile and v_tile in shared memory; and
     the rings' barriers.
     """
@@ -127,29 +114,25 @@ class EntryWalk:
         """Fills the rings, tile after tile."""
         at, size, copy = self.at, self.sizes.block_size, plgpu.copy_gmem_to_smem
 
-        def load_tile(warp, i, turns, tile):
+        def load_tile(i, turns, tile):
             @pl.when(tile.turn >= turns)
             def _():
-                source = tile.batch, pl.ds(tile.block * size, size), tile.head
+                keys = pl.ds(pl.multiple_of(tile.block * size, size), size)
                 slot = self.k_ring.claim(tile.turn)
                 ready = self.k_ring.ready.at[slot]
-                pl.when(warp == 0)(lambda: copy(at.k.at[*source], at.k_tile.at[slot], ready))
-                pl.when(warp == 1)(lambda: copy(at.v.at[*source], at.v_tile.at[slot], ready))
+                copy(at.k.at[tile.batch, keys, tile.head], at.k_tile.at[slot], ready)
+                copy(at.v.at[tile.batch, keys, tile.head], at.v_tile.at[slot], ready)
 
             slot = self.q_ring.claim(i)
-            self.load_tile(slot, self.q_ring.ready.at[slot], warp, self.first + i, tile)
+            self.load_tile(slot, self.q_ring.ready.at[slot], self.first + i, tile)
             return tile.turn + 1
 
-        load_tiles(at.tiles, self.first, self.count, self.width, load_tile)
+        for_tiles(at.tiles, self.first, self.count, self.width, load_tile)
 
-    def load_tile(self, slot, ready, warp, number, tile: Tile):
-        """Starts a warp's share of the copies that make a tile of some number among all."""
+    def load_tile(self, slot, ready, number, tile: Tile):
+        """Starts the copies that make a tile of some number among all tiles."""
         at = self.at
-
-        @pl.when(warp == 2)
-        def _():
-            plgpu.copy_gmem_to_smem(at.tiles.at[number], at.info_tile.at[slot], ready)
-
+        plgpu.copy_gmem_to_smem(at.tiles.at[number], at.info_tile.at[slot], ready)
         load_entries(at.q, at.q_tile.at[slot], ready, tile, self.sizes.groups)
 
     def compute(self):
@@ -247,14 +230,11 @@ class _Forward(EntryWalk):
 
 
 class _QueryGradient(EntryWalk):
-    def load_tile(self, slot, ready, warp, number, tile):
-        super().load_tile(slot, ready, warp, number, tile)
+    def load_tile(self, slot, ready, number, tile):
+        super().load_tile(slot, ready, number, tile)
         at = self.at
         load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, self.sizes.groups)
-
-        @pl.when(warp == 3)
-        def _():
-            plgpu.copy_gmem_to_smem(at.sums.at[number], at.sums_tile.at[slot], ready)
+        plgpu.copy_gmem_to_smem(at.sums.at[number], at.sums_tile.at[slot], ready)
 
     def compute_tile(self, tile, slot, key_slot, meanwhile):
         """What the block contributes to dQ, and to the gradient of each row's bias."""
@@ -338,6 +318,7 @@ def _team(walk: type[EntryWalk], sizes: Sizes, config: Config):
         "run": hopper.roles(make, loader_registers=40, computing=config.computing),
         "programs": config.programs,
         "warpgroups": config.computing + 1,
+        "meets": False,
     }
 
 
