@@ -38,6 +38,11 @@ def operand_tile(shape, dtype=jnp.bfloat16):
     return plgpu.SMEM(shape, dtype, transforms=swizzled)
 
 
+def crossed_tile(shape, dtype=jnp.float32):
+    """Shared memory for a matrix that is written by columns of 8 and read as its transpose."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 8)),))
+
+
 def shared_memory(scratch, *, reduces: bool) -> int:
     """Bytes of shared memory that a kernel takes.
 
@@ -173,7 +178,15 @@ class Ring:
 
 
 def launch(
-    name: str, run: Callable, *, programs: int, operands, outputs, scratch, warpgroups: int = 3
+    name: str,
+    run: Callable,
+    *,
+    programs: int,
+    operands,
+    outputs,
+    scratch,
+    warpgroups: int = 3,
+    meets: bool = True,
 ):
     """Runs a kernel.
 
@@ -186,6 +199,8 @@ def launch(
       outputs: dict of shapes and dtypes.
       scratch: dict of scratch types, trees of them, or None.
       warpgroups: of a thread block.
+      meets: whether all warps of a warpgroup meet before each copy, and before and after what they
+        write to shared memory. Otherwise `run` sees to it, where they must, by `commit_smem`.
 
     Returns:
       A dict of arrays, like `outputs`.
@@ -212,7 +227,7 @@ def launch(
         num_threads=warpgroups,
         thread_name="warpgroup",
         scratch_types=[scratch],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not meets),
     )(*given.values())
     # plgpu.kernel forgets over which axes of a mesh (shard_map) its results vary.
     axes = frozenset().union(*map(varying, given.values()))

@@ -84,9 +84,11 @@ def test_the_largest_candidate_keeps_to_registers(name):
         kernel.candidates(head_dim),
         key=lambda x: (getattr(x, "step", 0), kernel.shared_memory(head_dim, x)),
     )
-    (found,) = compile_for("h200", *abstract_call(kernel, head_dim, config)).kernels
-    assert found.spill_store_bytes == found.spill_load_bytes == 0
-    assert not found.notes
+    kernels = compile_for("h200", *abstract_call(kernel, head_dim, config)).kernels
+    assert kernels
+    for found in kernels:
+        assert found.spill_store_bytes == found.spill_load_bytes == 0
+        assert not found.notes
 
 
 def content(**changes):
@@ -128,7 +130,7 @@ def test_tuned_configs_are_those_of_the_device(path):
 
 
 def test_kernels_are_launched_as_tuned(path, monkeypatch):
-    config = selection.Config(stages=2, programs=132)
+    config = selection.Config(stages=6, programs=264)
     kernel = KERNELS["block_selection.select"]
     tuning.store(path, KIND, kernel, 64, config, {})
     seen = []
@@ -142,7 +144,7 @@ def test_kernels_are_launched_as_tuned(path, monkeypatch):
             ),
             u, c,
         )  # fmt: skip
-    assert seen == [132]
+    assert seen == [264]
 
 
 def test_files_lie_in_the_package_unless_told_otherwise(tmp_path, monkeypatch):

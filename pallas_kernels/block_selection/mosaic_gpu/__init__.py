@@ -1,0 +1,89 @@
+"""Selection of the best blocks on Hopper GPUs (Pallas Mosaic GPU, sm_90): exact, in two kernels.
+
+The first finds for each query the K best groups of 8 neighbouring blocks, by the best score of
+each (`search`); the K best blocks lie in them. The second scores the blocks of those groups
+(`rescoring`). Scores of all blocks never reach device memory.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels import hopper, tuning
+from pallas_kernels.block_selection import xla
+from pallas_kernels.block_selection.gradients import select_bwd
+from pallas_kernels.block_selection.mosaic_gpu import rescoring, search
+from pallas_kernels.block_selection.mosaic_gpu.configs import MOST, Config, Sizes, grid
+
+
+def _scratch(dim: int, config: Config):
+    """That of the kernel which needs more."""
+    return max(
+        (kernel.scratch(Sizes(1, 8, 1, dim, MOST), config) for kernel in (search, rescoring)),
+        key=functools.partial(hopper.shared_memory, reduces=True),
+    )
+
+
+KERNELS = {
+    "select": tuning.Kernel(
+        "block_selection",
+        "select",
+        (64, 128),
+        default=lambda dim: Config(),
+        grid=grid,
+        scratch=_scratch,
+        reduces=True,
+    )
+}
+
+
+def config_for(dim: int) -> Config:
+    """How the kernels are cut for features of a width."""
+    return tuning.choose(KERNELS["select"], dim)
+
+
+def select(u, c, limit, start, *, count: int, config: Config):
+    """index int32 and score f32 [B, T, Hkv, count].
+
+    Args:
+      u: [B, T, Hkv, d].
+      c: [B, Nb, Hkv, d].
+      limit: int32 [B, T], at most Nb; T and Nb are multiples of 8.
+      start: int32 [B, T], at least 0.
+      count: K, at most 64.
+      config: of the kernels.
+    """
+    width = 8 if count <= 8 else -(-count // 16) * 16
+    sizes = Sizes(*u.shape, width)
+    group = search.find_groups(u, c, limit, start, sizes, config)
+    found = rescoring.score_groups(u, c, group, limit, start, sizes, config)
+    index, score = (x[..., :count] for x in found)
+    return index, score
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _select(u, c, limit, start, count):
+    tokens = u.shape[1]
+    padded = [hopper.pad(x, 1, 8) for x in (u, c, limit, start)]
+    config = config_for(u.shape[3])
+    find = hopper.batchable(functools.partial(select, count=count, config=config))
+    index, score = find(*padded)
+    return index[:, :tokens], score[:, :tokens]
+
+
+def _select_fwd(u, c, limit, start, count):
+    results = _select(u, c, limit, start, count)
+    index, score = checkpoint_name(results, "block_selection")
+    return (index, score), (u, c, index)
+
+
+_select.defvjp(_select_fwd, select_bwd)
+
+
+def select_blocks(u, c, limit, start, count):
+    """See `pallas_kernels.block_selection.select_blocks`; `limit` and `start` are int32 [B, T]."""
+    if 0 in (*u.shape, c.shape[1], count):
+        return xla.select_blocks(u, c, limit, start, count)
+    return _select(u, c, jnp.minimum(limit, c.shape[1]), jnp.maximum(start, 0), count)
