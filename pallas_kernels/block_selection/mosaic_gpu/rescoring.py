@@ -182,4 +182,8 @@ def score_groups(u, c, group, limit, start, sizes: Sizes, config: Config):
     )  # fmt: skip
     column, score = results["column"], results["score"]
     group = jnp.take_along_axis(group, column // GROUP, axis=3, mode="clip")
-    return jnp.where(score > -jnp.inf, group * GROUP + column % GROUP, -1), score
+    found = score > -jnp.inf
+    index = jnp.where(found, group * GROUP + column % GROUP, -1)
+    # A choice that changes nothing: where a kernel's result is put into a larger array as it is,
+    # XLA (JAX 0.11.2) runs the kernel once for that, and again for whoever else uses the result.
+    return index, jnp.where(found, score, -jnp.inf)

@@ -76,11 +76,13 @@ class EntryWalk:
     """A thread block that walks over its share of the tiles, which are sorted by block.
 
     A tile is 64 rows: the query heads of `HALF // groups` entries. The computing warpgroups take
-    every so-manieth tile each, and so overlap: one's softmax runs while others multiply. A block's
-    keys stay in shared memory until all have passed its tiles. What a warp writes to shared memory
-    only it itself reads, or a copy that begins after all have met. `at` has the references: q, k, v,
-    tiles and num_tiles in device memory; q_tile, info_tile, k_tile and v_tile in shared memory; and
-    the rings' barriers.
+    tiles in turns, and so overlap: one's softmax runs while others multiply. A block's keys stay in
+    shared memory until all have passed its tiles. `at` has the references: q, k, v, tiles and
+    num_tiles in device memory; q_tile, info_tile, k_tile and v_tile in shared memory; and the
+    rings' barriers.
+
+    Warps need not meet: what one writes to shared memory is read by itself, or by a copy that
+    begins after `commit_smem`, where they do.
     """
 
     def __init__(self, sizes: Sizes, config: Config, at):
