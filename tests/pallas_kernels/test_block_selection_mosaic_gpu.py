@@ -78,10 +78,17 @@ class TestSmall:
         np.testing.assert_array_equal(index, expected[0])
         np.testing.assert_allclose(score, expected[1], rtol=1e-5, atol=1e-5)
 
-    def test_scores_in_the_worst_order(self, hopper):
+    @pytest.mark.parametrize("rising", [True, False])
+    def test_scores_in_order(self, hopper, rising):
+        """Each step is better than all before, or none is; in bf16 there are ties from 256 on."""
         u = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
-        c = jnp.broadcast_to(jnp.arange(200.0)[:, None, None], (1, 200, 1, 64)).astype(jnp.bfloat16)
-        assert_right(u, c, np.full(64, 200), np.zeros(64, int), 16)
+        c = jnp.arange(1100.0)[:: 1 if rising else -1, None, None].astype(jnp.bfloat16)
+        c = jnp.broadcast_to(c, (1, 1100, 1, 64))
+        limit = np.arange(64) * 18
+        index, score = jax.jit(lambda u, c: select(u, c, limit, 16))(u, c)
+        wide = (x.astype(jnp.float32) for x in (u, c))
+        expected = select_blocks(*wide, limit, 16, implementation="xla")
+        assert_same_bits((index, score), expected)
 
     def test_what_may_not_be_selected_may_be_nan(self, hopper):
         u, c, limit, start = make(2, 1, 40, 150, 1, 64)
@@ -151,8 +158,6 @@ def test_keeps_to_registers(target, dim, count):
     assert len(compilation.kernels) == 2
     for kernel in compilation.kernels:
         assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0
-        # Three thread blocks that search share a multiprocessor's 65,536 registers.
-        assert kernel.registers <= 168 or count > 16 or "score" in kernel.name
     assert compilation.temporary_bytes < 2**24 + 2 * count * 2**23  # groups and columns
 
 

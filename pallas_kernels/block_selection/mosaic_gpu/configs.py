@@ -23,7 +23,7 @@ class Config:
     """
 
     stages: int = 4
-    programs: int = 3 * hopper.MULTIPROCESSORS
+    programs: int = 2 * hopper.MULTIPROCESSORS
     places: int = 3
 
 
@@ -60,5 +60,5 @@ class Sizes:
 
 def grid(dim: int) -> Iterator[Config]:
     """Configs that are worth trying."""
-    for stages, share, places in itertools.product((4, 6), (2, 3, 4), (2, 3)):
+    for stages, share, places in itertools.product((4, 6, 8), (1, 2), (2, 3)):
         yield Config(stages, share * hopper.MULTIPROCESSORS, places)

@@ -64,9 +64,9 @@ def take_best(scores, numbers, origin, best: Best) -> Best:
 
     Args:
       scores: f32.
-      numbers: of the columns, f32 [64, N], ascending.
-      origin: what is added to a column's number.
-      best: candidates with lower numbers.
+      numbers: f32 [64, N], all different where a score is not -inf.
+      origin: what is added to them.
+      best: the lists; none of their candidates is as good as one of these with a lower number.
     """
 
     def goes_on(state):
@@ -81,6 +81,62 @@ def take_best(scores, numbers, origin, best: Best) -> Best:
         return scores, scores.max(axis=1), best
 
     return lax.while_loop(goes_on, take, (scores, scores.max(axis=1), best))[2]
+
+
+class Waiting(NamedTuple):
+    """Candidates that are not in a list yet, one in each column at most: f32 [64, N] both."""
+
+    score: jax.Array
+    number: jax.Array
+
+
+def none_waiting(width: int) -> Waiting:
+    """Of no candidates."""
+    return Waiting(hopper.full((HALF, width), -jnp.inf), hopper.full((HALF, width), -1))
+
+
+def add(scores, numbers, waiting: Waiting, best: Best) -> tuple[Waiting, Best]:
+    """Lets candidates wait, and makes room for those that may not be forgotten.
+
+    Of two candidates in a column the better one waits; the other is forgotten, unless it is better
+    than the worst of its list: as long as there is such a one in any row, the best that waits in
+    each row goes to its list. So fewer rounds are taken than if all went there at once: as many as
+    the rows need on average, more or less, not as the one that needs most.
+
+    Args:
+      scores: f32 [64, N].
+      numbers: f32 [64, N], higher than all before. So what goes to a list from a row is always the
+        best that waits there, and of equal scores the lowest number: a list never has a candidate
+        that is as good as a forgotten one, but has a higher number.
+      waiting: candidates of before.
+      best: the lists.
+    """
+    shape = scores.shape
+    later = scores > waiting.score
+
+    def goes_on(state):
+        _, _, top, best = state
+        return any_better(top, best)
+
+    def take(state):
+        (score, number), (other, other_number), _, best = state
+        top = score.max(axis=1)
+        first = lowest(score == along_rows(top, shape), number)
+        taken = number == along_rows(first, shape)
+        waiting = Waiting(jnp.where(taken, other, score), jnp.where(taken, other_number, number))
+        other = jnp.where(taken, -jnp.inf, other)
+        best = insert(best, top, first)
+        return waiting, Waiting(other, other_number), other.max(axis=1), best
+
+    others = Waiting(
+        jnp.where(later, waiting.score, scores), jnp.where(later, waiting.number, numbers)
+    )
+    waiting = Waiting(
+        jnp.where(later, scores, waiting.score), jnp.where(later, numbers, waiting.number)
+    )
+    state = waiting, others, others.score.max(axis=1), best
+    waiting, _, _, best = lax.while_loop(goes_on, take, state)
+    return waiting, best
 
 
 def ascending(number):

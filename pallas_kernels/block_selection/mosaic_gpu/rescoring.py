@@ -1,7 +1,7 @@
 """The best blocks of each query among the blocks of its groups.
 
-A query's groups are copied next to each other, and multiplied with its whole tile of 64 queries,
-of which one row is kept: so a tile's scores add up to 64 queries and their own 128 candidates.
+A query's groups are copied next to each other, and multiplied with the 8 queries around it, of
+which one column is kept. The scores of 64 queries gather in shared memory, and are read across.
 """
 
 import functools
@@ -116,7 +116,7 @@ class _Walk:
             return hopper.keep(scores, 1, *(x - part * self.candidates for x in bounds))
 
         def columns():
-            # Kept in registers meanwhile; made from an iota they would be made in each round.
+            # Loaded once a step: an iota might be converted in each round.
             number = plgpu.load(at.columns, layout=hopper.COLUMN, optimized=False)
             return hopper.along_columns(number, (HALF, self.candidates))
 

@@ -3,7 +3,7 @@
 A tile of 64 queries walks over its blocks, 512 a step: eight products of 64 queries and 64 blocks,
 one block of each group, whose maximum is a tile of 64 queries and 64 groups. Of that, a warpgroup
 keeps the best of each query in registers. A thread block is one warpgroup, since the reduction
-that asks whether any query goes on has one place in shared memory; several of them share a
+that asks whether any query goes on has one place in shared memory; two of them share a
 multiprocessor.
 """
 
@@ -83,18 +83,19 @@ class _Walk:
 
         pl.loop(0, jnp.minimum(tiles, stages))(load)
 
-        def step(masked, s, best):
+        def step(masked, s, state):
             n = (s - first) * GROUP
             maxima = self._maxima(s * STEP, turn + n, masked, lambda j: replace(n + j))
-            # Kept in registers meanwhile; made from an iota they would be made in each round.
+            # Loaded once a step: an iota might be converted in each round.
             columns = plgpu.load(at.columns, layout=hopper.COLUMN, optimized=False)
-            columns = hopper.along_columns(columns, maxima.shape)
-            return lists.take_best(maxima, columns, (s * HALF).astype(jnp.float32), best)
+            groups = (s * HALF).astype(jnp.float32) + hopper.along_columns(columns, maxima.shape)
+            return lists.add(maxima, groups, *state)
 
-        best = lists.nothing(self.sizes.count)
-        best = lax.fori_loop(first, whole_first, functools.partial(step, True), best)
-        best = lax.fori_loop(whole_first, whole_stop, functools.partial(step, False), best)
-        best = lax.fori_loop(whole_stop, stop, functools.partial(step, True), best)
+        state = lists.none_waiting(HALF), lists.nothing(self.sizes.count)
+        state = lax.fori_loop(first, whole_first, functools.partial(step, True), state)
+        state = lax.fori_loop(whole_first, whole_stop, functools.partial(step, False), state)
+        waiting, best = lax.fori_loop(whole_stop, stop, functools.partial(step, True), state)
+        best = lists.take_best(waiting.score, waiting.number, 0.0, best)
         group = lists.ascending(best.number)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
         at.group_tile[...] = jnp.where(group < lists.NOTHING, group, -1.0).astype(jnp.int32)
