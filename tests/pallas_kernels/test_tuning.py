@@ -15,7 +15,7 @@ from pallas_kernels.block_selection import mosaic_gpu as selection
 from pallas_kernels.block_sparse_attention import mosaic_gpu as block_sparse
 from pallas_kernels.block_sparse_attention.entries import Sizes
 from pallas_kernels.block_sparse_attention.mosaic_gpu import block_walk, entry_walk
-from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunk
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunks
 from pallas_kernels.range_attention import mosaic_gpu as range_attention
 from pallas_kernels.range_attention.mosaic_gpu import key_walk, query_walk
 
@@ -47,11 +47,10 @@ def abstract_call(kernel, head_dim, config):
         bias = shape((1, heads, tokens), jnp.float32)
         return functools.partial(f, scale=1.0, config=config), q, k, k, bound, bound, bias, *more
     sizes = Sizes(1, heads, groups, head_dim, tokens, 64, tokens // 64, count, tokens, 1.0)
-    width = (hopper.HALF if kernel.function == "key_gradients" else hopper.ROWS) // groups
     indptr, entries = (shape((1, heads, n), jnp.int32) for n in (tokens + 1, tokens * count))
     chunk = jax.eval_shape(
-        lambda *x: plan_chunk(0, *x, sizes, width), indptr, entries,
-        shape(entries.shape, jnp.float32),
+        lambda *x: plan_chunks(jnp.zeros(1, jnp.int32), *x, sizes).chunk(0, sizes),
+        indptr, entries, shape(entries.shape, jnp.float32),
     )  # fmt: skip
     return lambda *x: f(*x, sizes, config), q, k, k, *more, chunk
 
