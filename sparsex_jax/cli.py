@@ -28,6 +28,7 @@ COMMANDS = {
     "train": Command("train", "train a model from a preset, or go on where a run stands"),
     "eval": Command("evaluate", "score a model: `sparsex eval needle`"),
     "bench": Command("bench", "speed against dense attention, and errors at length"),
+    "profile": Command("profile", "the GPU's kernels that the attention spends its time in"),
     "report": Command("report", "tables and plots of what is in results/"),
     "tune": Command("tune", "find the fastest configs of the kernels on this Hopper GPU"),
     "info": Command("info", "devices, versions, and the kernel that each primitive would take"),
@@ -39,7 +40,7 @@ DEBUG = "SPARSEX_DEBUG"
 
 def usage() -> str:
     """Help of the program itself."""
-    lines = (f"  {name:<7}{command.summary}" for name, command in COMMANDS.items())
+    lines = (f"  {name:<9}{command.summary}" for name, command in COMMANDS.items())
     return "\n".join((
         "usage: sparsex COMMAND [arguments]",
         "",
