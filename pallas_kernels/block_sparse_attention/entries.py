@@ -63,7 +63,7 @@ def sort_entries(first, indptr, indices, values, sizes: Sizes) -> Entries:
     """The entries of chunks; the sort is stable, so of a column the earlier queries come first.
 
     Args:
-      first: tokens of the chunks, int32 [C]; those past the last token have no entries.
+      first: the first token of each chunk, int32 [C]; tokens past the last have no entries.
       indptr: int32 [B, Hkv, T + 1].
       indices: int32 [B, Hkv, E].
       values: [B, Hkv, E].

@@ -17,10 +17,12 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention.entries import Sizes
-from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import (
+from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import gradient_operands
+from pallas_kernels.block_sparse_attention.mosaic_gpu.loading import (
     for_tiles,
-    gradient_operands,
+    load_block,
     load_entries,
+    turn_of,
 )
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     BATCH,
@@ -68,28 +70,19 @@ class BlockWalk:
 
     def turn(self, i):
         """The number of own tile i's block, among those of this thread block."""
-        tiles = self.at.tiles
-        return tiles[self.first + i, TURN] - tiles[self.first, TURN]
+        return turn_of(self.at.tiles, self.first, i)
 
     def load(self):
         """Fills the rings, tile after tile."""
-        at, copy, groups = self.at, plgpu.copy_gmem_to_smem, self.sizes.groups
+        at, groups = self.at, self.sizes.groups
 
         def load_tile(i, turns, tile):
-            @pl.when(tile.turn >= turns)
-            def _():
-                source = tile.batch, self.keys(tile.block), tile.head
-                slot = self.k_ring.claim(tile.turn)
-                ready = self.k_ring.ready.at[slot]
-                copy(at.k.at[*source], at.k_tile.at[slot], ready)
-                copy(at.v.at[*source], at.v_tile.at[slot], ready)
-
+            load_block(at, self.k_ring, turns, tile, self.sizes.block_size)
             slot = self.q_ring.claim(i)
             ready = self.q_ring.ready.at[slot]
-            copy(at.sums.at[self.first + i], at.sums_tile.at[slot], ready)
+            plgpu.copy_gmem_to_smem(at.sums.at[self.first + i], at.sums_tile.at[slot], ready)
             load_entries(at.q, at.q_tile.at[slot], ready, tile, groups)
             load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, groups)
-            return tile.turn + 1
 
         for_tiles(at.tiles, self.first, self.count, self.width, load_tile)
 

@@ -1,8 +1,6 @@
 """Forward and dQ: tiles of queries that chose the same block, with results per entry."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -12,64 +10,23 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention.entries import Sizes
+from pallas_kernels.block_sparse_attention.mosaic_gpu.loading import (
+    Tile,
+    for_tiles,
+    load_block,
+    load_entries,
+    turn_of,
+)
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     BATCH,
     BLOCK,
     DESCRIPTION,
     HEAD,
     HEADER,
-    TURN,
     Chunk,
     Config,
 )
 from pallas_kernels.hopper import HALF, LOG2E, Ring
-
-
-class Tile(NamedTuple):
-    """What a loader needs to know of a tile, int32; `turn` counts blocks from the first tile's."""
-
-    batch: jax.Array
-    head: jax.Array
-    block: jax.Array
-    turn: jax.Array
-    tokens: tuple[jax.Array, ...]
-
-
-def for_tiles(tiles, first, count, width, visit: Callable):
-    """Calls `visit(i, turns, tile)` for `count` tiles.
-
-    A tile is looked up in device memory while the one before is visited, for that takes long.
-
-    Args:
-      tiles: reference to the descriptions.
-      first: tile.
-      count: of tiles.
-      width: entries of a tile.
-      visit: `turns` is how many blocks have been visited before; it returns how many have after.
-    """
-
-    def look_up(i):
-        tile = first + jnp.minimum(i, count - 1)
-        batch, head, block, turn = (tiles[tile, n] for n in (BATCH, HEAD, BLOCK, TURN))
-        tokens = tuple(tiles[tile, HEADER + n] for n in range(width))
-        return Tile(batch, head, block, turn - tiles[first, TURN], tokens)
-
-    def step(i, state):
-        turns, tile = state
-        following = look_up(i + 1)
-        return visit(i, turns, tile), following
-
-    @pl.when(count > 0)
-    def _():
-        lax.fori_loop(0, count, step, (jnp.int32(0), look_up(0)))
-
-
-def load_entries(x, place, ready, tile: Tile, groups: int):
-    """Copies a tile's rows of x [B, T, Hkv * groups, D], entry by entry."""
-    heads = pl.ds(pl.multiple_of(tile.head * groups, groups), groups)
-    for n, token in enumerate(tile.tokens):
-        rows = pl.ds(n * groups, groups)
-        plgpu.copy_gmem_to_smem(x.at[tile.batch, token, heads], place.at[rows], ready)
 
 
 class EntryWalk:
@@ -109,27 +66,17 @@ class EntryWalk:
 
     def turn(self, i):
         """The number of own tile i's block, among those of this thread block."""
-        tiles = self.at.tiles
-        return tiles[self.first + i, TURN] - tiles[self.first, TURN]
+        return turn_of(self.at.tiles, self.first, i)
 
     def load(self):
         """Fills the rings, tile after tile."""
-        at, size, copy = self.at, self.sizes.block_size, plgpu.copy_gmem_to_smem
 
         def load_tile(i, turns, tile):
-            @pl.when(tile.turn >= turns)
-            def _():
-                keys = pl.ds(pl.multiple_of(tile.block * size, size), size)
-                slot = self.k_ring.claim(tile.turn)
-                ready = self.k_ring.ready.at[slot]
-                copy(at.k.at[tile.batch, keys, tile.head], at.k_tile.at[slot], ready)
-                copy(at.v.at[tile.batch, keys, tile.head], at.v_tile.at[slot], ready)
-
+            load_block(self.at, self.k_ring, turns, tile, self.sizes.block_size)
             slot = self.q_ring.claim(i)
             self.load_tile(slot, self.q_ring.ready.at[slot], self.first + i, tile)
-            return tile.turn + 1
 
-        for_tiles(at.tiles, self.first, self.count, self.width, load_tile)
+        for_tiles(self.at.tiles, self.first, self.count, self.width, load_tile)
 
     def load_tile(self, slot, ready, number, tile: Tile):
         """Starts the copies that make a tile of some number among all tiles."""
@@ -142,7 +89,11 @@ class EntryWalk:
         own, last = self.config.computing, self.count - 1
 
         def advance(held, turn):
-            """Passes from block to block; each waits for all, for so barriers count."""
+            """Goes on to a block.
+
+            A warpgroup waits for the blocks on the way, too, though it has no tile of them: each
+            must see every phase of a barrier.
+            """
 
             def next_block(turn, _):
                 pl.when(turn > 0)(lambda: self.k_ring.release(turn - 1))

@@ -96,7 +96,7 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes) -> Plan:
     """Plans all chunks of queries at once, since a plan is many small launches.
 
     Args:
-      first: tokens of the chunks, int32 [C].
+      first: the first token of each chunk, int32 [C].
       indptr: int32 [B, Hkv, T + 1].
       indices: int32 [B, Hkv, E].
       values: f32 [B, Hkv, E].
