@@ -11,6 +11,8 @@ adds what the kernels need besides:
     barrier is enough between them, as on the chip
   * barriers whose last phases nobody awaits, as at the end of every ring
   * a check that copies by TMA begin at multiples of 128 bytes in shared memory, as they must
+  * a check that copies to device memory end within rows: without a swizzle Mosaic may copy bytes
+    as they lie, and what is past the end of a row falls into the next
 
 Race detection has limits: thread blocks run one after another, a wgmma counts as finished when it
 is issued, and a `commit_smem` that is missing before another warpgroup's wgmma is not noticed.
@@ -210,6 +212,21 @@ def _check_alignment(ref):
             stride *= size
 
 
+def _check_ends(src, dst):
+    """Of what leaves shared memory; a start that is traced counts as a multiple of the slice."""
+    if any(isinstance(x, gpu_core.UnswizzleRef) for x in getattr(src, "transforms", ())):
+        return
+    for transform in getattr(dst, "transforms", ()):
+        if not isinstance(transform, indexing.NDIndexer):
+            continue
+        for size, index in zip(transform.shape, transform.indices, strict=True):
+            if isinstance(index, indexing.Slice) and size % index.size:
+                raise ValueError(
+                    f"A copy without a swizzle may reach past the end of a row: of {dst} it takes"
+                    f" {index.size} of {size}, no multiple"
+                )
+
+
 def _load(src, dst, *args, **kwargs):
     _check_alignment(dst)
     return _stock_load(src, dst, *args, **kwargs)
@@ -217,6 +234,7 @@ def _load(src, dst, *args, **kwargs):
 
 def _store(src, dst, *args, **kwargs):
     _check_alignment(src)
+    _check_ends(src, dst)
     return _stock_store(src, dst, *args, **kwargs)
 
 

@@ -52,7 +52,7 @@ class TestSmall:
         cut_small(monkeypatch, mosaic_gpu, programs=2)
 
     @pytest.mark.parametrize(
-        ("shape", "count"), [((1, 64, 100, 1, 64), 8), ((2, 75, 300, 2, 64), 16)]
+        ("shape", "count"), [((2, 75, 100, 1, 64), 8), ((2, 75, 300, 2, 64), 16)]
     )
     def test_selection(self, hopper, shape, count):
         assert_right(*make(0, *shape), count)

@@ -59,8 +59,9 @@ class TestSmall:
         arrays = bfloat16_operands(1, tokens, tokens, num_kv_heads, groups, 64)
         assert_accurate(arrays, *window(tokens, size, block))
 
-    def test_wide_heads(self, hopper):
-        arrays = bfloat16_operands(1, 136, 136, 1, 2, 128, biased=True)
+    @pytest.mark.parametrize("dim", [128, 256])
+    def test_wide_heads(self, hopper, dim):
+        arrays = bfloat16_operands(1, 136, 136, 1, 2, dim, biased=True)
         assert_accurate(arrays, *window(136, 96, 32))
 
     def test_ragged_ranges_twice(self, hopper):

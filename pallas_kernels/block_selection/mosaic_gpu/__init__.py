@@ -15,7 +15,8 @@ from pallas_kernels import hopper, tuning
 from pallas_kernels.block_selection import xla
 from pallas_kernels.block_selection.gradients import select_bwd
 from pallas_kernels.block_selection.mosaic_gpu import rescoring, search
-from pallas_kernels.block_selection.mosaic_gpu.configs import MOST, Config, Sizes, grid
+from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, MOST, Config, Sizes, grid
+from pallas_kernels.hopper import HALF
 
 
 def _scratch(dim: int, config: Config):
@@ -50,7 +51,7 @@ def select(u, c, limit, start, *, count: int, config: Config):
     Args:
       u: [B, T, Hkv, d].
       c: [B, Nb, Hkv, d].
-      limit: int32 [B, T], at most Nb; T and Nb are multiples of 8.
+      limit: int32 [B, T], at most Nb; T is a multiple of 64, Nb of 8.
       start: int32 [B, T], at least 0.
       count: K, at most 64.
       config: of the kernels.
@@ -66,10 +67,12 @@ def select(u, c, limit, start, *, count: int, config: Config):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _select(u, c, limit, start, count):
     tokens = u.shape[1]
-    padded = [hopper.pad(x, 1, 8) for x in (u, c, limit, start)]
+    # Whole tiles of queries: what a copy has past the end of a row falls into the next.
+    u, limit, start = (hopper.pad(x, 1, HALF) for x in (u, limit, start))
+    c = hopper.pad(c, 1, GROUP)
     config = config_for(u.shape[3])
     find = hopper.batchable(functools.partial(select, count=count, config=config))
-    index, score = find(*padded)
+    index, score = find(u, c, limit, start)
     return index[:, :tokens], score[:, :tokens]
 
 

@@ -40,7 +40,7 @@ class Sizes:
     @property
     def tiles(self):
         """Of 64 queries."""
-        return -(-self.tokens // HALF)
+        return self.tokens // HALF
 
     @property
     def items(self):

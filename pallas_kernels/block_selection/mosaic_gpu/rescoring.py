@@ -31,7 +31,6 @@ def _plan(group, start, limit, sizes: Sizes):
     cut = (jnp.max(group, axis=3) + 1) * GROUP - limit[..., None]
     high = found * GROUP - jnp.maximum(cut, 0)
     bounds = jnp.stack([jnp.maximum(low, 0), jnp.where(found > 0, high, 0)])
-    bounds = hopper.pad(bounds, 2, HALF)
     bounds = bounds.reshape(2, sizes.batch, sizes.tiles, HALF, sizes.heads)
     return bounds.transpose(1, 4, 2, 0, 3)
 

@@ -28,7 +28,7 @@ def _plan(start, limit, sizes: Sizes):
     that all queries see whole.
     """
     shape = sizes.batch, sizes.tiles, HALF
-    start, limit = (hopper.pad(x, 1, HALF).reshape(shape) for x in (start, limit))
+    start, limit = (x.reshape(shape) for x in (start, limit))
     last = jnp.max(jnp.where(start < limit, limit, 0), axis=2)
     first = jnp.min(jnp.where(start < limit, start, jnp.iinfo(jnp.int32).max), axis=2)
     first = jnp.minimum(first, last) // STEP

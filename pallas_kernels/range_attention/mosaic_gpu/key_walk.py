@@ -146,19 +146,27 @@ class KeyWalk:
 class _Forward(KeyWalk):
     def compute(self):
         """Attends, item after item, while the other warpgroup's softmax has the other units."""
-
-        def take_turn():
-            plgpu.barrier_arrive(self.at.turn)
-            plgpu.barrier_wait(self.at.turn)
-
-        pl.when(self.at.warpgroup == 1)(take_turn)
-        item = functools.partial(self._compute_item, take_turn)
-        lax.fori_loop(0, self.own_items, item, jnp.int32(0))
-        pl.when(self.at.warpgroup == 0)(take_turn)
-        if self.config.places > 1:
+        attend, first_turn = self._attend, jnp.int32(0)
+        if self.config.places == 1:
+            # Who is ahead cannot get the next item before the other has finished this one.
+            lax.fori_loop(0, self.own_items, functools.partial(self._alternate, attend), first_turn)
+        else:
+            self._alternate(lax.fori_loop, 0, self.own_items, attend, first_turn)
             self.finish_store(self.own_items - 1)
 
-    def _compute_item(self, take_turn, i, turn):
+    def _take_turn(self):
+        """Lets the other warpgroup go on by half a step, and waits for it to do so."""
+        plgpu.barrier_arrive(self.at.turn)
+        plgpu.barrier_wait(self.at.turn)
+
+    def _alternate(self, run, *args):
+        """Returns run(*args), in which the second warpgroup is half a step behind the first."""
+        pl.when(self.at.warpgroup == 1)(self._take_turn)
+        result = run(*args)
+        pl.when(self.at.warpgroup == 0)(self._take_turn)
+        return result
+
+    def _attend(self, i, turn):
         at, head_dim = self.at, self.sizes.head_dim
         place = self.q_ring.receive(i)
         # With several places, results are on their way out while the next item has begun.
@@ -167,7 +175,7 @@ class _Forward(KeyWalk):
         def step(hide, j, carry):
             def meanwhile():
                 pl.when((j == 0) & deferred)(lambda: self.finish_store(i - 1))
-                take_turn()
+                self._take_turn()
 
             return self._step(place, turn + j, hide, meanwhile, carry)
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -177,6 +178,10 @@ class QueryWalk:
 def key_gradients(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale, config: Config):
     """dK, dV [B, N, Hkv, D] and the bias' gradient, f32 [B, Hkv, N] or None."""
     sizes = Sizes.of(q, k, key_bias, scale)
+    outputs = {"k_bar": k, "v_bar": v}
+    if sizes.biased:  # for whole tiles: what a copy has past the end of a row falls into the next
+        shape = sizes.batch, sizes.num_kv_heads, sizes.key_tiles * ROWS
+        outputs["bias_bar"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     results = hopper.launch(
         "range_key_gradients",
         hopper.roles(functools.partial(QueryWalk, sizes, config), loader_registers=24),
@@ -186,7 +191,8 @@ def key_gradients(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale, 
             "bias": key_bias, "out_bar": out_bar, "ranges": jnp.stack([start, end], axis=1),
             "sums": jnp.stack([lse, delta], axis=-1).transpose(0, 2, 3, 1),
         },
-        outputs={"k_bar": k, "v_bar": v} | ({"bias_bar": key_bias} if sizes.biased else {}),
+        outputs=outputs,
         scratch=QueryWalk.scratch(sizes, config),
     )  # fmt: skip
-    return results["k_bar"], results["v_bar"], results.get("bias_bar")
+    bias_bar = results["bias_bar"][..., : sizes.num_keys] if sizes.biased else None
+    return results["k_bar"], results["v_bar"], bias_bar
