@@ -18,13 +18,13 @@ class Config:
 
     Attributes:
       stages: tiles of 64 blocks in shared memory at a time, in the search for groups.
-      programs: thread blocks at most.
-      places: queries whose candidates are in shared memory at a time.
+      places: queries whose candidates are in shared memory at a time, in the rescoring.
+      programs: thread blocks of the search at most; the rescoring has two for each.
     """
 
-    stages: int = 4
-    programs: int = 2 * hopper.MULTIPROCESSORS
+    stages: int
     places: int = 3
+    programs: int = hopper.MULTIPROCESSORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,28 +37,26 @@ class Sizes:
     dim: int
     count: int
 
-    @property
-    def tiles(self):
-        """Of 64 queries."""
-        return self.tokens // HALF
+    def tiles(self, rows: int):
+        """Of so many queries."""
+        return -(-self.tokens // rows)
 
-    @property
-    def items(self):
+    def items(self, rows: int):
         """Tiles of one head."""
-        return self.batch * self.tiles * self.heads
+        return self.batch * self.tiles(rows) * self.heads
 
     @property
     def part(self):
         """Groups of a query that are scored at a time."""
         return min(self.count, 16) if self.count <= 32 else 8  # what registers hold
 
-    def locate(self, item):
+    def locate(self, item, rows: int):
         """(batch element, tile, KV head) of an item."""
         tile, h = item // self.heads, item % self.heads
-        return tile // self.tiles, tile % self.tiles, h
+        return tile // self.tiles(rows), tile % self.tiles(rows), h
 
 
 def grid(dim: int) -> Iterator[Config]:
     """Configs that are worth trying."""
-    for stages, share, places in itertools.product((4, 6, 8), (1, 2), (2, 3)):
-        yield Config(stages, share * hopper.MULTIPROCESSORS, places)
+    for cut in itertools.product((4, 6, 8, 12, 16), (2, 3)):
+        yield Config(*cut)

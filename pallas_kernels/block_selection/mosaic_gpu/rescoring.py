@@ -31,7 +31,7 @@ def _plan(group, start, limit, sizes: Sizes):
     cut = (jnp.max(group, axis=3) + 1) * GROUP - limit[..., None]
     high = found * GROUP - jnp.maximum(cut, 0)
     bounds = jnp.stack([jnp.maximum(low, 0), jnp.where(found > 0, high, 0)])
-    bounds = bounds.reshape(2, sizes.batch, sizes.tiles, HALF, sizes.heads)
+    bounds = bounds.reshape(2, sizes.batch, -1, HALF, sizes.heads)
     return bounds.transpose(1, 4, 2, 0, 3)
 
 
@@ -45,7 +45,7 @@ class _Walk:
 
     def __init__(self, sizes: Sizes, config: Config, at):
         self.sizes, self.config, self.at = sizes, config, at
-        self.own_items = hopper.share(sizes.items, at)
+        self.own_items = hopper.share(sizes.items(HALF), at)
         self.candidates = sizes.part * GROUP
         self.tiles = [pl.ds(n, HALF) for n in range(0, self.candidates, HALF)]
 
@@ -55,7 +55,7 @@ class _Walk:
 
     def _score_item(self, i, turn):
         at, copy, sizes, places = self.at, plgpu.copy_gmem_to_smem, self.sizes, self.config.places
-        b, tile, h = sizes.locate(at.program + i * at.programs)
+        b, tile, h = sizes.locate(at.program + i * at.programs, HALF)
         tokens = pl.ds(pl.multiple_of(tile * HALF, HALF), HALF)
         plgpu.commit_smem()  # All warps meet: none still reads what is replaced.
         copy(at.plan.at[b, h, tile], at.plan_tile, at.tile_ready)
@@ -125,7 +125,8 @@ class _Walk:
 
             def add(part, best):
                 origin = (part * self.candidates).astype(jnp.float32)
-                return lists.take_best(score(part), columns(), origin, best)
+                any_row = functools.partial(lists.any_row, at.flags)
+                return lists.take_best(score(part), columns(), origin, best, any_row)
 
             best = lax.fori_loop(0, parts, add, lists.nothing(sizes.count))
             best = lists.by_score(best.score, best.number, sizes.count)
@@ -149,6 +150,7 @@ def scratch(sizes: Sizes, config: Config):
         "all_scores": hopper.crossed_tile((sizes.part * GROUP, HALF)),
         "column_tile": plgpu.SMEM((HALF, sizes.count), jnp.int32),
         "score_tile": plgpu.SMEM((HALF, sizes.count), jnp.float32),
+        "flags": plgpu.SMEM((HALF,), jnp.float32),
         "tile_ready": plgpu.Barrier(num_arrivals=3),
         "c_ready": plgpu.Barrier(num_arrivals=sizes.part, num_barriers=config.places),
     }
@@ -166,7 +168,7 @@ def score_groups(u, c, group, limit, start, sizes: Sizes, config: Config):
     results = hopper.launch(
         "score_groups",
         lambda at: _Walk(sizes, config, at).run(),
-        programs=min(config.programs, fitting * hopper.MULTIPROCESSORS, sizes.items),
+        programs=min(fitting * config.programs, sizes.items(HALF)),
         warpgroups=1,
         meets=False,  # once for a query, not for each of its groups
         operands={
