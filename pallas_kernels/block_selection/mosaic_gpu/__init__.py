@@ -32,7 +32,7 @@ KERNELS = {
         "block_selection",
         "select",
         (64, 128),
-        default=lambda dim: Config(stages=16 if dim == 64 else 6),
+        default=lambda dim: Config(stages=8 if dim == 64 else 3),
         grid=grid,
         scratch=_scratch,
         reduces=True,

@@ -17,7 +17,7 @@ class Config:
     """How the kernels are cut.
 
     Attributes:
-      stages: tiles of 64 blocks in shared memory at a time, in the search for groups.
+      stages: tiles of 128 blocks in shared memory at a time, in the search for groups.
       places: queries whose candidates are in shared memory at a time, in the rescoring.
       programs: thread blocks of the search at most; the rescoring has two for each.
     """
@@ -58,5 +58,5 @@ class Sizes:
 
 def grid(dim: int) -> Iterator[Config]:
     """Configs that are worth trying."""
-    for cut in itertools.product((4, 6, 8, 12, 16), (2, 3)):
+    for cut in itertools.product((2, 3, 4, 6, 8), (2, 3)):
         yield Config(*cut)

@@ -2,7 +2,8 @@
 
 A tile of 128 queries walks over its blocks, 512 a step. For each half of the queries a warpgroup
 multiplies, eight times, 64 queries and 64 blocks, one block of each group: the maxima are a tile
-of 64 queries and 64 groups. Of that it keeps the best of each query in registers.
+of 64 queries and 64 groups. Of that it keeps the best of each query in registers. Products come
+in pairs, as a single one is soon done and the wait for it long.
 """
 
 import functools
@@ -19,6 +20,7 @@ from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, STEP, Confi
 from pallas_kernels.hopper import HALF, ROWS, Ring
 
 _TILES = 2  # of queries in shared memory at a time
+_PAIRS = GROUP // 2  # of products in a step
 
 
 def _plan(start, limit):
@@ -41,11 +43,14 @@ def _plan(start, limit):
 
 
 def _by_step(c):
-    """[B, H, steps x 8, 64, d] of c [B, Nb, H, d]: tile j of a step has block j of each group."""
+    """[B, H, steps x 4, 128, d] of c [B, Nb, H, d].
+
+    Half j of the four tiles of a step has block j of each group.
+    """
     c = hopper.pad(c, 1, STEP)
     batch, blocks, heads, dim = c.shape
     c = c.reshape(batch, blocks // STEP, HALF, GROUP, heads, dim)
-    return c.transpose(0, 4, 1, 3, 2, 5).reshape(batch, heads, blocks // HALF, HALF, dim)
+    return c.transpose(0, 4, 1, 3, 2, 5).reshape(batch, heads, blocks // ROWS, ROWS, dim)
 
 
 class _Walk:
@@ -79,13 +84,13 @@ class _Walk:
             copy(at.u.at[b, tokens, h], at.u_tile.at[slot], ready)
             first, stop = (at.plan[b, tile, 2, n] for n in (0, 1))
 
-            @pl.loop(0, (stop - first) * GROUP)
+            @pl.loop(0, (stop - first) * _PAIRS)
             def _(n):
                 slot = self.c_ring.claim(turn + n)
-                features = at.c.at[b, h, first * GROUP + n]
+                features = at.c.at[b, h, first * _PAIRS + n]
                 copy(features, at.c_tile.at[slot], self.c_ring.ready.at[slot])
 
-            return turn + (stop - first) * GROUP
+            return turn + (stop - first) * _PAIRS
 
         lax.fori_loop(0, self.own_items, load_item, jnp.int32(0))
 
@@ -101,7 +106,7 @@ class _Walk:
         any_row = functools.partial(lists.any_row, at.flags.at[own])
 
         def step(masked, s, state):
-            maxima = self._maxima(place, s * STEP, turn + (s - first) * GROUP, masked)
+            maxima = self._maxima(place, s * STEP, turn + (s - first) * _PAIRS, masked)
             # Loaded once a step: an iota might be converted in each round.
             columns = plgpu.load(at.columns, layout=hopper.COLUMN, optimized=False)
             groups = (s * HALF).astype(jnp.float32) + hopper.along_columns(columns, maxima.shape)
@@ -114,7 +119,7 @@ class _Walk:
         self.tile_ring.release(i)
         best = lists.take_best(waiting.score, waiting.number, 0.0, best, any_row)
         self._store(i, lists.ascending(best.number))
-        return turn + (stop - first) * GROUP
+        return turn + (stop - first) * _PAIRS
 
     def _maxima(self, place, origin, turn, masked: bool):
         """The best score of each group of a step, f32 [64, 64].
@@ -126,17 +131,28 @@ class _Walk:
           masked: whether a query may not see all blocks.
         """
 
-        def add(j, maxima):
-            slot = self.c_ring.receive(turn + j)
-            features = hopper.transposed(self.at.c_tile.at[slot])
-            queries = self.at.u_tile.at[place, self.rows]
-            scores = hopper.multiply(queries, features, (HALF, HALF))
-            self.c_ring.release(turn + j)
+        def add(n, maxima):
+            slot = self.c_ring.receive(turn + n)
+            scores = self._products(place, slot)
+            self.c_ring.release(turn + n)
             if masked:
-                scores = self._mask(place, scores, origin + j)
-            return jnp.maximum(maxima, scores)
+                first = origin + 2 * n
+                scores = [self._mask(place, x, first + j) for j, x in enumerate(scores)]
+            return functools.reduce(jnp.maximum, scores, maxima)
 
-        return lax.fori_loop(0, GROUP, add, hopper.full((HALF, HALF), -jnp.inf))
+        return lax.fori_loop(0, _PAIRS, add, hopper.full((HALF, HALF), -jnp.inf))
+
+    def _products(self, place, slot):
+        """Those of this warpgroup's queries with both halves of a tile, f32 [64, 64] each."""
+        queries = self.at.u_tile.at[place, self.rows]
+
+        def compute(*accs):
+            for n, acc in enumerate(accs):
+                features = self.at.c_tile.at[slot, pl.ds(n * HALF, HALF)]
+                plgpu.wgmma(acc, queries, hopper.transposed(features))
+            return [acc[...] for acc in accs]
+
+        return pl.run_scoped(compute, *[plgpu.ACC((HALF, HALF), jnp.float32)] * 2)
 
     def _mask(self, place, scores, origin):
         """Hides every 8th block from `origin` on that a query may not select."""
@@ -165,7 +181,7 @@ def scratch(sizes: Sizes, config: Config):
     return {
         "u_tile": hopper.operand_tile((_TILES, ROWS, sizes.dim)),
         "plan_tile": plgpu.SMEM((_TILES, 3, ROWS), jnp.int32),
-        "c_tile": hopper.operand_tile((config.stages, HALF, sizes.dim)),
+        "c_tile": hopper.operand_tile((config.stages, ROWS, sizes.dim)),
         "group_tile": plgpu.SMEM((2, HALF, sizes.count), jnp.int32),
         "flags": plgpu.SMEM((2, HALF), jnp.float32),
         "tile_ring": Ring.barriers(_TILES, copies=2),
