@@ -18,12 +18,13 @@ class Config:
 
     Attributes:
       stages: tiles of 128 blocks in shared memory at a time, in the search for groups.
-      places: queries whose candidates are in shared memory at a time, in the rescoring.
-      programs: thread blocks of the search at most; the rescoring has two for each.
+      places: queries whose candidates are in shared memory at a time, in the rescoring, of each
+        half of a tile.
+      programs: thread blocks at most.
     """
 
     stages: int
-    places: int = 3
+    places: int = 2
     programs: int = hopper.MULTIPROCESSORS
 
 
@@ -48,7 +49,12 @@ class Sizes:
     @property
     def part(self):
         """Groups of a query that are scored at a time."""
-        return min(self.count, 16) if self.count <= 32 else 8  # what registers hold
+        return min(self.count, 16) if self.count <= 32 and self.dim <= 64 else 8
+
+    @property
+    def places(self):
+        """Tiles of queries in shared memory at a time."""
+        return 2 if self.count <= 32 or self.dim <= 64 else 1
 
     def locate(self, item, rows: int):
         """(batch element, tile, KV head) of an item."""
@@ -58,5 +64,5 @@ class Sizes:
 
 def grid(dim: int) -> Iterator[Config]:
     """Configs that are worth trying."""
-    for cut in itertools.product((2, 3, 4, 6, 8), (2, 3)):
+    for cut in itertools.product((2, 3, 4, 6, 8), (1, 2, 3)):
         yield Config(*cut)

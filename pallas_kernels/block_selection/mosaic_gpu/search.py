@@ -19,7 +19,6 @@ from pallas_kernels.block_selection.mosaic_gpu import lists
 from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, STEP, Config, Sizes
 from pallas_kernels.hopper import HALF, ROWS, Ring
 
-_TILES = 2  # of queries in shared memory at a time
 _PAIRS = GROUP // 2  # of products in a step
 
 
@@ -62,7 +61,7 @@ class _Walk:
 
     def __init__(self, sizes: Sizes, config: Config, at):
         self.sizes, self.config, self.at = sizes, config, at
-        self.tile_ring = Ring(_TILES, *at.tile_ring)
+        self.tile_ring = Ring(sizes.places, *at.tile_ring)
         self.c_ring = Ring(config.stages, *at.c_ring)
         self.rows = hopper.half_of(at.warpgroup)
         self.own_items = hopper.share(sizes.items(ROWS), at)
@@ -179,12 +178,12 @@ class _Walk:
 def scratch(sizes: Sizes, config: Config):
     """The scratch of the search."""
     return {
-        "u_tile": hopper.operand_tile((_TILES, ROWS, sizes.dim)),
-        "plan_tile": plgpu.SMEM((_TILES, 3, ROWS), jnp.int32),
+        "u_tile": hopper.operand_tile((sizes.places, ROWS, sizes.dim)),
+        "plan_tile": plgpu.SMEM((sizes.places, 3, ROWS), jnp.int32),
         "c_tile": hopper.operand_tile((config.stages, ROWS, sizes.dim)),
         "group_tile": plgpu.SMEM((2, HALF, sizes.count), jnp.int32),
         "flags": plgpu.SMEM((2, HALF), jnp.float32),
-        "tile_ring": Ring.barriers(_TILES, copies=2),
+        "tile_ring": Ring.barriers(sizes.places, copies=2),
         "c_ring": Ring.barriers(config.stages, 1),
     }
 
