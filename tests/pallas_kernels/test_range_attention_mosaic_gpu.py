@@ -150,8 +150,9 @@ class TestLarge:
         )
         found = results(q, k, v, start, end)
         last = tail - 1024
-        assert_same_bits([x[:, -last:] for x in found[:3]], [x[:, -last:] for x in expected[:3]])
-        for x, y in zip(found[3:], expected[3:], strict=True):
+        assert_same_bits([x[:, -last:] for x in found[:2]], [x[:, -last:] for x in expected[:2]])
+        # XLA sums delta in an order that depends on the length.
+        for x, y in zip(found[2:], expected[2:], strict=True):
             x, y = (np.asarray(each[:, -last:], np.float32) for each in (x, y))
             np.testing.assert_allclose(x, y, 2**-7, 2**-7)
 

@@ -17,7 +17,7 @@ class Config:
     """How the kernels are cut.
 
     Attributes:
-      stages: tiles of 128 blocks in shared memory at a time, in the search for groups.
+      stages: tiles of 64 or 128 blocks in shared memory at a time, in the search for groups.
       places: queries whose candidates are in shared memory at a time, in the rescoring, of each
         half of a tile.
       programs: thread blocks at most.
@@ -49,7 +49,15 @@ class Sizes:
     @property
     def part(self):
         """Groups of a query that are scored at a time."""
-        return min(self.count, 16) if self.count <= 32 and self.dim <= 64 else 8
+        return min(self.count, 16) if self.count <= 16 and self.dim <= 64 else 8
+
+    @property
+    def products(self):
+        """Products of 64 queries and 64 blocks that the search computes at a time.
+
+        Two, where registers hold them: one is soon done, and the wait for it long.
+        """
+        return 2 if self.count <= 16 and self.dim <= 64 else 1
 
     @property
     def places(self):

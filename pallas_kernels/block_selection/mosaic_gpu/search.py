@@ -2,8 +2,7 @@
 
 A tile of 128 queries walks over its blocks, 512 a step. For each half of the queries a warpgroup
 multiplies, eight times, 64 queries and 64 blocks, one block of each group: the maxima are a tile
-of 64 queries and 64 groups. Of that it keeps the best of each query in registers. Products come
-in pairs, as a single one is soon done and the wait for it long.
+of 64 queries and 64 groups. Of that it keeps the best of each query in registers.
 """
 
 import functools
@@ -18,8 +17,6 @@ from pallas_kernels import hopper
 from pallas_kernels.block_selection.mosaic_gpu import lists
 from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, STEP, Config, Sizes
 from pallas_kernels.hopper import HALF, ROWS, Ring
-
-_PAIRS = GROUP // 2  # of products in a step
 
 
 def _plan(start, limit):
@@ -41,15 +38,15 @@ def _plan(start, limit):
     return jnp.stack([start, limit, walk], axis=2)
 
 
-def _by_step(c):
-    """[B, H, steps x 4, 128, d] of c [B, Nb, H, d].
+def _by_step(c, products: int):
+    """[B, H, slots, products x 64, d] of c [B, Nb, H, d].
 
-    Half j of the four tiles of a step has block j of each group.
+    The j-th 64 blocks of a step's slots are block j of each of its groups.
     """
     c = hopper.pad(c, 1, STEP)
     batch, blocks, heads, dim = c.shape
     c = c.reshape(batch, blocks // STEP, HALF, GROUP, heads, dim)
-    return c.transpose(0, 4, 1, 3, 2, 5).reshape(batch, heads, blocks // ROWS, ROWS, dim)
+    return c.transpose(0, 4, 1, 3, 2, 5).reshape(batch, heads, -1, products * HALF, dim)
 
 
 class _Walk:
@@ -64,6 +61,7 @@ class _Walk:
         self.tile_ring = Ring(sizes.places, *at.tile_ring)
         self.c_ring = Ring(config.stages, *at.c_ring)
         self.rows = hopper.half_of(at.warpgroup)
+        self.slots = GROUP // sizes.products  # of a step
         self.own_items = hopper.share(sizes.items(ROWS), at)
 
     def locate(self, i):
@@ -83,13 +81,13 @@ class _Walk:
             copy(at.u.at[b, tokens, h], at.u_tile.at[slot], ready)
             first, stop = (at.plan[b, tile, 2, n] for n in (0, 1))
 
-            @pl.loop(0, (stop - first) * _PAIRS)
+            @pl.loop(0, (stop - first) * self.slots)
             def _(n):
                 slot = self.c_ring.claim(turn + n)
-                features = at.c.at[b, h, first * _PAIRS + n]
+                features = at.c.at[b, h, first * self.slots + n]
                 copy(features, at.c_tile.at[slot], self.c_ring.ready.at[slot])
 
-            return turn + (stop - first) * _PAIRS
+            return turn + (stop - first) * self.slots
 
         lax.fori_loop(0, self.own_items, load_item, jnp.int32(0))
 
@@ -105,7 +103,7 @@ class _Walk:
         any_row = functools.partial(lists.any_row, at.flags.at[own])
 
         def step(masked, s, state):
-            maxima = self._maxima(place, s * STEP, turn + (s - first) * _PAIRS, masked)
+            maxima = self._maxima(place, s * STEP, turn + (s - first) * self.slots, masked)
             # Loaded once a step: an iota might be converted in each round.
             columns = plgpu.load(at.columns, layout=hopper.COLUMN, optimized=False)
             groups = (s * HALF).astype(jnp.float32) + hopper.along_columns(columns, maxima.shape)
@@ -118,7 +116,7 @@ class _Walk:
         self.tile_ring.release(i)
         best = lists.take_best(waiting.score, waiting.number, 0.0, best, any_row)
         self._store(i, lists.ascending(best.number))
-        return turn + (stop - first) * _PAIRS
+        return turn + (stop - first) * self.slots
 
     def _maxima(self, place, origin, turn, masked: bool):
         """The best score of each group of a step, f32 [64, 64].
@@ -132,26 +130,27 @@ class _Walk:
 
         def add(n, maxima):
             slot = self.c_ring.receive(turn + n)
-            scores = self._products(place, slot)
+            scores = self._multiply(place, slot)
             self.c_ring.release(turn + n)
             if masked:
-                first = origin + 2 * n
+                first = origin + n * self.sizes.products
                 scores = [self._mask(place, x, first + j) for j, x in enumerate(scores)]
             return functools.reduce(jnp.maximum, scores, maxima)
 
-        return lax.fori_loop(0, _PAIRS, add, hopper.full((HALF, HALF), -jnp.inf))
+        return lax.fori_loop(0, self.slots, add, hopper.full((HALF, HALF), -jnp.inf))
 
-    def _products(self, place, slot):
-        """Those of this warpgroup's queries with both halves of a tile, f32 [64, 64] each."""
+    def _multiply(self, place, slot):
+        """This warpgroup's queries with the blocks of a slot, f32 [64, 64] each."""
         queries = self.at.u_tile.at[place, self.rows]
 
         def compute(*accs):
-            for n, acc in enumerate(accs):
-                features = self.at.c_tile.at[slot, pl.ds(n * HALF, HALF)]
+            for j, acc in enumerate(accs):
+                features = self.at.c_tile.at[slot, pl.ds(j * HALF, HALF)]
                 plgpu.wgmma(acc, queries, hopper.transposed(features))
             return [acc[...] for acc in accs]
 
-        return pl.run_scoped(compute, *[plgpu.ACC((HALF, HALF), jnp.float32)] * 2)
+        accs = [plgpu.ACC((HALF, HALF), jnp.float32) for _ in range(self.sizes.products)]
+        return pl.run_scoped(compute, *accs)
 
     def _mask(self, place, scores, origin):
         """Hides every 8th block from `origin` on that a query may not select."""
@@ -180,7 +179,7 @@ def scratch(sizes: Sizes, config: Config):
     return {
         "u_tile": hopper.operand_tile((sizes.places, ROWS, sizes.dim)),
         "plan_tile": plgpu.SMEM((sizes.places, 3, ROWS), jnp.int32),
-        "c_tile": hopper.operand_tile((config.stages, ROWS, sizes.dim)),
+        "c_tile": hopper.operand_tile((config.stages, sizes.products * HALF, sizes.dim)),
         "group_tile": plgpu.SMEM((2, HALF, sizes.count), jnp.int32),
         "flags": plgpu.SMEM((2, HALF), jnp.float32),
         "tile_ring": Ring.barriers(sizes.places, copies=2),
@@ -203,7 +202,7 @@ def find_groups(u, c, limit, start, sizes: Sizes, config: Config):
         ),
         programs=min(config.programs, sizes.items(ROWS)),
         meets=False,
-        operands={"u": u, "c": _by_step(c), "columns": columns, "plan": plan},
+        operands={"u": u, "c": _by_step(c, sizes.products), "columns": columns, "plan": plan},
         outputs={"group": jax.ShapeDtypeStruct(shape, jnp.int32)},
         scratch=scratch(sizes, config),
     )["group"]  # fmt: skip

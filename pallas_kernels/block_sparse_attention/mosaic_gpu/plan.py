@@ -124,7 +124,9 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes) -> Plan:
     ]
     header = jnp.pad(jnp.stack(numbers, axis=1), [(0, 0), (0, HEADER - len(numbers))])
     number = jnp.where(tiles.inside, entry % sizes.entries, -1)
-    described = jnp.concatenate([header, token, number], axis=1).astype(jnp.int32)
+    # Without a barrier the padding would compute them again for each of its numbers.
+    parts = lax.optimization_barrier((header, token, number))
+    described = jnp.concatenate(parts, axis=1).astype(jnp.int32)
     # Slices of a chunk's tiles must not reach over the end.
     missing = _most_tiles(sizes) if chunks > 1 else 0
     described = jnp.pad(described, [(0, missing), (0, DESCRIPTION - HEADER - 2 * width)])
