@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import hopper, tuning
+from pallas_kernels import hopper, shapes, tuning
 from pallas_kernels.block_selection import mosaic_gpu as selection
 from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
@@ -201,7 +201,7 @@ def _block_selection(_: str, work: Workload) -> KernelCase:
             for x in _selection_deviations(u, c, index, score, expected)
         ]
 
-    operands = u, hopper.pad(c, 1, 8), limit, jnp.zeros_like(limit)
+    operands = u, shapes.pad(c, 1, 8), limit, jnp.zeros_like(limit)
     return KernelCase(run, operands, compare)
 
 

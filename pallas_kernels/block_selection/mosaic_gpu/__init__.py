@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import hopper, tuning
+from pallas_kernels import hopper, shapes, tuning
 from pallas_kernels.block_selection import xla
 from pallas_kernels.block_selection.gradients import select_bwd
 from pallas_kernels.block_selection.mosaic_gpu import rescoring, search
@@ -68,10 +68,10 @@ def select(u, c, limit, start, *, count: int, config: Config):
 def _select(u, c, limit, start, count):
     tokens = u.shape[1]
     # Whole tiles of queries: what a copy has past the end of a row falls into the next.
-    u, limit, start = (hopper.pad(x, 1, HALF) for x in (u, limit, start))
-    c = hopper.pad(c, 1, GROUP)
+    u, limit, start = (shapes.pad(x, 1, HALF) for x in (u, limit, start))
+    c = shapes.pad(c, 1, GROUP)
     config = config_for(u.shape[3])
-    find = hopper.batchable(functools.partial(select, count=count, config=config))
+    find = shapes.batchable(functools.partial(select, count=count, config=config))
     index, score = find(u, c, limit, start)
     return index[:, :tokens], score[:, :tokens]
 

@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, shapes
 from pallas_kernels.block_selection.mosaic_gpu import lists
 from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, Config, Sizes
 from pallas_kernels.hopper import HALF, ROWS, Ring
@@ -31,7 +31,7 @@ def _plan(group, start, limit):
     cut = (jnp.max(group, axis=3) + 1) * GROUP - limit[..., None]
     high = found * GROUP - jnp.maximum(cut, 0)
     bounds = jnp.stack([jnp.maximum(low, 0), jnp.where(found > 0, high, 0)])
-    bounds = hopper.pad(bounds, 2, ROWS)
+    bounds = shapes.pad(bounds, 2, ROWS)
     bounds = bounds.reshape(2, len(group), -1, ROWS, group.shape[2])
     return bounds.transpose(1, 4, 2, 0, 3)
 

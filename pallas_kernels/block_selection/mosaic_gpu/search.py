@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, shapes
 from pallas_kernels.block_selection.mosaic_gpu import lists
 from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, STEP, Config, Sizes
 from pallas_kernels.hopper import HALF, ROWS, Ring
@@ -25,7 +25,7 @@ def _plan(start, limit):
     The walk: its first step, the step after its last, and the first and the one after the last
     that all queries see whole.
     """
-    start, limit = (hopper.pad(x, 1, ROWS) for x in (start, limit))
+    start, limit = (shapes.pad(x, 1, ROWS) for x in (start, limit))
     start, limit = (x.reshape(len(x), -1, ROWS) for x in (start, limit))
     last = jnp.max(jnp.where(start < limit, limit, 0), axis=2)
     first = jnp.min(jnp.where(start < limit, start, jnp.iinfo(jnp.int32).max), axis=2)
@@ -43,7 +43,7 @@ def _by_step(c, products: int):
 
     The j-th 64 blocks of a step's slots are block j of each of its groups.
     """
-    c = hopper.pad(c, 1, STEP)
+    c = shapes.pad(c, 1, STEP)
     batch, blocks, heads, dim = c.shape
     c = c.reshape(batch, blocks // STEP, HALF, GROUP, heads, dim)
     return c.transpose(0, 4, 1, 3, 2, 5).reshape(batch, heads, -1, products * HALF, dim)

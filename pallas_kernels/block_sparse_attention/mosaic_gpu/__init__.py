@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import hopper
+from pallas_kernels import shapes
 from pallas_kernels.block_sparse_attention import xla
 from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine
 from pallas_kernels.block_sparse_attention.mosaic_gpu.block_walk import key_gradients
@@ -141,7 +141,7 @@ def _attend(q, k, v, indptr, indices, values, sizes: Sizes):
 
 
 def _attend_fwd(q, k, v, indptr, indices, values, sizes):
-    attend = hopper.batchable(functools.partial(_forward, sizes=sizes))
+    attend = shapes.batchable(functools.partial(_forward, sizes=sizes))
     results = attend(q, k, v, indptr, indices, values)
     out, lse = checkpoint_name(results, "block_sparse_attention")
     return (out, lse), (q, k, v, indptr, indices, values, out, lse)
@@ -154,7 +154,7 @@ def _attend_bwd(sizes, residuals, cotangents):
     lse = jnp.where(lse > -jnp.inf, lse, 0)
     operands = q, k, v, indptr, indices, values, out_bar, lse, delta
     (q_bar, values_bar), (k_bar, v_bar) = (
-        hopper.batchable(functools.partial(f, sizes=sizes))(*operands)
+        shapes.batchable(functools.partial(f, sizes=sizes))(*operands)
         for f in (_query_gradient, _key_gradients)
     )
     return q_bar, k_bar, v_bar, None, None, values_bar
@@ -171,13 +171,13 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     num_kv_heads = k.shape[2]
     groups = num_heads // num_kv_heads
     q = q.reshape(batch, tokens, num_kv_heads, groups, head_dim)
-    q = hopper.pad(q, 3, _padded_groups(groups))
+    q = shapes.pad(q, 3, _padded_groups(groups))
     sizes = Sizes(
         batch, num_kv_heads, q.shape[3], head_dim, k.shape[1], block_size, blocks.num_columns,
         blocks.row_capacity, tokens, scale,
     )  # fmt: skip
     q = q.reshape(batch, tokens, -1, head_dim)
-    k, v = (hopper.pad(x, 1, 8) for x in (k, v))
+    k, v = (shapes.pad(x, 1, 8) for x in (k, v))
     out, lse = _attend(q, k, v, blocks.indptr, blocks.indices, blocks.values, sizes)
 
     def unpad(x):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import hopper
+from pallas_kernels import shapes
 from pallas_kernels.hopper import LOG2E
 from pallas_kernels.range_attention import xla
 from pallas_kernels.range_attention.mosaic_gpu.configs import KERNELS, config_for
@@ -44,7 +44,7 @@ def _attend(q, k, v, start, end, key_bias, scale):
 def _attend_fwd(q, k, v, start, end, key_bias, scale):
     shown_k, shown_v = _hide_unseen_keys(k, v, start, end, key_bias)
     config = config_for("forward", q.shape[3])
-    attend = hopper.batchable(functools.partial(forward, scale=scale, config=config))
+    attend = shapes.batchable(functools.partial(forward, scale=scale, config=config))
     results = attend(q, shown_k, shown_v, start, end, key_bias)
     out, lse = checkpoint_name(results, "range_attention")
     return (out, lse), (q, k, v, start, end, key_bias, out, lse)
@@ -63,7 +63,7 @@ def _attend_bwd(scale, residuals, cotangents):
     q, out_bar = (jnp.where(seen[..., None], x, 0) for x in (q, out_bar))
     operands = q, k, v, start, end, key_bias, out_bar, lse, delta
     q_bar, (k_bar, v_bar, bias_bar) = (
-        hopper.batchable(functools.partial(f, scale=scale, config=config_for(name, q.shape[3])))(
+        shapes.batchable(functools.partial(f, scale=scale, config=config_for(name, q.shape[3])))(
             *operands
         )
         for f, name in ((query_gradient, "query_gradient"), (key_gradients, "key_gradients"))
@@ -94,11 +94,11 @@ def range_attention(q, k, v, start, end, key_bias, scale):
         return xla.range_attention(q, k, v, start, end, key_bias, scale)
     tokens = q.shape[1]
     # Copies by TMA begin at multiples of 8 rows, so arrays are made to end at such.
-    q, start, end = (hopper.pad(x, 1, 8, mode) for x, mode in (
+    q, start, end = (shapes.pad(x, 1, 8, mode) for x, mode in (
         (q, "constant"), (start, "edge"), (end, "edge")))  # fmt: skip
-    k, v = (hopper.pad(x, 1, 8) for x in (k, v))
+    k, v = (shapes.pad(x, 1, 8) for x in (k, v))
     if key_bias is not None:
-        key_bias = hopper.pad(key_bias, 1, 8).swapaxes(1, 2)
+        key_bias = shapes.pad(key_bias, 1, 8).swapaxes(1, 2)
     out, lse = _attend(q, k, v, start, end, key_bias, scale)
     return out[:, :tokens], lse[:, :tokens]
 

@@ -1,0 +1,30 @@
+"""Arrays brought into the shapes that kernels take: padded, and axes of vmap made batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def pad(x, axis: int, multiple: int, mode: str = "constant"):
+    """Pads an axis to a multiple of a number."""
+    missing = -x.shape[axis] % multiple
+    widths = [(0, missing if each == axis else 0) for each in range(x.ndim)]
+    return jnp.pad(x, widths, mode=mode) if missing else x
+
+
+def batchable(f: Callable) -> Callable:
+    """Makes vmap of f, whose arrays all have a batch axis first, one call with a larger batch."""
+    call = jax.custom_batching.custom_vmap(f)
+
+    @call.def_vmap
+    def _(axis_size, batched, *args):
+        def merge(x, is_batched):
+            x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        merged = jax.tree.map(merge, args, tuple(batched))
+        outs = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), batchable(f)(*merged))
+        return outs, jax.tree.map(lambda _: True, outs)
+
+    return call
