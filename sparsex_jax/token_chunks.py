@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mesh_axes import zeros_like
+from pallas_kernels.mesh_axes import vary_over, varying, zeros_like
 
 
 def map_chunks(
@@ -48,11 +48,38 @@ def map_chunks(
             x = jnp.pad(x, widths, mode="edge")
         return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
 
+    def add_chunk(out, x):
+        return _write(out, of_chunk(*x, totals), x[0]), None
+
     first = jnp.arange(chunks, dtype=jnp.int32) * size
     operands = first, jax.tree.map(split, per_token)
-    _, out = lax.scan(lambda _, x: (None, of_chunk(*x, totals)), None, operands)
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], chunks * size, *out.shape[3:])[:, :tokens]
+    like = jax.eval_shape(of_chunk, *jax.tree.map(lambda x: x[0], operands), totals)
+    empty = lax.empty((like.shape[0], chunks * size, *like.shape[2:]), like.dtype)
+    axes = frozenset().union(*map(varying, jax.tree.leaves((per_token, shared))))
+    out, _ = lax.scan(add_chunk, vary_over(axes, empty), operands)
+    return out[:, :tokens]
+
+
+# A scan would begin with zeros for the results that it stacks; these are written once. Each place
+# is written once, so the gradient of what is written to needs no zeros, either.
+
+
+@jax.custom_vjp
+def _write(whole, chunk, first):
+    """whole [B, T, ...], which nobody has written to at tokens `first` and on, with the chunk."""
+    return lax.dynamic_update_slice_in_dim(whole, chunk, first, axis=1)
+
+
+def _write_fwd(whole, chunk, first):
+    return _write(whole, chunk, first), (first, jnp.empty((chunk.shape[1], 0)))
+
+
+def _write_bwd(residuals, bar):
+    first, size = residuals
+    return bar, lax.dynamic_slice_in_dim(bar, first, len(size), axis=1), None
+
+
+_write.defvjp(_write_fwd, _write_bwd)
 
 
 # A scan sums the gradients of an array that all its steps use in that array's type. So its steps
