@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator
 
 from pallas_kernels import hopper
-from pallas_kernels.hopper import HALF
+from pallas_kernels.hopper import HALF, ROWS
 
 GROUP = 8  # neighbouring blocks: as many rows as TMA copies at least into an operand of wgmma
 STEP = HALF * GROUP  # blocks
@@ -38,13 +38,15 @@ class Sizes:
     dim: int
     count: int
 
-    def tiles(self, rows: int):
-        """Of so many queries."""
-        return -(-self.tokens // rows)
+    @property
+    def tiles(self):
+        """Of 128 queries."""
+        return -(-self.tokens // ROWS)
 
-    def items(self, rows: int):
+    @property
+    def items(self):
         """Tiles of one head."""
-        return self.batch * self.tiles(rows) * self.heads
+        return self.batch * self.tiles * self.heads
 
     @property
     def part(self):
@@ -64,10 +66,10 @@ class Sizes:
         """Tiles of queries in shared memory at a time."""
         return 2 if self.count <= 32 or self.dim <= 64 else 1
 
-    def locate(self, item, rows: int):
+    def locate(self, item):
         """(batch element, tile, KV head) of an item."""
         tile, h = item // self.heads, item % self.heads
-        return tile // self.tiles(rows), tile % self.tiles(rows), h
+        return tile // self.tiles, tile % self.tiles, h
 
 
 def grid(dim: int) -> Iterator[Config]:

@@ -18,7 +18,7 @@ from pallas_kernels.block_selection.mosaic_gpu import lists
 from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, Config, Sizes
 from pallas_kernels.hopper import HALF, ROWS, Ring
 
-_ROWS = 8  # queries of a product
+_COLUMNS = 8  # of a product: queries
 
 
 def _plan(group, start, limit):
@@ -49,14 +49,14 @@ class _Walk:
         self.tile_ring = Ring(sizes.places, *at.tile_ring)
         # A slot belongs to one warpgroup, as the ring's size is a multiple of their number.
         self.c_ring = Ring(2 * config.places, *at.c_ring)
-        self.own_items = hopper.share(sizes.items(ROWS), at)
+        self.own_items = hopper.share(sizes.items, at)
         self.parts = sizes.count // sizes.part
         self.candidates = sizes.part * GROUP
         self.tiles = [pl.ds(n, HALF) for n in range(0, self.candidates, HALF)]
 
     def locate(self, i):
         """(batch element, tile, KV head) of this block's item i."""
-        return self.sizes.locate(self.at.program + i * self.at.programs, ROWS)
+        return self.sizes.locate(self.at.program + i * self.at.programs)
 
     def load(self):
         """Fills the rings, item after item."""
@@ -129,19 +129,21 @@ class _Walk:
         def score_row(first, row, kept):
             turn = self.turn(i, part * HALF + first + row, own)
             slot = self.c_ring.receive(turn)
-            queries = pl.ds(pl.multiple_of(own * HALF + first, _ROWS), _ROWS)
+            queries = pl.ds(pl.multiple_of(own * HALF + first, _COLUMNS), _COLUMNS)
             products = self._products(slot, at.u_tile.at[place, queries])
             self.c_ring.release(turn)
-            column = plgpu.broadcasted_iota(jnp.int32, (HALF, _ROWS), 1, layout=plgpu.Layout.WGMMA)
+            column = plgpu.broadcasted_iota(
+                jnp.int32, (HALF, _COLUMNS), 1, layout=plgpu.Layout.WGMMA
+            )
             return [jnp.where(column == row, *x) for x in zip(products, kept, strict=True)]
 
-        @pl.loop(0, HALF // _ROWS)
+        @pl.loop(0, HALF // _COLUMNS)
         def _(n):
-            first = pl.multiple_of(n * _ROWS, _ROWS)
-            kept = [hopper.full((HALF, _ROWS), 0) for _ in self.tiles]
-            kept = lax.fori_loop(0, _ROWS, functools.partial(score_row, first), kept)
+            first = pl.multiple_of(n * _COLUMNS, _COLUMNS)
+            kept = [hopper.full((HALF, _COLUMNS), 0) for _ in self.tiles]
+            kept = lax.fori_loop(0, _COLUMNS, functools.partial(score_row, first), kept)
             for tile, scores in zip(self.tiles, kept, strict=True):
-                at.all_scores.at[own, tile, pl.ds(first, _ROWS)][...] = scores
+                at.all_scores.at[own, tile, pl.ds(first, _COLUMNS)][...] = scores
 
         plgpu.commit_smem()
         scores = hopper.transposed(at.all_scores.at[own])
@@ -159,7 +161,7 @@ class _Walk:
                 plgpu.wgmma(acc, self.at.c_tile.at[slot, tile], hopper.transposed(queries))
             return [acc[...] for acc in accs]
 
-        accs = [plgpu.ACC((HALF, _ROWS), jnp.float32) for _ in self.tiles]
+        accs = [plgpu.ACC((HALF, _COLUMNS), jnp.float32) for _ in self.tiles]
         return pl.run_scoped(compute, *accs)
 
     def _store(self, i, best):
@@ -203,7 +205,7 @@ def score_groups(u, c, group, limit, start, sizes: Sizes, config: Config):
     results = hopper.launch(
         "score_groups",
         hopper.roles(functools.partial(_Walk, sizes, config), loader_registers=40),
-        programs=min(config.programs, sizes.items(ROWS)),
+        programs=min(config.programs, sizes.items),
         meets=False,
         operands={
             "u": u, "c": c.reshape(c.shape[0], -1, GROUP, *c.shape[2:]),

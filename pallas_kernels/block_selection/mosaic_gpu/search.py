@@ -62,11 +62,11 @@ class _Walk:
         self.c_ring = Ring(config.stages, *at.c_ring)
         self.rows = hopper.half_of(at.warpgroup)
         self.slots = GROUP // sizes.products  # of a step
-        self.own_items = hopper.share(sizes.items(ROWS), at)
+        self.own_items = hopper.share(sizes.items, at)
 
     def locate(self, i):
         """(batch element, tile, KV head) of this block's item i."""
-        return self.sizes.locate(self.at.program + i * self.at.programs, ROWS)
+        return self.sizes.locate(self.at.program + i * self.at.programs)
 
     def load(self):
         """Fills the rings, item after item."""
@@ -197,10 +197,8 @@ def find_groups(u, c, limit, start, sizes: Sizes, config: Config):
     plan = _plan(start, limit)
     return hopper.launch(
         "find_groups",
-        hopper.roles(
-            functools.partial(_Walk, sizes, config), loader_registers=24
-        ),
-        programs=min(config.programs, sizes.items(ROWS)),
+        hopper.roles(functools.partial(_Walk, sizes, config), loader_registers=24),
+        programs=min(config.programs, sizes.items),
         meets=False,
         operands={"u": u, "c": _by_step(c, sizes.products), "columns": columns, "plan": plan},
         outputs={"group": jax.ShapeDtypeStruct(shape, jnp.int32)},
