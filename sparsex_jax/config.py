@@ -278,6 +278,8 @@ class TrainConfig:
       checkpoint_every: optimizer steps between checkpoints (the last step has one, too).
       keep: checkpoints kept.
       log_every: optimizer steps between rows of the metrics.
+      implementation: of the attention's primitives (mosaic_gpu, xla, reference); None for what
+        `sparsex info` names.
     """
 
     model: ModelConfig = ModelConfig()
@@ -289,6 +291,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep: int = 2
     log_every: int = 20
+    implementation: str | None = None
 
     def __post_init__(self):
         _check_types(self)

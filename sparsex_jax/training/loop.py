@@ -33,7 +33,7 @@ from sparsex_jax.training.step import (
 from sparsex_jax.training.stop import StopRequest
 
 # What a resumed run may have another value of: it changes no parameter.
-MAY_CHANGE = ("checkpoint_every", "keep", "log_every")
+MAY_CHANGE = ("checkpoint_every", "keep", "log_every", "implementation")
 # Steps that the host may run ahead of the devices: enough to hide its own work, few enough
 # that a stop is quick.
 STEPS_AHEAD = 4
@@ -225,8 +225,9 @@ class Trainer:
         batch = place_batch(self.stream.next(), self.config.accumulation, self.mesh)
         if stage.top_k not in self.steps_by_top_k:
             self.steps_by_top_k[stage.top_k] = make_step(
-                self.skeleton, self.optimizer, self.schedule, stage.top_k, self.mesh
-            )
+                self.skeleton, self.optimizer, self.schedule, stage.top_k, self.mesh,
+                self.config.implementation,
+            )  # fmt: skip
         self.state, *results = self.steps_by_top_k[stage.top_k](self.state, batch)
         self.step += 1
         self.pending.append((self.step, *results))

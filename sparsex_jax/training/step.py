@@ -64,7 +64,9 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int, mesh: Mesh | No
     }
 
 
-def _summed_gradients(skeleton: Skeleton, top_k: int | None) -> Callable:
+def _summed_gradients(
+    skeleton: Skeleton, top_k: int | None, implementation: str | None
+) -> Callable:
     """A function from (params, batch) to the sums (nll, weight, gradients of nll)."""
 
     def loss(params, batch):
@@ -74,6 +76,7 @@ def _summed_gradients(skeleton: Skeleton, top_k: int | None) -> Callable:
             batch["weights"],
             segment_ids=batch.get("segment_ids"),
             top_k=top_k,
+            implementation=implementation,
         )
         return nll, weight
 
@@ -103,6 +106,7 @@ def make_step(
     schedule: optax.Schedule,
     top_k: int | None,
     mesh: Mesh | None,
+    implementation: str | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array, jax.Array]]:
     """Builds the compiled step; the state passed in is consumed.
 
@@ -115,12 +119,13 @@ def make_step(
       schedule: learning rate by step, for the metrics.
       top_k: blocks selected; None takes the model's.
       mesh: of `make_mesh`; batches are sharded along "data", the state is replicated.
+      implementation: of the primitives; None picks by platform.
 
     Returns:
       A function (state, batch with leaves [A, B / A, T]) -> (state, f32 [3]: loss, learning rate,
       gradient norm before clipping, bool []: whether the new state is finite throughout).
     """
-    summed = _summed_gradients(skeleton, top_k)
+    summed = _summed_gradients(skeleton, top_k, implementation)
     if mesh is not None:
         # shard_map, not automatic partitioning: the kernels see the shapes of one device.
         summed = jax.shard_map(

@@ -92,3 +92,16 @@ def test_batches_are_divided_among_devices():
     check_divisible("stages[0]", 16, 2, mesh)
     with pytest.raises(TrainingError, match=r"batch_size=12 .* times 4 devices: use 8 or 16"):
         check_divisible("stages[0]", 12, 2, mesh)
+
+
+def test_the_model_is_told_the_implementation():
+    class Model(tiny.TinyModel):
+        def loss(self, *args, implementation, **kwargs):
+            raise LookupError(implementation)
+
+    skeleton, params = split_model(Model(tiny.CONFIG.model, rngs=nnx.Rngs(0)))
+    optimizer = make_optimizer(CONFIG, 20)
+    state = {"params": params, "optimizer": optimizer.init(params), "step": np.int32(0)}
+    step = make_step(skeleton, optimizer, make_schedule(CONFIG, 20), None, None, "xla")
+    with pytest.raises(LookupError, match="xla"):
+        step(state, place_batch(first_batch(), 1, None))

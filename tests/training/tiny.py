@@ -40,7 +40,7 @@ class TinyModel(nnx.Module):
         )
         self.temperature = nnx.Param(jnp.zeros(()))
 
-    def loss(self, tokens, targets, weights, segment_ids=None, top_k=None):
+    def loss(self, tokens, targets, weights, segment_ids=None, top_k=None, implementation=None):
         """Sums of weighted nats and of weights."""
         x = self.embedding[...][tokens]
         x = x + jnp.roll(x, 1, axis=1) * (top_k or 1)
