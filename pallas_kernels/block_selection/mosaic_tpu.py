@@ -1,0 +1,401 @@
+"""Selection of the best blocks on TPUs (Pallas Mosaic TPU, cut for v5e): exact, in one kernel.
+
+The K best blocks lie in the K groups of 8 neighbouring blocks with the best maxima, and these in
+the K supergroups of 8 neighbouring groups with the best maxima; of equal maxima, the lower. So a
+tile of queries scores a chunk of blocks on the matrix unit, keeps the scores and both levels of
+maxima in VMEM, and then descends: K supergroups, the K best of their groups, the K best of the
+blocks in those and of what earlier chunks left. Scores of all blocks never reach device memory.
+
+Queries lie along lanes, blocks along sublanes. XLA orders the blocks of each step of 512 so that
+the members of a group, and the groups of a supergroup, are the same sublane of different
+registers: a maximum over them is one operation on whole registers, and a descent is one gather
+within a register and one select for 8 x 128 scores and 8 of the K.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import shapes
+from pallas_kernels.block_selection import xla
+from pallas_kernels.block_selection.gradients import select_bwd
+from pallas_kernels.mesh_axes import varying
+
+GROUP = 8  # blocks of a group, groups of a supergroup, supergroups of a step: sublanes
+STEP = GROUP**3  # blocks
+LANES = 128
+MOST = 64  # blocks that can be selected
+_SLOTS = 16  # of the selected, for which a descent keeps its 8 x 16 candidates in registers
+_NEVER = float(2**25)  # above every block number; these are counted in f32, exact up to 2^24
+MOST_BLOCKS = 2**24
+VMEM_BUDGET = 100 * 2**20  # bytes, of 128 MiB
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel is cut.
+
+    Attributes:
+      queries: of a tile, at most; a multiple of 128.
+      blocks: of a chunk, at most, whose scores are in VMEM; a multiple of 512.
+    """
+
+    queries: int = 512
+    blocks: int = 8192
+
+    def __post_init__(self):
+        for name, multiple in (("queries", LANES), ("blocks", STEP)):
+            value = getattr(self, name)
+            if value < multiple or value % multiple:
+                raise ValueError(f"{name}={value} must be a multiple of {multiple}: use {multiple}")
+
+
+CONFIG = Config()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of one call: `queries` of a tile, `blocks` of a chunk, features of width `dim`, K."""
+
+    queries: int
+    blocks: int
+    dim: int
+    count: int
+
+    @property
+    def slots(self) -> int:
+        """K in whole registers of 8 sublanes."""
+        return -(-self.count // GROUP) * GROUP
+
+    @property
+    def candidates(self) -> int:
+        """Most rows of which the best are taken: supergroups, or members of K groups and a list."""
+        return max(self.blocks // GROUP**2, (GROUP + 1) * self.slots)
+
+    def buffers(self) -> dict:
+        """Shape and dtype of each buffer that the kernel declares in VMEM."""
+        f32, queries = jnp.float32, self.queries
+        return {
+            "features": ((2, STEP, self.dim), jnp.bfloat16),
+            "scores": ((self.blocks, queries), f32),
+            "group_maxima": ((self.blocks // GROUP, queries), f32),
+            "candidate_score": ((self.candidates, queries), f32),
+            "candidate_id": ((self.candidates, queries), f32),
+            "chosen": ((self.slots, queries), f32),
+            "best_score": ((self.slots, queries), f32),
+            "best_id": ((self.slots, queries), f32),
+        }
+
+    def vmem_bytes(self) -> int:
+        """What the kernel takes: its buffers, and two of each block of its operands and results."""
+        blocks = [
+            ((self.dim, self.queries), jnp.bfloat16),
+            ((GROUP, self.queries), jnp.int32),
+            ((self.slots, self.queries), jnp.int32),
+            ((self.slots, self.queries), jnp.float32),
+        ]
+
+        def padded(shape, dtype):
+            *rows, lanes = shape
+            return math.prod(rows) * (-(-lanes // LANES) * LANES) * jnp.dtype(dtype).itemsize
+
+        held = sum(padded(*each) for each in self.buffers().values())
+        return held + 2 * sum(padded(*each) for each in blocks)
+
+
+def _plan(start, limit, queries: int):
+    """int32 [B x tiles, 1, 4]: of each tile of queries its first step, and the step after its last.
+
+    Then the first, and the one after the last, that all of its queries see whole.
+    """
+    start, limit = (x.reshape(-1, queries) for x in (start, limit))
+    some = start < limit
+    last = jnp.max(jnp.where(some, limit, 0), axis=1)
+    first = jnp.min(jnp.where(some, start, jnp.iinfo(jnp.int32).max), axis=1)
+    first = jnp.minimum(first, last) // STEP
+    stop = (last + STEP - 1) // STEP
+    whole_first = jnp.clip((jnp.max(start, axis=1) + STEP - 1) // STEP, first, stop)
+    whole_stop = jnp.clip(jnp.min(limit, axis=1) // STEP, whole_first, stop)
+    return jnp.stack([first, stop, whole_first, whole_stop], axis=-1)[:, None]
+
+
+def _by_step(c):
+    """c [B, Nb, H, d] as [B, H, Nb, d], in whole steps; row 8 i + j of a step is block 64 j + i."""
+    c = shapes.pad(c, 1, STEP)
+    batch, blocks, heads, dim = c.shape
+    c = c.reshape(batch, blocks // STEP, GROUP, STEP // GROUP, heads, dim)
+    return c.transpose(0, 4, 1, 3, 2, 5).reshape(batch, heads, blocks, dim)
+
+
+def _members(x):
+    """The 8 registers, of 8 rows each, of the members of 8 groups."""
+    return [x[GROUP * m : GROUP * (m + 1)] for m in range(GROUP)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """A tile of queries, which walks over its blocks; `at` has the references."""
+
+    sizes: Sizes
+    at: dict
+
+    def search(self):
+        """Leaves the best in `best_id` and `best_score`."""
+        at, chunk_steps = self.at, self.sizes.blocks // STEP
+        first, stop = at["plan"][0, 0], at["plan"][0, 1]
+        for name, nothing in (("best_score", -jnp.inf), ("best_id", -1.0), ("chosen", -1.0)):
+            at[name][...] = jnp.full(at[name].shape, nothing, jnp.float32)
+
+        @pl.when(first < stop)
+        def _():
+            self._copy(first).start()
+
+        @pl.loop(0, pl.cdiv(stop - first, chunk_steps))
+        def _(chunk):
+            base = first + chunk * chunk_steps
+            steps = jnp.minimum(stop - base, chunk_steps)
+            self._score(base, steps)
+            self._descend(base, steps)
+
+    def _copy(self, step):
+        """Of the features of a step's blocks, to one of two places."""
+        at, slot = self.at, lax.rem(step, 2)
+        rows = pl.ds(pl.multiple_of(step * STEP, STEP), STEP)
+        features = at["c"].at[pl.program_id(0), pl.program_id(1), rows]
+        return pltpu.make_async_copy(features, at["features"].at[slot], at["arrived"].at[slot])
+
+    def _score(self, base, steps):
+        """Fills `scores`, `group_maxima` and, with the supergroups' maxima, `candidate_score`."""
+        at = self.at
+        supergroups = self.sizes.blocks // GROUP**2
+        shape = (supergroups, self.sizes.queries)
+        at["candidate_score"][:supergroups] = jnp.full(shape, -jnp.inf, jnp.float32)
+        stop, whole_first, whole_stop = (at["plan"][0, n] for n in (1, 2, 3))
+
+        @pl.loop(0, steps)
+        def _(n):
+            step = base + n
+
+            @pl.when(step + 1 < stop)
+            def _():
+                self._copy(step + 1).start()
+
+            self._copy(step).wait()
+            whole = (step >= whole_first) & (step < whole_stop)
+
+            @pl.when(whole)
+            def _():
+                self._score_step(step, n, masked=False)
+
+            @pl.when(jnp.logical_not(whole))
+            def _():
+                self._score_step(step, n, masked=True)
+
+    def _score_step(self, step, n, masked):
+        """Scores the step that is the n-th of the chunk."""
+        at, queries = self.at, self.sizes.queries
+        scores = jnp.dot(
+            at["features"][lax.rem(step, 2)], at["u"][...], preferred_element_type=jnp.float32
+        )
+        if masked:
+            row = lax.broadcasted_iota(jnp.int32, (STEP, queries), 0)
+            block = step * STEP + row % GROUP * GROUP**2 + row // GROUP
+            start, limit = at["bounds"][0:1], at["bounds"][1:2]
+            scores = jnp.where((start <= block) & (block < limit), scores, -jnp.inf)
+        at["scores"][pl.ds(pl.multiple_of(n * STEP, STEP), STEP)] = scores
+        groups = STEP // GROUP
+        maxima = [
+            functools.reduce(jnp.maximum, _members(scores[groups * i : groups * (i + 1)]))
+            for i in range(GROUP)
+        ]
+        rows = pl.ds(pl.multiple_of(n * groups, groups), groups)
+        at["group_maxima"][rows] = jnp.concatenate(maxima)
+        rows = pl.ds(pl.multiple_of(n * GROUP, GROUP), GROUP)
+        at["candidate_score"][rows] = functools.reduce(jnp.maximum, maxima)
+
+    def _descend(self, base, steps):
+        """From the supergroups' maxima to the best blocks."""
+        at, sizes = self.at, self.sizes
+        supergroups = sizes.blocks // GROUP**2
+        row = lax.broadcasted_iota(jnp.int32, (supergroups, sizes.queries), 0)
+        at["candidate_id"][:supergroups] = row.astype(jnp.float32)
+        self._take_best(supergroups, at["chosen"])
+        # A register of a step's maxima has a group of each of its 8 supergroups, a register of
+        # its scores a block of one group of each.
+        self._gather(at["group_maxima"], steps, lambda x: (x >> 3, x & 7), 0)
+        members = GROUP * sizes.slots
+        self._take_best(members, at["chosen"])
+        first_block = base * STEP
+        self._gather(
+            at["scores"],
+            steps * GROUP,
+            lambda x: ((x >> 6) * GROUP + (x & 7), x >> 3 & 7),
+            first_block,
+        )
+        rows = slice(members, members + sizes.slots)
+        at["candidate_score"][rows] = at["best_score"][...]
+        at["candidate_id"][rows] = at["best_id"][...]
+        self._take_best(members + sizes.slots, at["best_id"], at["best_score"])
+
+    def _take_best(self, rows, ids, scores=None):
+        """The K best of the first candidates, in order; of equal ones, that of the lowest id."""
+        at = self.at
+
+        @pl.loop(0, self.sizes.count)
+        def _(k):
+            score, number = at["candidate_score"][:rows], at["candidate_id"][:rows]
+            best = jnp.max(score, axis=0, keepdims=True)
+            first = jnp.where(score == best, number, _NEVER)
+            first = jnp.min(first, axis=0, keepdims=True)
+            at["candidate_score"][:rows] = jnp.where(number == first, -jnp.inf, score)
+            ids[pl.ds(k, 1)] = jnp.where(best > -jnp.inf, first, -1.0)
+            if scores is not None:
+                scores[pl.ds(k, 1)] = best
+
+    def _gather(self, source, registers, locate, first_id):
+        """The 8 members of each of the chosen become candidates; of none, they score -inf.
+
+        Args:
+          source: their scores: 8 registers, one for each member, of 8 groups, and so on.
+          registers: how many such 8 there are.
+          locate: from a chosen number to which of them, and its sublane.
+          first_id: added to the ids of the candidates.
+        """
+        at, slots = self.at, self.sizes.slots
+
+        @pl.loop(0, self.sizes.queries // LANES)
+        def _(tile):
+            lanes = pl.ds(pl.multiple_of(tile * LANES, LANES), LANES)
+            for low in range(0, slots, _SLOTS):
+                chosen = at["chosen"][low : min(low + _SLOTS, slots), lanes].astype(jnp.int32)
+                place, sublane = locate(chosen)
+                found = self._gather_slots(source.at[:, lanes], registers, place, sublane)
+                for m, score in enumerate(found):
+                    rows = pl.ds(m * slots + low, len(chosen))
+                    number = chosen * GROUP + (m + first_id)
+                    at["candidate_score"][rows, lanes] = score
+                    at["candidate_id"][rows, lanes] = number.astype(jnp.float32)
+
+    def _gather_slots(self, source, registers, place, sublane):
+        """For each member an array like `place`."""
+        size = GROUP * GROUP
+
+        def look(r, found):
+            here = place == r
+            members = _members(source[pl.ds(pl.multiple_of(r * size, size), size)])
+            return [
+                jnp.where(here, _from_sublanes(member, sublane), score)
+                for member, score in zip(members, found, strict=True)
+            ]
+
+        nothing = jnp.full(place.shape, -jnp.inf, jnp.float32)
+        return lax.fori_loop(0, registers, look, [nothing] * GROUP)
+
+
+def _from_sublanes(x, sublane):
+    """x [8, 128] at the sublanes, [8 n, 128], of each lane."""
+    parts = [
+        jnp.take_along_axis(x, sublane[low : low + GROUP], axis=0, mode="promise_in_bounds")
+        for low in range(0, len(sublane), GROUP)
+    ]
+    return jnp.concatenate(parts)
+
+
+def _kernel(plan, u, bounds, c, index, score, *scratch, sizes: Sizes):
+    at = {"plan": plan, "u": u, "bounds": bounds, "c": c}
+    at |= dict(zip([*sizes.buffers(), "arrived"], scratch, strict=True))
+    _Tile(sizes, at).search()
+    index[...] = at["best_id"][...].astype(jnp.int32)
+    best = at["best_score"][...]
+    score[...] = jnp.where(best == 0, 0.0, best)  # never -0
+
+
+def select(u, c, limit, start, *, count: int, config: Config):
+    """index int32 and score f32 [B, T, H, count].
+
+    Args:
+      u: bf16 [B, T, H, d].
+      c: bf16 [B, Nb, H, d].
+      limit: int32 [B, T], at most Nb.
+      start: int32 [B, T], at least 0.
+      count: K, at most 64.
+      config: of the kernel.
+    """
+    batch, tokens, heads, dim = u.shape
+    queries = min(config.queries, -(-tokens // LANES) * LANES)
+    u, limit, start = (shapes.pad(x, 1, queries) for x in (u, limit, start))
+    c = _by_step(c)
+    sizes = Sizes(queries, min(config.blocks, c.shape[2]), dim, count)
+    tiles = u.shape[1] // queries
+
+    def of_tile(rows):
+        return pl.BlockSpec((None, None, rows, queries), lambda b, h, t: (b, h, 0, t))
+
+    def result(dtype):
+        shape = (batch, heads, sizes.slots, u.shape[1])
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(u).manual_axis_type)
+
+    pairs = batch * heads * u.shape[1] * c.shape[2]
+    index, score = pl.pallas_call(
+        functools.partial(_kernel, sizes=sizes),
+        out_shape=(result(jnp.int32), result(jnp.float32)),
+        grid=(batch, heads, tiles),
+        in_specs=[
+            pl.BlockSpec(
+                (None, 1, 4), lambda b, h, t: (b * tiles + t, 0, 0), memory_space=pltpu.SMEM
+            ),
+            of_tile(dim),
+            pl.BlockSpec((None, 2, queries), lambda b, h, t: (b, 0, t)),
+            pl.BlockSpec(memory_space=pl.ANY),
+        ],
+        out_specs=(of_tile(sizes.slots), of_tile(sizes.slots)),
+        scratch_shapes=[
+            *(pltpu.VMEM(shape, dtype) for shape, dtype in sizes.buffers().values()),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 3, vmem_limit_bytes=VMEM_BUDGET
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * dim * pairs,
+            bytes_accessed=2 * dim * pairs // queries + 8 * batch * heads * u.shape[1] * count,
+            transcendentals=0,
+        ),
+        name="block_selection",
+    )(
+        _plan(start, limit, queries),
+        u.transpose(0, 2, 3, 1),
+        jnp.stack([start, limit], axis=1),
+        c,
+    )
+    index, score = (x.transpose(0, 3, 1, 2)[:, :tokens, :, :count] for x in (index, score))
+    return index, score
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _select(u, c, limit, start, count):
+    find = shapes.batchable(functools.partial(select, count=count, config=CONFIG))
+    return find(u, c, limit, start)
+
+
+def _select_fwd(u, c, limit, start, count):
+    results = _select(u, c, limit, start, count)
+    index, score = checkpoint_name(results, "block_selection")
+    return (index, score), (u, c, index)
+
+
+_select.defvjp(_select_fwd, select_bwd)
+
+
+def select_blocks(u, c, limit, start, count):
+    """See `pallas_kernels.block_selection.select_blocks`; `limit` and `start` are int32 [B, T]."""
+    if 0 in (*u.shape, c.shape[1], count):
+        return xla.select_blocks(u, c, limit, start, count)
+    return _select(u, c, jnp.minimum(limit, c.shape[1]), jnp.maximum(start, 0), count)
