@@ -82,10 +82,12 @@ class Sizes:
     def buffers(self) -> dict:
         """Shape and dtype of each buffer that the kernel declares in VMEM."""
         f32, queries = jnp.float32, self.queries
+        # Descents look at 8 x 64 rows at a time.
+        group_rows = -(-self.blocks // (GROUP * STEP)) * STEP
         return {
             "features": ((2, STEP, self.dim), jnp.bfloat16),
             "scores": ((self.blocks, queries), f32),
-            "group_maxima": ((self.blocks // GROUP, queries), f32),
+            "group_maxima": ((group_rows, queries), f32),
             "candidate_score": ((self.candidates, queries), f32),
             "candidate_id": ((self.candidates, queries), f32),
             "chosen": ((self.slots, queries), f32),
@@ -226,18 +228,20 @@ class _Tile:
         supergroups = sizes.blocks // GROUP**2
         row = lax.broadcasted_iota(jnp.int32, (supergroups, sizes.queries), 0)
         at["candidate_id"][:supergroups] = row.astype(jnp.float32)
-        self._take_best(supergroups, at["chosen"])
+        if supergroups > sizes.slots:
+            self._take_best(supergroups, at["chosen"])
+        else:
+            at["chosen"][:supergroups] = row.astype(jnp.float32)
         # A register of a step's maxima has a group of each of its 8 supergroups, a register of
         # its scores a block of one group of each.
-        self._gather(at["group_maxima"], steps, lambda x: (x >> 3, x & 7), 0)
+        self._gather(at["group_maxima"], pl.cdiv(steps, GROUP), lambda x: (x >> 3, x & 7), 0)
         members = GROUP * sizes.slots
         self._take_best(members, at["chosen"])
-        first_block = base * STEP
         self._gather(
             at["scores"],
-            steps * GROUP,
+            steps,
             lambda x: ((x >> 6) * GROUP + (x & 7), x >> 3 & 7),
-            first_block,
+            base * STEP,
         )
         rows = slice(members, members + sizes.slots)
         at["candidate_score"][rows] = at["best_score"][...]
@@ -246,26 +250,33 @@ class _Tile:
 
     def _take_best(self, rows, ids, scores=None):
         """The K best of the first candidates, in order; of equal ones, that of the lowest id."""
-        at = self.at
+        at, queries = self.at, self.sizes.queries
+        width = _lanes_at_once(rows, queries)
 
-        @pl.loop(0, self.sizes.count)
-        def _(k):
-            score, number = at["candidate_score"][:rows], at["candidate_id"][:rows]
-            best = jnp.max(score, axis=0, keepdims=True)
-            first = jnp.where(score == best, number, _NEVER)
-            first = jnp.min(first, axis=0, keepdims=True)
-            at["candidate_score"][:rows] = jnp.where(number == first, -jnp.inf, score)
-            ids[pl.ds(k, 1)] = jnp.where(best > -jnp.inf, first, -1.0)
-            if scores is not None:
-                scores[pl.ds(k, 1)] = best
+        @pl.loop(0, queries // width)
+        def _(tile):
+            lanes = pl.ds(pl.multiple_of(tile * width, width), width)
 
-    def _gather(self, source, registers, locate, first_id):
+            @pl.loop(0, self.sizes.count)
+            def _(k):
+                score = at["candidate_score"][:rows, lanes]
+                number = at["candidate_id"][:rows, lanes]
+                best = jnp.max(score, axis=0, keepdims=True)
+                first = jnp.where(score == best, number, _NEVER)
+                first = jnp.min(first, axis=0, keepdims=True)
+                at["candidate_score"][:rows, lanes] = jnp.where(number == first, -jnp.inf, score)
+                ids[pl.ds(k, 1), lanes] = jnp.where(best > -jnp.inf, first, -1.0)
+                if scores is not None:
+                    scores[pl.ds(k, 1), lanes] = best
+
+    def _gather(self, source, rounds, locate, first_id):
         """The 8 members of each of the chosen become candidates; of none, they score -inf.
 
         Args:
-          source: their scores: 8 registers, one for each member, of 8 groups, and so on.
-          registers: how many such 8 there are.
-          locate: from a chosen number to which of them, and its sublane.
+          source: their scores: 8 rows of the first members of 8 groups, 8 of the second, and
+            so on; then the next 8 groups.
+          rounds: how often 64 groups are looked at.
+          locate: from a chosen number to which 8 groups, and the sublane.
           first_id: added to the ids of the candidates.
         """
         at, slots = self.at, self.sizes.slots
@@ -276,27 +287,37 @@ class _Tile:
             for low in range(0, slots, _SLOTS):
                 chosen = at["chosen"][low : min(low + _SLOTS, slots), lanes].astype(jnp.int32)
                 place, sublane = locate(chosen)
-                found = self._gather_slots(source.at[:, lanes], registers, place, sublane)
+                found = _gather_slots(source.at[:, lanes], rounds, place, sublane)
                 for m, score in enumerate(found):
                     rows = pl.ds(m * slots + low, len(chosen))
                     number = chosen * GROUP + (m + first_id)
                     at["candidate_score"][rows, lanes] = score
                     at["candidate_id"][rows, lanes] = number.astype(jnp.float32)
 
-    def _gather_slots(self, source, registers, place, sublane):
-        """For each member an array like `place`."""
-        size = GROUP * GROUP
 
-        def look(r, found):
-            here = place == r
-            members = _members(source[pl.ds(pl.multiple_of(r * size, size), size)])
-            return [
+def _lanes_at_once(rows: int, queries: int) -> int:
+    """Of how many queries candidates are compared in one go, so that code does not get long."""
+    parts = queries // LANES
+    fits = [n for n in range(1, parts + 1) if parts % n == 0 and n * LANES * rows <= 2**17]
+    return LANES * max(fits, default=1)
+
+
+def _gather_slots(source, rounds, place, sublane):
+    """For each member its scores, an array like `place`."""
+    size = GROUP * GROUP  # rows of 8 groups
+
+    def look(r, found):
+        for i in range(GROUP):
+            here = place == r * GROUP + i
+            low = pl.multiple_of((r * GROUP + i) * size, size)
+            found = [
                 jnp.where(here, _from_sublanes(member, sublane), score)
-                for member, score in zip(members, found, strict=True)
+                for member, score in zip(_members(source[pl.ds(low, size)]), found, strict=True)
             ]
+        return found
 
-        nothing = jnp.full(place.shape, -jnp.inf, jnp.float32)
-        return lax.fori_loop(0, registers, look, [nothing] * GROUP)
+    nothing = jnp.full(place.shape, -jnp.inf, jnp.float32)
+    return lax.fori_loop(0, rounds, look, [nothing] * GROUP)
 
 
 def _from_sublanes(x, sublane):
