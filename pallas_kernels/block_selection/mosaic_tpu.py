@@ -265,9 +265,9 @@ class _Tile:
                 first = jnp.where(score == best, number, _NEVER)
                 first = jnp.min(first, axis=0, keepdims=True)
                 at["candidate_score"][:rows, lanes] = jnp.where(number == first, -jnp.inf, score)
-                ids[pl.ds(k, 1), lanes] = jnp.where(best > -jnp.inf, first, -1.0)
+                _store_row(ids.at[:, lanes], k, jnp.where(best > -jnp.inf, first, -1.0))
                 if scores is not None:
-                    scores[pl.ds(k, 1), lanes] = best
+                    _store_row(scores.at[:, lanes], k, best)
 
     def _gather(self, source, rounds, locate, first_id):
         """The 8 members of each of the chosen become candidates; of none, they score -inf.
@@ -300,6 +300,14 @@ def _lanes_at_once(rows: int, queries: int) -> int:
     parts = queries // LANES
     fits = [n for n in range(1, parts + 1) if parts % n == 0 and n * LANES * rows <= 2**17]
     return LANES * max(fits, default=1)
+
+
+def _store_row(ref, row, x):
+    """Stores x [1, n]; by 8 rows, since Mosaic refuses an odd row of a single register."""
+    rows = pl.ds(pl.multiple_of(row // GROUP * GROUP, GROUP), GROUP)
+    old = ref[rows]
+    here = lax.broadcasted_iota(jnp.int32, old.shape, 0) == row % GROUP
+    ref[rows] = jnp.where(here, x, old)
 
 
 def _gather_slots(source, rounds, place, sublane):
