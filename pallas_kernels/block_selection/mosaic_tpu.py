@@ -26,16 +26,14 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import shapes
 from pallas_kernels.block_selection import xla
 from pallas_kernels.block_selection.gradients import select_bwd
-from pallas_kernels.mesh_axes import varying
 
 GROUP = 8  # blocks of a group, groups of a supergroup, supergroups of a step: sublanes
 STEP = GROUP**3  # blocks
 LANES = 128
-MOST = 64  # blocks that can be selected
 _SLOTS = 16  # of the selected, for which a descent keeps its 8 x 16 candidates in registers
 _NEVER = float(2**25)  # above every block number; these are counted in f32, exact up to 2^24
-MOST_BLOCKS = 2**24
-VMEM_BUDGET = 100 * 2**20  # bytes, of 128 MiB
+# Bytes of VMEM for what the compiler adds: the product of a step, and registers that it spills.
+_COMPILER_VMEM = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +94,10 @@ class Sizes:
         }
 
     def vmem_bytes(self) -> int:
-        """What the kernel takes: its buffers, and two of each block of its operands and results."""
+        """What the kernel may take: its buffers, two of each block of its operands and results.
+
+        And what the compiler adds, which refuses to compile a kernel that takes more.
+        """
         blocks = [
             ((self.dim, self.queries), jnp.bfloat16),
             ((GROUP, self.queries), jnp.int32),
@@ -109,7 +110,7 @@ class Sizes:
             return math.prod(rows) * (-(-lanes // LANES) * LANES) * jnp.dtype(dtype).itemsize
 
         held = sum(padded(*each) for each in self.buffers().values())
-        return held + 2 * sum(padded(*each) for each in blocks)
+        return held + 2 * sum(padded(*each) for each in blocks) + _COMPILER_VMEM
 
 
 def _plan(start, limit, queries: int):
@@ -390,7 +391,7 @@ def select(u, c, limit, start, *, count: int, config: Config):
             pltpu.SemaphoreType.DMA((2,)),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 3, vmem_limit_bytes=VMEM_BUDGET
+            dimension_semantics=("parallel",) * 3, vmem_limit_bytes=sizes.vmem_bytes()
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * dim * pairs,
