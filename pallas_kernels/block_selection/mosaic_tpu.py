@@ -74,8 +74,8 @@ class Sizes:
 
     @property
     def candidates(self) -> int:
-        """Most rows of which the best are taken: supergroups, or members of K groups and a list."""
-        return max(self.blocks // GROUP**2, (GROUP + 1) * self.slots)
+        """Most rows of which the best are taken: supergroups, or members of K groups."""
+        return max(self.blocks // GROUP**2, GROUP * self.slots)
 
     def buffers(self) -> dict:
         """Shape and dtype of each buffer that the kernel declares in VMEM."""
@@ -87,10 +87,12 @@ class Sizes:
             "scores": ((self.blocks, queries), f32),
             "group_maxima": ((group_rows, queries), f32),
             "candidate_score": ((self.candidates, queries), f32),
-            "candidate_id": ((self.candidates, queries), f32),
+            "candidate_id": ((self.slots, queries), f32),
             "chosen": ((self.slots, queries), f32),
             "best_score": ((self.slots, queries), f32),
             "best_id": ((self.slots, queries), f32),
+            "earlier_score": ((self.slots, queries), f32),
+            "earlier_id": ((self.slots, queries), f32),
         }
 
     def vmem_bytes(self) -> int:
@@ -227,48 +229,73 @@ class _Tile:
         """From the supergroups' maxima to the best blocks."""
         at, sizes = self.at, self.sizes
         supergroups = sizes.blocks // GROUP**2
-        row = lax.broadcasted_iota(jnp.int32, (supergroups, sizes.queries), 0)
-        at["candidate_id"][:supergroups] = row.astype(jnp.float32)
         if supergroups > sizes.slots:
-            self._take_best(supergroups, at["chosen"])
+            row = lax.broadcasted_iota(jnp.int32, (GROUP, sizes.queries), 0)
+            at["candidate_id"][:GROUP] = row.astype(jnp.float32)
+            self._take_best(GROUP, supergroups // GROUP, GROUP, at["chosen"])
         else:
-            at["chosen"][:supergroups] = row.astype(jnp.float32)
+            row = lax.broadcasted_iota(jnp.int32, (sizes.slots, sizes.queries), 0)
+            chosen = jnp.where(row < supergroups, row, -1)
+            at["chosen"][...] = chosen.astype(jnp.float32)
         # A register of a step's maxima has a group of each of its 8 supergroups, a register of
         # its scores a block of one group of each.
         self._gather(at["group_maxima"], pl.cdiv(steps, GROUP), lambda x: (x >> 3, x & 7), 0)
-        members = GROUP * sizes.slots
-        self._take_best(members, at["chosen"])
+        self._take_best(sizes.slots, GROUP, 1, at["chosen"])
         self._gather(
             at["scores"],
             steps,
             lambda x: ((x >> 6) * GROUP + (x & 7), x >> 3 & 7),
             base * STEP,
         )
-        rows = slice(members, members + sizes.slots)
-        at["candidate_score"][rows] = at["best_score"][...]
-        at["candidate_id"][rows] = at["best_id"][...]
-        self._take_best(members + sizes.slots, at["best_id"], at["best_score"])
+        at["earlier_score"][...] = at["best_score"][...]
+        at["earlier_id"][...] = at["best_id"][...]
+        self._take_best(sizes.slots, GROUP, 1, at["best_id"], at["best_score"])
 
-    def _take_best(self, rows, ids, scores=None):
-        """The K best of the first candidates, in order; of equal ones, that of the lowest id."""
+    def _take_best(self, rows, members, stride, ids, scores=None):
+        """The K best candidates, in order; of equal ones, that of the lowest id.
+
+        Args:
+          rows: of the candidates that are the first members, whose ids are `candidate_id`.
+          members: how many times so many rows are candidates.
+          stride: what is added to the ids from one member to the next.
+          ids: takes the K ids, -1 where candidates score -inf.
+          scores: if given, takes the scores, and what earlier chunks left is candidate, too.
+        """
         at, queries = self.at, self.sizes.queries
-        width = _lanes_at_once(rows, queries)
+        width = _lanes_at_once(rows * members, queries)
 
         @pl.loop(0, queries // width)
         def _(tile):
             lanes = pl.ds(pl.multiple_of(tile * width, width), width)
 
-            @pl.loop(0, self.sizes.count)
-            def _(k):
-                score = at["candidate_score"][:rows, lanes]
+            def take(k, taken):
+                """Hides what the round before has taken in the same pass that finds the next."""
                 number = at["candidate_id"][:rows, lanes]
-                best = jnp.max(score, axis=0, keepdims=True)
-                first = jnp.where(score == best, number, _NEVER)
-                first = jnp.min(first, axis=0, keepdims=True)
-                at["candidate_score"][:rows, lanes] = jnp.where(number == first, -jnp.inf, score)
-                _store_row(ids.at[:, lanes], k, jnp.where(best > -jnp.inf, first, -1.0))
+                best = jnp.full((rows, width), -jnp.inf, jnp.float32)
+                offset = jnp.zeros_like(best)
+                for m in range(members):
+                    here = slice(m * rows, (m + 1) * rows)
+                    score = at["candidate_score"][here, lanes]
+                    score = jnp.where(number == taken - m * stride, -jnp.inf, score)
+                    at["candidate_score"][here, lanes] = score
+                    offset = jnp.where(score > best, float(m * stride), offset)
+                    best = jnp.maximum(best, score)
+                number = number + offset
                 if scores is not None:
-                    _store_row(scores.at[:, lanes], k, best)
+                    earlier = at["earlier_id"][:, lanes]
+                    score = jnp.where(earlier == taken, -jnp.inf, at["earlier_score"][:, lanes])
+                    at["earlier_score"][:, lanes] = score
+                    best, number = (jnp.concatenate(x) for x in ((best, score), (number, earlier)))
+                top = jnp.max(best, axis=0, keepdims=True)
+                first = jnp.where(best == top, number, _NEVER)
+                first = jnp.min(first, axis=0, keepdims=True)
+                first = jnp.where(top > -jnp.inf, first, -1.0)
+                _store_row(ids.at[:, lanes], k, first)
+                if scores is not None:
+                    _store_row(scores.at[:, lanes], k, top)
+                return first
+
+            lax.fori_loop(0, self.sizes.count, take, jnp.full((1, width), _NEVER, jnp.float32))
 
     def _gather(self, source, rounds, locate, first_id):
         """The 8 members of each of the chosen become candidates; of none, they score -inf.
@@ -291,9 +318,9 @@ class _Tile:
                 found = _gather_slots(source.at[:, lanes], rounds, place, sublane)
                 for m, score in enumerate(found):
                     rows = pl.ds(m * slots + low, len(chosen))
-                    number = chosen * GROUP + (m + first_id)
                     at["candidate_score"][rows, lanes] = score
-                    at["candidate_id"][rows, lanes] = number.astype(jnp.float32)
+                number = (chosen * GROUP + first_id).astype(jnp.float32)
+                at["candidate_id"][pl.ds(low, len(chosen)), lanes] = number
 
 
 def _lanes_at_once(rows: int, queries: int) -> int:
