@@ -19,6 +19,15 @@ from tests.pallas_kernels.tpu_interpreter import MODES, TPU, interpret, races_fo
 
 select = functools.partial(select_blocks, implementation="mosaic_tpu")
 
+# An interpreted kernel takes longer to compile than to run.
+quick = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
+
 
 def make(seed, batch, tokens, num_blocks, heads, dim, levels=None):
     """Features in bf16; with few levels, of which only two matter, most scores are ties."""
@@ -32,7 +41,7 @@ def make(seed, batch, tokens, num_blocks, heads, dim, levels=None):
 
 
 def run(u, c, limit, start, count):
-    return jax.jit(lambda u, c: select(u, c, limit, count, start=start))(u, c)
+    return quick(lambda u, c: select(u, c, limit, count, start=start))(u, c)
 
 
 def expect(u, c, limit, start, count):
@@ -75,7 +84,7 @@ class TestInterpreted:
         """Of one step each: the supergroups are all chosen; two tiles of queries."""
         cut(128, 512)
         with interpret(mode):
-            assert_right(make(0, 2, 140, 1100, 2, 64), 8)
+            assert_right(make(0, 1, 140, 1100, 2, 64), 8)
 
     # With one chunk of several steps the best supergroups are found. From 4,096 blocks on, a
     # descent has several rounds. Queries of several registers are cut where there are many rows.
@@ -93,7 +102,7 @@ class TestInterpreted:
         assert_right(make(0, *shape), count)
 
     # In 1,100 blocks there are ties in and between groups, supergroups, steps and chunks.
-    @pytest.mark.parametrize(("blocks", "count"), [(200, 1), (1100, 5), (200, 40)])
+    @pytest.mark.parametrize(("blocks", "count"), [(1100, 5), (200, 40)])
     def test_ties_take_the_lower_index(self, blocks, count):
         operands = make(1, 1, 70, blocks, 1, 128, levels=1)
         index, score = run(*operands, count)
@@ -142,7 +151,7 @@ class TestInterpreted:
     def test_later_queries_do_not_matter_bit_for_bit(self):
         u, c, limit, start = make(3, 1, 150, 600, 1, 64)
 
-        @jax.jit
+        @quick
         def run(u, limit):
             return select(u, c, limit, 8, start=start)
 
@@ -165,20 +174,19 @@ class TestInterpreted:
             return jax.grad(score, argnums=(0, 1))(u, c)
 
         operands = u, c, jnp.asarray(limit), jnp.asarray(start), bar
-        found = jax.jit(functools.partial(gradients, "mosaic_tpu"))(*operands)
+        found = quick(functools.partial(gradients, "mosaic_tpu"))(*operands)
         wide = [x.astype(jnp.float32) for x in (u, c)]
         expected = jax.jit(functools.partial(gradients, "xla"))(*wide, *operands[2:])
         for x, y in zip(found, expected, strict=True):
             x, y = (np.asarray(each, np.float32) for each in (x, y))
             np.testing.assert_allclose(x, y, 2**-8, 2**-12)
         stacked = [x[:, None] for x in operands]
-        mapped = jax.jit(jax.vmap(functools.partial(gradients, "mosaic_tpu")))(*stacked)
+        mapped = quick(jax.vmap(functools.partial(gradients, "mosaic_tpu")))(*stacked)
         assert_same_bits([x[:, 0] for x in mapped], found)
 
-    @pytest.mark.parametrize("mode", MODES)
-    def test_no_races(self, mode):
+    def test_no_races(self):
         operands = make(6, 1, 200, 1600, 1, 64)
-        with interpret(mode, detect_races=True):
+        with interpret(detect_races=True):
             found = jax.block_until_ready(run(*operands, 8))
         assert not races_found()
         np.testing.assert_array_equal(found[0], expect(*operands, 8)[0])
