@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
 from pallas_kernels.block_selection import mosaic_tpu, select_blocks
-from pallas_kernels.block_selection.mosaic_tpu import Config, Sizes
+from pallas_kernels.block_selection.mosaic_tpu.configs import Config, Sizes
 from tests.pallas_kernels.accuracy import assert_same_bits
 from tests.pallas_kernels.tpu_interpreter import MODES, TPU, interpret, races_found
 
