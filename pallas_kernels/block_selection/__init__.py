@@ -11,19 +11,22 @@ from pallas_kernels.checks import check_floating, check_shape, per_token
 from pallas_kernels.mesh_axes import vary_alike
 
 
-def _not_for_hopper(u, c, limit, start, count) -> str | None:
+def _not_for_kernels(u, c, limit, start, count) -> str | None:
     if u.dtype != jnp.bfloat16:
         return f"takes bfloat16, not {u.dtype}"
     if u.shape[3] not in (64, 128):
         return f"takes features of width 64 and 128, not {u.shape[3]}"
     if count > 64:
         return f"selects up to 64 blocks, not {count}"
+    if c.shape[1] > 2**24:
+        return f"counts blocks in float32, up to 2^24, not {c.shape[1]}"
     return None
 
 
 dispatch.register(
     "block_selection",
-    dispatch.for_hopper(__name__, "select_blocks", _not_for_hopper),
+    dispatch.for_hopper(__name__, "select_blocks", _not_for_kernels),
+    dispatch.for_tpu(__name__, "select_blocks", _not_for_kernels),
     dispatch.Implementation("xla", xla.select_blocks),
     dispatch.Implementation("reference", reference.select_blocks),
 )
