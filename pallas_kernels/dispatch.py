@@ -29,6 +29,11 @@ def not_hopper(device: jax.Device) -> str | None:
     return f"needs a GPU of compute capability 9.x (Hopper), not {device.device_kind}"
 
 
+def not_tpu(device: jax.Device) -> str | None:
+    """Why a kernel for TPUs cannot run on a device, or None if it can."""
+    return None if device.platform == "tpu" else f"needs a TPU, not {device.device_kind}"
+
+
 def deferred(module: str, name: str) -> Callable:
     """The function `name` of a module that is imported by the first call.
 
@@ -68,6 +73,16 @@ def for_hopper(package: str, function: str, why_not_for: Callable[..., str | Non
         "mosaic_gpu",
         deferred(f"{package}.mosaic_gpu", function),
         why_not_on=not_hopper,
+        why_not_for=why_not_for,
+    )
+
+
+def for_tpu(package: str, function: str, why_not_for: Callable[..., str | None]):
+    """The Implementation "mosaic_tpu" of a primitive: `function` of `package`.mosaic_tpu."""
+    return Implementation(
+        "mosaic_tpu",
+        deferred(f"{package}.mosaic_tpu", function),
+        why_not_on=not_tpu,
         why_not_for=why_not_for,
     )
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.segments import first_places
 
@@ -126,3 +127,8 @@ def join_chunks(x, tokens: int):
     chunks, batch, chunk, heads, groups = x.shape[:5]
     x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk, heads * groups, *x.shape[5:])
     return x[:, :tokens]
+
+
+def loop(count: int, step, state):
+    """The state after `step(i, state)` for i < count; one step is taken without a loop."""
+    return step(0, state) if count == 1 else lax.fori_loop(0, count, step, state)
