@@ -21,8 +21,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import shapes
 from pallas_kernels.block_sparse_attention import xla
-from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine, loop
-from pallas_kernels.block_sparse_attention.mosaic_tpu.kernels import backward, forward, vmem_bytes
+from pallas_kernels.block_sparse_attention.entries import Sizes, loop, weigh
+from pallas_kernels.block_sparse_attention.mosaic_tpu.kernels import (
+    MAX_VMEM,
+    backward,
+    forward,
+    vmem_bytes,
+    weighted_sum,
+)
 from pallas_kernels.block_sparse_attention.mosaic_tpu.plan import Chunk, plan_chunk, window_entries
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.mesh_axes import vary_with
@@ -34,7 +40,6 @@ _MIN_ROWS = 2**20
 _ROWS_PER_BLOCK = 256
 # Key blocks of a chunk: SMEM has 1 MiB for its pieces, 8 bytes each.
 _MAX_BLOCKS = 2**16 - 2**13
-_MAX_VMEM = 100 * 2**20  # of 128 MiB
 
 
 def _cut(tokens: int, sizes: Sizes) -> tuple[Sizes, int]:
@@ -87,25 +92,19 @@ def _gather(x, chunk: Chunk, first, sizes: Sizes):
 
 
 def _windows(x, sizes: Sizes):
-    """[entries, G * D] -> [windows, entries, G * D]."""
-    return x.reshape(-1, window_entries(sizes.groups), x.shape[-1])
+    """[entries, ...] -> [windows, entries, ...]."""
+    return x.reshape(-1, window_entries(sizes.groups), *x.shape[1:])
 
 
-def _numbers(x, sizes: Sizes):
-    """[entries, G] -> [windows, 1, G * entries], head by head."""
-    x = _windows(x, sizes).swapaxes(1, 2)
-    return x.reshape(len(x), 1, -1)
+def _of_heads(x):
+    """f32 [windows, entries, G] -> [windows, 1, G * entries], head by head."""
+    return x.swapaxes(1, 2).reshape(len(x), 1, -1)
 
 
-def _of_entries(x, chunk: Chunk):
-    """Sorted [windows, entries, ...] -> [entries, ...] by number."""
-    x = x.reshape(-1, *x.shape[2:])
-    return x.at[chunk.sorted_place].get(mode="promise_in_bounds")
-
-
-def _of_heads(x, sizes: Sizes):
-    """[windows, 1, G * entries] -> [windows, G, entries]."""
-    return x.reshape(len(x), sizes.groups, -1)
+def _by_token(x, chunk: Chunk):
+    """Of sorted entries [windows, entries, ...] -> [capacity, rows, ...]."""
+    place = chunk.sorted_place.reshape(len(chunk.sorted_place), -1)
+    return x.reshape(-1, *x.shape[2:]).at[place].get(mode="promise_in_bounds")
 
 
 def _join(k, v, sizes: Sizes):
@@ -118,10 +117,17 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
     kv = _join(k, v, sizes)
 
     def attend(chunk, first, sizes, _):
-        out, lse = forward(_windows(_gather(q, chunk, first, sizes), sizes), kv, chunk, sizes)
-        out = _of_entries(out, chunk).reshape(-1, sizes.groups, sizes.head_dim)
-        lse = _of_entries(_of_heads(lse, sizes).swapaxes(1, 2), chunk)
-        return combine(chunk.value, chunk.filled, out, lse, sizes), ()
+        rows = _windows(_gather(q, chunk, first, sizes), sizes)
+        out, lse = forward(rows, kv, chunk, sizes)
+        lse = lse.reshape(len(lse), sizes.groups, -1).swapaxes(1, 2)
+        # Heads first: last, they would leave most lanes of all that follows empty.
+        lse = lax.optimization_barrier(jnp.moveaxis(_by_token(lse, chunk), 2, 0))
+        value, filled = (x.reshape(lse.shape[1:]) for x in (chunk.value, chunk.filled))
+        weights, total, lse = weigh(lse + value, filled, axis=1)
+        weights = jnp.moveaxis(weights / total[:, None], 0, 2)
+        out = weighted_sum(_by_token(out, chunk), weights, sizes.head_dim)
+        shape = sizes.batch, sizes.chunk, sizes.heads, sizes.groups
+        return (out.reshape(*shape, sizes.head_dim), lse.T.reshape(shape)), ()
 
     empty = lax.empty(q.shape, q.dtype), lax.empty(q.shape[:3], jnp.float32)
     return _for_chunks((indptr, indices, values), q.shape[1], sizes, attend, empty, ())[0]
@@ -130,26 +136,28 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
 def _backward(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
     """The gradients of q, k, v and values."""
     kv = _join(k, v, sizes)
-    b, h = (x[..., None, None] for x in jnp.ogrid[: sizes.batch, : sizes.heads])
+    b, _, h = jnp.ogrid[: sizes.batch, :1, : sizes.heads]
+    numbers = jnp.stack([lse, delta], axis=-1)
 
     def differentiate(chunk, first, sizes, sums):
         kv_bar, values_bar = sums
-        rows, rows_bar, lse_rows, delta_rows = (
-            _gather(x, chunk, first, sizes) for x in (q, out_bar, lse, delta)
+        rows, rows_bar = (_windows(_gather(x, chunk, first, sizes), sizes) for x in (q, out_bar))
+        lse_rows, delta_rows = jnp.unstack(
+            _gather(numbers, chunk, first, sizes).reshape(-1, sizes.groups, 2), axis=2
         )
-        shift = chunk.value.ravel()[chunk.entry][:, None] - lse_rows
+        shift = chunk.sorted_value[:, None] - lse_rows
         of_q, of_bias, kv_bar = backward(
-            _windows(rows, sizes), _windows(rows_bar, sizes), _numbers(shift, sizes),
-            _numbers(delta_rows, sizes), kv, kv_bar, chunk, sizes,
+            rows, rows_bar, *(_of_heads(_windows(x, sizes)) for x in (shift, delta_rows)),
+            kv, kv_bar, chunk, sizes,
         )  # fmt: skip
-        of_q = by_token(_of_entries(of_q, chunk), sizes)
-        filled = jnp.moveaxis(chunk.filled, 1, 2)[..., None]
-        q_bar = jnp.sum(jnp.where(filled, of_q.astype(jnp.float32), 0), axis=3)
-        value_bar = _of_entries(jnp.sum(_of_heads(of_bias, sizes), axis=1), chunk)
+        filled = chunk.filled.reshape(sizes.capacity, -1, 1).astype(jnp.float32)
+        filled = jnp.broadcast_to(filled, (*filled.shape[:2], sizes.groups))
+        q_bar = weighted_sum(_by_token(of_q, chunk), filled, sizes.head_dim)
+        q_bar = q_bar.reshape(sizes.batch, sizes.chunk, sizes.heads, sizes.groups, -1)
+        of_bias = jnp.sum(of_bias.reshape(len(of_bias), sizes.groups, -1), axis=1)
+        value_bar = _by_token(of_bias, chunk).reshape(chunk.place.shape)
         # Each entry has its own place; empty ones have none.
-        values_bar = values_bar.at[b, h, chunk.place].set(
-            value_bar.reshape(chunk.place.shape), mode="drop"
-        )
+        values_bar = values_bar.at[b, h, chunk.place].set(value_bar, mode="drop")
         return (q_bar,), (kv_bar, values_bar)
 
     results = (lax.empty(q.shape, q.dtype),)
@@ -216,7 +224,7 @@ def why_not_for(q, k, v, blocks: BlockCSR, block_size, scale) -> str | None:
     if columns > _MAX_BLOCKS:
         return f"takes up to {_MAX_BLOCKS} key blocks of all KV heads, not {columns}"
     vmem = vmem_bytes("backward", groups, head_dim, block_size, q.dtype.itemsize)
-    if vmem > _MAX_VMEM:
+    if vmem > MAX_VMEM:
         return f"{groups} query heads and {block_size} keys at a time take {vmem} bytes of VMEM"
     return None
 

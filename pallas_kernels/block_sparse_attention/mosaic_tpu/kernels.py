@@ -17,6 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.block_sparse_attention.entries import Sizes
 from pallas_kernels.block_sparse_attention.mosaic_tpu.plan import Chunk, window_entries
 
+MAX_VMEM = 100 * 2**20  # of v5e's 128 MiB
+# Results of a query that are added at a time, and elements of the block that holds those of many.
+_SUMMANDS = 16
+_SUM_ELEMENTS = 2**20
+
 
 def _product(a, b, contract_a: int, contract_b: int):
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -120,6 +125,28 @@ def _backward_kernel(
         piece.put_rows(q_bar_ref, _product(logits_bar, keys, 0, 0))
         kv_bar_ref[:, :dim] += _product(logits_bar, queries, 1, 0)
         kv_bar_ref[:, dim:] += _product(weights.astype(out_bar.dtype), out_bar, 1, 0)
+
+
+def _sum_kernel(parts_ref, weights_ref, out_ref, total_ref, *, dim: int):
+    step = pl.program_id(1)
+    count, groups = len(parts_ref), parts_ref.shape[2] // dim
+
+    @pl.when(step == 0)
+    def _():
+        total_ref[...] = jnp.zeros_like(total_ref)
+
+    for g in range(groups):
+        head = slice(g * dim, (g + 1) * dim)
+        total = total_ref[:, head]
+        for n in range(count):
+            weight = weights_ref[:, n * groups + g : n * groups + g + 1]
+            # What weighs nothing may never have been written.
+            total += jnp.where(weight != 0, weight * parts_ref[n, :, head].astype(jnp.float32), 0)
+        total_ref[:, head] = total
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _():
+        out_ref[...] = total_ref[...].astype(out_ref.dtype)
 
 
 def vmem_bytes(kernel: str, groups: int, head_dim: int, block_size: int, itemsize: int) -> int:
@@ -238,3 +265,40 @@ def backward(q, out_bar, shift, delta, kv, kv_bar, chunk: Chunk, sizes: Sizes):
     )  # fmt: skip
     results = (blocks.rows, _like(q)), (blocks.numbers, _like(shift)), (blocks.keys, _like(kv_bar))
     return _call("backward", chunk, sizes, operands, results, input_output_aliases={7: 2})
+
+
+def weighted_sum(parts, weights, head_dim: int):
+    """The sum over the first axis of [capacity, rows, G * D], weighted by f32 [capacity, rows, G].
+
+    What weighs 0 may be anything. XLA would take ten times as long, since it spreads each weight
+    over the lanes by way of memory.
+    """
+    capacity, rows, lanes = parts.shape
+    count = next(n for n in range(min(capacity, _SUMMANDS), 0, -1) if capacity % n == 0)
+    height = _SUM_ELEMENTS // (count * lanes) // 16 * 16
+    height = min(max(16, height), 128, -(-rows // 16) * 16)
+    groups, steps = weights.shape[2], capacity // count
+    # A row's weights side by side: on their own, few heads would leave most lanes empty.
+    weights = weights.reshape(steps, count, rows, groups).swapaxes(1, 2)
+    weights = weights.reshape(steps, rows, count * groups)
+    return pl.pallas_call(
+        functools.partial(_sum_kernel, dim=head_dim),
+        out_shape=_like(parts, (rows, lanes)),
+        grid=(-(-rows // height), steps),
+        in_specs=[
+            pl.BlockSpec((count, height, lanes), lambda i, j: (j, i, 0)),
+            pl.BlockSpec((None, height, count * groups), lambda i, j: (j, i, 0)),
+        ],
+        out_specs=pl.BlockSpec((height, lanes), lambda i, j: (i, 0)),
+        scratch_shapes=[pltpu.VMEM((height, lanes), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=MAX_VMEM,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * parts.size,
+            transcendentals=0,
+            bytes_accessed=parts.size * parts.dtype.itemsize + 4 * weights.size,
+        ),
+        name="block_sparse_attention_sum",
+    )(parts, weights)

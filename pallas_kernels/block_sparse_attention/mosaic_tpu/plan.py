@@ -25,16 +25,16 @@ def window_entries(groups: int) -> int:
 
 
 class Chunk(NamedTuple):
-    """The entries of a chunk of queries, sorted by block, and cut.
+    """The entries of a chunk of queries, by token, sorted by block, and cut.
 
     Attributes:
-      place: int32 [B, Hkv, chunk, capacity]: of each entry in the pattern; out of bounds if empty.
+      place: int32 [capacity, B, chunk, Hkv]: of each entry in the pattern; out of bounds if empty.
       value: likewise: the score bias; 0 if empty.
       filled: bool, likewise.
+      sorted_place: int32, likewise: where the entry is when they are sorted.
       row: int32 [whole windows]: the row, in [B, chunk, Hkv], of each sorted entry; past the last
         one, the first one's, since what stands there must be harmless.
-      entry: int32 [whole windows]: the number of each sorted entry.
-      sorted_place: int32 [entries]: where each entry is when they are sorted.
+      sorted_value: [whole windows]: the score bias of each sorted entry.
       column: int32 [pieces]: the key block of each piece, in [B, Hkv, Nb].
       begin: int32 [pieces + 1]: the first sorted entry of each piece.
     """
@@ -42,9 +42,9 @@ class Chunk(NamedTuple):
     place: jax.Array
     value: jax.Array
     filled: jax.Array
-    row: jax.Array
-    entry: jax.Array
     sorted_place: jax.Array
+    row: jax.Array
+    sorted_value: jax.Array
     column: jax.Array
     begin: jax.Array
 
@@ -72,7 +72,8 @@ def plan_chunk(first, indptr, indices, values, sizes: Sizes) -> Chunk:
     row = (b * sizes.chunk + token) * sizes.heads + h
     # To sort again is to invert; a scatter would take the entries one by one.
     sorted_place = jnp.argsort(entries.order, stable=False).astype(jnp.int32)
+    by_token = entries.place, entries.value, entries.filled, sorted_place
     return Chunk(
-        entries.place[0], entries.value[0], entries.filled[0], row, order, sorted_place,
-        pieces.run, pieces.begin,
+        *(x.reshape(entries.place.shape[1:]).transpose(3, 0, 2, 1) for x in by_token),
+        row, entries.value.ravel()[order], pieces.run, pieces.begin,
     )  # fmt: skip
