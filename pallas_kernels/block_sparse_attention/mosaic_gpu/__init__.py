@@ -127,7 +127,7 @@ def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, siz
     else:
         shapes = jax.eval_shape(differentiate, 0)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-        bars = lax.foriloop(0, chunks, add, vary_with(k, zeros))
+        bars = lax.fori_loop(0, chunks, add, vary_with(k, zeros))
     return tuple(x.reshape(len(q), -1, *k.shape[2:])[:, : k.shape[1]].astype(k.dtype) for x in bars)
 
 

@@ -7,6 +7,7 @@ computes all rows of the window, and keeps its own.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +93,11 @@ def _forward_kernel(begin_ref, column_ref, q_ref, kv_ref, out_ref, lse_ref, *, s
         top = jnp.max(logits, axis=0, keepdims=True)
         weights = jnp.exp(logits - top)
         total = jnp.sum(weights, axis=0, keepdims=True)
-        weights = (weights / total).astype(payload.dtype)
-        piece.put_rows(out_ref, _product(weights, payload, 0, 0))
+        # Weights up to 1 exactly: normalised ones would be rounded, the largest too. Their sums
+        # come from the MXU, since those from above lie along lanes.
+        payload = jnp.concatenate([payload, jnp.ones_like(payload)], axis=1)
+        out = _product(weights.astype(payload.dtype), payload, 0, 0)
+        piece.put_rows(out_ref, out[:, : sizes.head_dim] / out[:, sizes.head_dim :])
         lse_ref[...] = jnp.where(piece.mine(), top + jnp.log(total), lse_ref[...])
 
 
@@ -182,7 +186,8 @@ class _Blocks:
 
 def _call(kernel: str, chunk: Chunk, sizes: Sizes, operands, results, **options):
     """Runs a kernel on pairs of a block and an array; results are pairs of a block and a shape."""
-    body, products = {"forward": (_forward_kernel, 2), "backward": (_backward_kernel, 5)}[kernel]
+    body: Callable = _forward_kernel if kernel == "forward" else _backward_kernel
+    products = 3 if kernel == "forward" else 5  # of [rows, D] and [S, D], or so large
     blocks, arrays = zip(*operands, strict=True)
     result_blocks, shapes = zip(*results, strict=True)
     rows = window_entries(sizes.groups) * sizes.groups
