@@ -33,10 +33,11 @@ from pallas_kernels.block_sparse_attention.mosaic_tpu.plan import Chunk, plan_ch
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.mesh_axes import vary_with
 
-# Query rows of a chunk, of all its entries: at least so many, and so many for each key block. Each
+# Query rows of a chunk, of all its entries: so many for each key block, within these bounds. Each
 # is held two or three times, so there should be few: with S = 64 they are four times the keys. But
 # each chunk loads and stores all blocks' keys and their gradients.
 _MIN_ROWS = 2**20
+_MAX_ROWS = 2**22
 _ROWS_PER_BLOCK = 256
 # Key blocks of a chunk: SMEM has 1 MiB for its pieces, 8 bytes each.
 _MAX_BLOCKS = 2**16 - 2**13
@@ -44,7 +45,7 @@ _MAX_BLOCKS = 2**16 - 2**13
 
 def _cut(tokens: int, sizes: Sizes) -> tuple[Sizes, int]:
     """The sizes of chunks of queries, and their number."""
-    rows = max(_MIN_ROWS, _ROWS_PER_BLOCK * sizes.columns)
+    rows = min(max(_MIN_ROWS, _ROWS_PER_BLOCK * sizes.columns), _MAX_ROWS)
     most = max(1, rows // (sizes.groups * sizes.batch * sizes.heads * sizes.capacity))
     chunks = -(-tokens // most)
     return dataclasses.replace(sizes, chunk=-(-tokens // chunks)), chunks
@@ -53,7 +54,7 @@ def _cut(tokens: int, sizes: Sizes) -> tuple[Sizes, int]:
 def _for_chunks(pattern, tokens: int, sizes: Sizes, step, results, sums):
     """Runs `step(chunk, its first token, its sizes, sums)`, chunk after chunk.
 
-    A step returns what its tokens get, [B, chunk, Hkv, G, ...] each, which is written to
+    A step returns what its tokens get, [B, chunk, Hkv * G, ...] each, which is written to
     `results`, [B, T, Hkv * G, ...] each; and the new sums. The last chunk ends with the sequence:
     the tokens that it shares with the one before have no entries in it.
 
@@ -77,7 +78,7 @@ def _for_chunks(pattern, tokens: int, sizes: Sizes, step, results, sums):
 
 def _put(target, rows, begin, first):
     """Writes to [B, T, Hkv * G, ...] those rows of tokens from `first` on that are from `begin`."""
-    rows = rows.reshape(*rows.shape[:2], *target.shape[2:]).astype(target.dtype)
+    rows = rows.astype(target.dtype)
     before = lax.dynamic_slice_in_dim(target, first, rows.shape[1], axis=1)
     own = first + jnp.arange(rows.shape[1], dtype=jnp.int32) >= begin
     rows = jnp.where(own.reshape(-1, *[1] * (rows.ndim - 2)), rows, before)
@@ -107,6 +108,14 @@ def _by_token(x, chunk: Chunk):
     return x.reshape(-1, *x.shape[2:]).at[place].get(mode="promise_in_bounds")
 
 
+def _tokens_first(x, sizes: Sizes):
+    """[B * Hkv * chunk, G * ...] -> [B, chunk, Hkv * G, ...]."""
+    x = x.reshape(sizes.batch, sizes.heads, sizes.chunk, x.shape[1]).swapaxes(1, 2)
+    width = x.shape[3] // sizes.groups
+    shape = sizes.batch, sizes.chunk, sizes.heads * sizes.groups
+    return x.reshape(shape if width == 1 else (*shape, width))
+
+
 def _join(k, v, sizes: Sizes):
     """Keys and values [B, N, Hkv, D], side by side: [columns, S, 2 * D]."""
     x = shapes.pad(jnp.concatenate([k, v], axis=3), 1, sizes.block_size)
@@ -126,8 +135,7 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
         weights, total, lse = weigh(lse + value, filled, axis=1)
         weights = jnp.moveaxis(weights / total[:, None], 0, 2)
         out = weighted_sum(_by_token(out, chunk), weights, sizes.head_dim)
-        shape = sizes.batch, sizes.chunk, sizes.heads, sizes.groups
-        return (out.reshape(*shape, sizes.head_dim), lse.T.reshape(shape)), ()
+        return (_tokens_first(out, sizes), _tokens_first(lse.T, sizes)), ()
 
     empty = lax.empty(q.shape, q.dtype), lax.empty(q.shape[:3], jnp.float32)
     return _for_chunks((indptr, indices, values), q.shape[1], sizes, attend, empty, ())[0]
@@ -136,7 +144,7 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
 def _backward(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
     """The gradients of q, k, v and values."""
     kv = _join(k, v, sizes)
-    b, _, h = jnp.ogrid[: sizes.batch, :1, : sizes.heads]
+    b, h, _ = jnp.ogrid[: sizes.batch, : sizes.heads, :1]
     numbers = jnp.stack([lse, delta], axis=-1)
 
     def differentiate(chunk, first, sizes, sums):
@@ -153,12 +161,11 @@ def _backward(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: S
         filled = chunk.filled.reshape(sizes.capacity, -1, 1).astype(jnp.float32)
         filled = jnp.broadcast_to(filled, (*filled.shape[:2], sizes.groups))
         q_bar = weighted_sum(_by_token(of_q, chunk), filled, sizes.head_dim)
-        q_bar = q_bar.reshape(sizes.batch, sizes.chunk, sizes.heads, sizes.groups, -1)
         of_bias = jnp.sum(of_bias.reshape(len(of_bias), sizes.groups, -1), axis=1)
         value_bar = _by_token(of_bias, chunk).reshape(chunk.place.shape)
         # Each entry has its own place; empty ones have none.
         values_bar = values_bar.at[b, h, chunk.place].set(value_bar, mode="drop")
-        return (q_bar,), (kv_bar, values_bar)
+        return (_tokens_first(q_bar, sizes),), (kv_bar, values_bar)
 
     results = (lax.empty(q.shape, q.dtype),)
     sums = jnp.zeros(kv.shape, jnp.float32), jnp.zeros_like(values)

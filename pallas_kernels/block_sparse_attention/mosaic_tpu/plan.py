@@ -28,7 +28,7 @@ class Chunk(NamedTuple):
     """The entries of a chunk of queries, by token, sorted by block, and cut.
 
     Attributes:
-      place: int32 [capacity, B, chunk, Hkv]: of each entry in the pattern; out of bounds if empty.
+      place: int32 [capacity, B, Hkv, chunk]: of each entry in the pattern; out of bounds if empty.
       value: likewise: the score bias; 0 if empty.
       filled: bool, likewise.
       sorted_place: int32, likewise: where the entry is when they are sorted.
@@ -74,6 +74,6 @@ def plan_chunk(first, indptr, indices, values, sizes: Sizes) -> Chunk:
     sorted_place = jnp.argsort(entries.order, stable=False).astype(jnp.int32)
     by_token = entries.place, entries.value, entries.filled, sorted_place
     return Chunk(
-        *(x.reshape(entries.place.shape[1:]).transpose(3, 0, 2, 1) for x in by_token),
+        *(x.reshape(entries.place.shape[1:]).transpose(3, 0, 1, 2) for x in by_token),
         row, entries.value.ravel()[order], pieces.run, pieces.begin,
     )  # fmt: skip
