@@ -333,7 +333,12 @@ class TestCompiled:
 
     @pytest.mark.parametrize(
         ("tokens", "dim", "most"),
-        [(2**14, 64, 2), (2**19, 128, 12)],
+        [
+            (2**14, 64, 2),
+            pytest.param(2**14, 128, 2, marks=pytest.mark.tpu_compile),
+            pytest.param(2**19, 64, 8, marks=pytest.mark.tpu_compile),
+            pytest.param(2**19, 128, 12, marks=pytest.mark.tpu_compile),
+        ],
     )
     def test_fits_a_chip(self, v5e, tokens, dim, most):
         compiled = compile_on(v5e, tokens, dim)
