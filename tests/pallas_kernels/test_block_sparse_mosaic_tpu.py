@@ -29,7 +29,7 @@ from tests.pallas_kernels.test_block_sparse_attention import (
     random_selection,
     results_and_gradients,
 )
-from tests.pallas_kernels.tpu_interpreter import TPU, interpret, races_found
+from tests.pallas_kernels.tpu_interpreter import TPU, interpret
 
 NAMES = ("out", "lse", "q", "k", "v", "values")
 
@@ -179,13 +179,13 @@ class TestInterpreted:
         monkeypatch.setattr(mosaic_tpu, "_MAX_BLOCKS", 8)
         assert_same_bits(jax.jit(lambda *x: attend(*x))(*operands), whole)
 
-    def test_no_races(self, few_rows):
+    def test_no_races(self, few_rows, capfd):
         operands = make(random_selection, 1, 30, 192, 1, 8, 64, 2)
         found = []
         for mode in ("on_wait", "eager"):
             with interpret(detect_races=True, dma_execution_mode=mode):
                 found.append(run(operands))
-                assert not races_found()
+        assert "RACE" not in capfd.readouterr().out  # each kernel's state replaces the last one's
         assert_same_bits(*found)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import types
 
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
@@ -17,7 +16,7 @@ def interpret(*, detect_races=False, dma_execution_mode="on_wait"):
     """Runs the Mosaic TPU kernels that are traced in this context on the CPU.
 
     Memory is NaN before it is written, reads out of bounds raise. A function that was traced
-    outside must be traced anew.
+    outside must be traced anew. A race, if they are to be detected, is printed.
     """
     params = pltpu.InterpretParams(
         detect_races=detect_races,
@@ -31,8 +30,3 @@ def interpret(*, detect_races=False, dma_execution_mode="on_wait"):
     except Exception:
         pltpu.reset_tpu_interpret_mode_state()  # else the next kernel fails, too
         raise
-
-
-def races_found() -> bool:
-    """Whether the last kernel had a race; it ran with `detect_races`."""
-    return interpret_pallas_call.races.races_found
