@@ -5,7 +5,7 @@ STAMP := .venv/.setup-stamp
 COMPILER := .venv/.compiler-stamp
 CUDA := .venv/.cuda-stamp
 
-.PHONY: setup demo test test-gpu lint clean
+.PHONY: setup demo test test-gpu test-tpu-compile lint clean
 
 setup: $(STAMP)
 
@@ -30,7 +30,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint $(COMPILER)
-	$(BIN)/pytest -m "not gpu" -n 2
+	$(BIN)/pytest -m "not gpu and not tpu_compile" -n 2
+
+test-tpu-compile: $(COMPILER)
+	$(BIN)/pytest -m tpu_compile
 
 test-gpu: $(CUDA)
 	JAX_PLATFORMS=cuda $(BIN)/pytest -m gpu

@@ -62,6 +62,45 @@ def cut_runs(starts: jax.Array, size: int, width: int) -> Tiles:
     return Tiles(run, place, place < starts[run + 1][:, None], tile_starts)
 
 
+class Pieces(NamedTuple):
+    """Runs of a sorted array, cut at multiples of a width.
+
+    Attributes:
+      run: int32 [pieces]: the run of each piece; past the last piece, that of the last.
+      begin: int32 [pieces + 1]: the first place of each piece, where the one before it ends;
+        past the last piece, where the runs end.
+    """
+
+    run: jax.Array
+    begin: jax.Array
+
+
+def most_pieces(runs: int, size: int, width: int) -> int:
+    """How many pieces there may be of a sorted array."""
+    return -(-size // width) - 1 + min(runs, size)
+
+
+def cut_at_multiples(starts: jax.Array, width: int, most: int) -> Pieces:
+    """Cuts runs into pieces of one run and one multiple of a width each, in ascending order.
+
+    Args:
+      starts: int32 [runs + 1], as `first_places` finds them.
+      width: places between multiples.
+      most: pieces to return, `most_pieces`.
+    """
+    runs = len(starts) - 1
+    first = starts[:-1] // width
+    counts = jnp.where(starts[1:] > starts[:-1], (starts[1:] - 1) // width - first + 1, 0)
+    piece_starts = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
+    run = jnp.repeat(jnp.arange(runs, dtype=jnp.int32), counts, total_repeat_length=most)
+    piece = jnp.arange(most, dtype=jnp.int32)
+    begin = jnp.maximum(starts[run], (first[run] + piece - piece_starts[run]) * width)
+    number = piece_starts[-1]
+    run = jnp.where(piece < number, run, run[jnp.maximum(number - 1, 0)])
+    begin = jnp.where(piece < number, begin, starts[-1])
+    return Pieces(run, jnp.append(begin, starts[-1]))
+
+
 def sum_runs(keys: jax.Array, rows: Any) -> Any:
     """Running sums that start anew where the key changes; the last of a run is the run's sum.
 

@@ -22,6 +22,11 @@ def _not_for_hopper(q, k, v, blocks, block_size, *_) -> str | None:
 dispatch.register(
     "block_sparse_attention",
     dispatch.for_hopper(__name__, "block_sparse_attention", _not_for_hopper),
+    dispatch.for_tpu(
+        __name__,
+        "block_sparse_attention",
+        dispatch.deferred(f"{__name__}.mosaic_tpu", "why_not_for"),
+    ),
     dispatch.Implementation("xla", xla.block_sparse_attention),
     dispatch.Implementation("reference", reference.block_sparse_attention),
 )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.segments import first_places
 
@@ -103,16 +104,27 @@ def combine(value, filled, out, lse, sizes: Sizes):
     """
     out, lse = (by_token(x, sizes) for x in (out, lse))
     value, filled = (jnp.moveaxis(x, 1, 2)[..., None] for x in (value, filled))
-    lse = jnp.where(filled, lse + value, -jnp.inf)
-    top = jnp.max(lse, axis=3)
-    top = jnp.where(top > -jnp.inf, top, 0)
-    weights = jnp.exp(lse - top[:, :, :, None])
-    total = jnp.sum(weights, axis=3)
-    seen = total > 0
-    total = jnp.where(seen, total, 1)
+    weights, total, lse = weigh(lse + value, filled, axis=3)
     weighted = jnp.where(filled[..., None], weights[..., None] * out.astype(lse.dtype), 0)
     out = jnp.sum(weighted, axis=3) / total[..., None]
-    return out, jnp.where(seen, top + jnp.log(total), -jnp.inf)
+    return out, lse
+
+
+def weigh(lse, filled, axis: int):
+    """What normalised results weigh together; an axis goes over those that go together.
+
+    Returns:
+      The weights, like lse, 0 where not filled; and without the axis, what to divide them by, which
+      is not 0, and the lse of all, -inf where none is filled.
+    """
+    lse = jnp.where(filled, lse, -jnp.inf)
+    top = jnp.max(lse, axis=axis)
+    top = jnp.where(top > -jnp.inf, top, 0)
+    weights = jnp.exp(lse - jnp.expand_dims(top, axis))
+    total = jnp.sum(weights, axis=axis)
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    return weights, total, jnp.where(seen, top + jnp.log(total), -jnp.inf)
 
 
 def by_token(x, sizes: Sizes):
@@ -126,3 +138,8 @@ def join_chunks(x, tokens: int):
     chunks, batch, chunk, heads, groups = x.shape[:5]
     x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk, heads * groups, *x.shape[5:])
     return x[:, :tokens]
+
+
+def loop(count: int, step, state):
+    """The state after `step(i, state)` for i < count; one step is taken without a loop."""
+    return step(0, state) if count == 1 else lax.fori_loop(0, count, step, state)

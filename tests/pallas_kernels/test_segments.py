@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.segments import cut_runs, first_places, sum_runs
+from pallas_kernels.segments import (
+    cut_at_multiples,
+    cut_runs,
+    first_places,
+    most_pieces,
+    sum_runs,
+)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 200])
@@ -43,3 +49,23 @@ def test_cut_runs(width):
         run = int(tiles.run[tile])
         assert tiles.starts[run] <= tile < tiles.starts[run + 1] and tiles.inside[tile, 0]
         assert set(keys[np.asarray(tiles.place[tile])[np.asarray(tiles.inside[tile])]]) == {run}
+
+
+@pytest.mark.parametrize("width", [1, 4, 16, 64])
+@pytest.mark.parametrize("size", [0, 1, 32, 50])
+def test_cut_at_multiples(width, size):
+    keys = np.sort(np.random.default_rng(1).integers(0, 9, size))
+    beyond = 7  # places of no run, at the end
+    starts = first_places(jnp.asarray(keys, jnp.int32), 9)
+    most = most_pieces(9, size + beyond, width)
+    pieces = jax.jit(cut_at_multiples, static_argnums=(1, 2))(starts, width, most)
+    run, begin = map(np.asarray, pieces)
+    cuts = {0, *range(0, size, width), *(np.flatnonzero(np.diff(keys)) + 1)} if size else set()
+    used = len(cuts)
+    assert used <= most == len(run) == len(begin) - 1
+    np.testing.assert_array_equal(begin[:used], sorted(cuts))
+    np.testing.assert_array_equal(begin[used:], size)
+    np.testing.assert_array_equal(run[:used], keys[begin[:used]])
+    if size:
+        np.testing.assert_array_equal(run[used:], keys[-1])
+    assert np.all((run >= 0) & (run < 9))

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import shapes
 from pallas_kernels.block_sparse_attention import xla
-from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine
+from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine, loop
 from pallas_kernels.block_sparse_attention.mosaic_gpu.block_walk import key_gradients
 from pallas_kernels.block_sparse_attention.mosaic_gpu.configs import KERNELS, config_for
 from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import forward, query_gradient
@@ -64,13 +64,9 @@ def _for_chunks(chunks: int, pattern, sizes: Sizes, tokens: int, step, results):
         def of_chunk(i, results):
             return step(plan.chunk(i, sizes), first[n, i], results)
 
-        return _loop(each, of_chunk, results)
+        return loop(each, of_chunk, results)
 
-    return _loop(plans, of_plan, vary_with(pattern[0], results))
-
-
-def _loop(count: int, step, state):
-    return step(0, state) if count == 1 else lax.fori_loop(0, count, step, state)
+    return loop(plans, of_plan, vary_with(pattern[0], results))
 
 
 def _put(target, rows, first):
