@@ -121,7 +121,7 @@ def launch(
         out_specs=[spec for _, spec in made.values()],
         scratch_shapes=list(kept.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BUDGET
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=need
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * head_dim,

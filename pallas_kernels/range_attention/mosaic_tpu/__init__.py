@@ -41,9 +41,7 @@ def _attend_bwd(scale, residuals, cotangents):
     delta = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - lse_bar
     lse, delta = jnp.where(seen, lse * LOG2E, 0), jnp.where(seen, delta, 0)
     gradients = shapes.batchable(functools.partial(backward, scale=scale))
-    q_bar, k_bar, v_bar, bias_bar = gradients(
-        q, k, v, start, end, key_bias, out_bar, lse, delta
-    )
+    q_bar, k_bar, v_bar, bias_bar = gradients(q, k, v, start, end, key_bias, out_bar, lse, delta)
     return q_bar, k_bar, v_bar, None, None, bias_bar
 
 

@@ -13,8 +13,7 @@ from pallas_kernels.range_attention.mosaic_tpu import plan
 from pallas_kernels.range_attention.mosaic_tpu.plan import Sizes
 from pallas_kernels.tpu import LANES, LOG2E, LOWEST
 
-_IN_HBM = pl.BlockSpec(memory_space=pl.ANY)
-_LIVE = 4  # arrays of a step's logits that are alive at a time, at most
+_IN_HBM = pl.BlockSpec(memory_space=pltpu.HBM)
 _TURN = pltpu.SMEM((1,), jnp.int32)
 
 
@@ -219,7 +218,7 @@ def _launch_key_walk(name, run, sizes: Sizes, operands, outputs, scratch, *, pro
             "turn": _TURN,
             "semaphores": pltpu.SemaphoreType.DMA((3, 2)),
         },
-        temporaries=_LIVE * sizes.logits_bytes,
+        temporaries=sizes.temporaries,
         products=products * sizes.logits,
         head_dim=dim,
     )
@@ -314,7 +313,7 @@ def _key_gradients_of(sizes: Sizes, q, k, v, ranges, bias, out_bar, sums):
             "turn": _TURN,
             "semaphores": pltpu.SemaphoreType.DMA((4, 2)),
         },
-        temporaries=_LIVE * sizes.logits_bytes,
+        temporaries=sizes.temporaries,
         products=4 * sizes.logits,
         head_dim=dim,
     )

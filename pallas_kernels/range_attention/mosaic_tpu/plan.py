@@ -18,7 +18,7 @@ from pallas_kernels.tpu import LANES, WALK
 _ROWS = 1024  # of a tile of queries, about
 _TOKENS = 256  # of a tile of queries at most: what one walks over further is seen by few of them
 _KEYS = 256  # of a tile of keys at most
-_LOGITS = 2**20  # of a step at most
+_OPERAND_BYTES = 2**21  # of a step's logits at most, in the dtype of the operands
 _USUAL_WALK = 1024  # keys that a query is taken to walk over, which only the ranges tell
 
 
@@ -68,7 +68,7 @@ class Sizes:
     @property
     def key_width(self):
         """Keys of a tile of keys."""
-        return _tile(min(_KEYS, _LOGITS // self.rows), self.num_keys)
+        return _tile(min(_KEYS, _OPERAND_BYTES // (self.rows * self.dtype.itemsize)), self.num_keys)
 
     @property
     def key_tiles(self):
@@ -76,9 +76,9 @@ class Sizes:
         return -(-self.num_keys // self.key_width)
 
     @property
-    def logits_bytes(self):
-        """Of a step's logits."""
-        return 4 * self.key_width * self.rows
+    def temporaries(self):
+        """Bytes of a step's logits and what is made of them; products of f32 take more."""
+        return 2 * self.dtype.itemsize * 4 * self.key_width * self.rows
 
     @property
     def logits(self):
