@@ -95,7 +95,6 @@ class Compilation:
     kernels: tuple[Kernel, ...] | tuple[TpuKernel, ...]
 
 
-@functools.cache
 def target_mesh(target: str, devices: int | None = None) -> Mesh:
     """A mesh of devices that are not here, with the one axis "device".
 
@@ -123,6 +122,7 @@ def target_mesh(target: str, devices: int | None = None) -> Mesh:
     return Mesh(np.array(described), ("device",))
 
 
+@functools.cache
 def _gpus(target: str, devices: int):
     if devices < 1 or (devices > _GPUS_PER_HOST and devices % _GPUS_PER_HOST):
         raise ValueError(
@@ -147,6 +147,7 @@ def _gpus(target: str, devices: int):
     return description.devices
 
 
+@functools.cache
 def _tpus(target: str):
     if importlib.util.find_spec("libtpu") is None:
         raise RuntimeError(
@@ -290,6 +291,9 @@ def _tpu_kernels(program: str) -> Iterator[TpuKernel]:
         if 'custom_call_target="tpu_custom_call"' not in line:
             continue
         name = re.search(r'op_name="[^"]*?([^/"]+)/pallas_call"', line)
-        used = re.search(r'"used_scoped_memory_configs":\[([^]]*)\]', line)
-        sizes = re.findall(r'"size":"(\d+)"', used[1] if used else "")
-        yield TpuKernel(name[1] if name else "", sum(map(int, sizes)))
+        # Where the kernel's part of VMEM begins, after arrays of the program, and where it ends.
+        begin = re.search(r'"scoped_memory_configs":\[{[^}]*"offset":"(\d+)"', line)
+        end = re.search(r'"used_scoped_memory_configs":\[{[^}]*"size":"(\d+)"', line)
+        if name is None or begin is None or end is None:
+            raise RuntimeError(f"libtpu does not say as before what a kernel uses: {line[:1000]}")
+        yield TpuKernel(name[1], int(end[1]) - int(begin[1]))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch, tpu
-from pallas_kernels.ahead_of_time import compile_for
+from pallas_kernels.ahead_of_time import compile_for, target_mesh
 from pallas_kernels.range_attention import range_attention
 from pallas_kernels.range_attention.mosaic_tpu import plan
 from tests.pallas_kernels import accuracy
@@ -170,27 +170,15 @@ def test_refuses_what_it_cannot(monkeypatch):
             attend(q, k, v, *bounds)
 
 
-def sharded_operands(tokens, dim, *, biased=False):
-    """Of 8 chips that each have so many tokens, with 8 query and 2 KV heads."""
+def abstract_operands(tokens, dim, *, batch=1, sharding=None, biased=False):
+    """With 8 query and 2 KV heads."""
 
     def shape(*sizes, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct((8, *sizes), dtype)
+        return jax.ShapeDtypeStruct((batch, *sizes), dtype, sharding=sharding)
 
     keys, bound = shape(tokens, 2, dim), shape(tokens, dtype=jnp.int32)
     bias = [shape(tokens, 2, dtype=jnp.float32)] if biased else []
     return shape(tokens, 8, dim), keys, keys, bound, bound, *bias
-
-
-def sharded(f):
-    """f on each chip's own sequence."""
-
-    def call(*operands):
-        return jax.shard_map(f, in_specs=P("device"), out_specs=P("device"))(*operands)
-
-    def place(x):
-        return jax.lax.with_sharding_constraint(x, P("device"))
-
-    return lambda *operands: call(*map(place, operands))
 
 
 def forward_and_backward(q, k, v, start, end, *key_bias):
@@ -200,3 +188,40 @@ def forward_and_backward(q, k, v, start, end, *key_bias):
 
     out, vjp = jax.vjp(attend, q, k, v, *key_bias)
     return out, vjp(jax.tree.map(jnp.sin, out))
+
+
+class TestCompiled:
+    """With the compiler for TPUs."""
+
+    @pytest.mark.parametrize(
+        ("tokens", "dim", "biased"),
+        [(2**14, 64, True), (2**14, 128, False), (2**19, 64, False), (2**19, 128, True)],
+    )
+    def test_eight_chips(self, tokens, dim, biased):
+        """Each has so many tokens, of its own sequence."""
+        sharding = jax.NamedSharding(target_mesh("v5e:2x4"), P("device"))
+        operands = abstract_operands(tokens, dim, batch=8, sharding=sharding, biased=biased)
+
+        def sharded(*operands):
+            return jax.shard_map(
+                forward_and_backward, in_specs=P("device"), out_specs=P("device")
+            )(*operands)
+
+        compilation = compile_for("v5e:2x4", sharded, *operands)
+        print(tokens, dim, biased, *(x / 2**20 for x in (compilation.argument_bytes, compilation.output_bytes, compilation.temporary_bytes)), compilation.kernels)
+        assert sorted(kernel.name for kernel in compilation.kernels) == sorted(KERNELS)
+        assert all(0 < kernel.vmem_bytes <= tpu.VMEM_BUDGET for kernel in compilation.kernels)
+
+    def test_checkpoint_and_vmap(self):
+        policy = jax.checkpoint_policies.save_only_these_names("range_attention")
+
+        def gradients(q, k, v, start, end):
+            f = jax.checkpoint(lambda *x: range_attention(*x, start, end), policy=policy)
+            out, vjp = jax.vjp(f, q, k, v)
+            return out, vjp(jax.tree.map(jnp.sin, out))
+
+        operands = [
+            jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in abstract_operands(2**10, 128)
+        ]
+        compilation = compile_for("v5e:2x2", jax.vmap(gradients), *operands, devices=1)
+        assert sorted(kernel.name for kernel in compilation.kernels) == sorted(KERNELS)

@@ -77,8 +77,9 @@ class Sizes:
 
     @property
     def temporaries(self):
-        """Bytes of a step's logits and what is made of them; products of f32 take more."""
-        return 2 * self.dtype.itemsize * 4 * self.key_width * self.rows
+        """Bytes of what a step makes of its logits; products of f32 take several parts of each."""
+        arrays = 4 if self.dtype == jnp.bfloat16 else 12
+        return arrays * 4 * self.key_width * self.rows
 
     @property
     def logits(self):
