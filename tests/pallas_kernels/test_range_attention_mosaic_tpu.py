@@ -111,14 +111,16 @@ class TestInterpreted:
     def test_no_races(self):
         arrays = some_operands(1, 300, 300, 2, 1, 64, biased=True)
         with interpret(detect_races=True):
-            jax.block_until_ready(results_and_gradients("mosaic_tpu", arrays, *window(300, 160, 64)))
+            jax.block_until_ready(
+                results_and_gradients("mosaic_tpu", arrays, *window(300, 160, 64))
+            )
             assert not races_found()
 
 
 def test_walks_only_where_ranges_reach():
     q, k = (jax.ShapeDtypeStruct((1, 2**16, heads, 128), jnp.bfloat16) for heads in (8, 2))
     sizes = plan.Sizes.of(q, k, 1.0)
-    assert (sizes.rows, sizes.key_width) == (1024, 256)
+    assert (sizes.columns, sizes.key_width) == (1024, 256)
     start, end = (jnp.asarray(x, jnp.int32)[None] for x in window(2**16, 512, 64))
     ranges = plan.ranges_of(start, end, sizes)
     for walks in (plan.plan_queries(ranges, sizes), plan.plan_keys(ranges, sizes)):
@@ -203,12 +205,25 @@ class TestCompiled:
         operands = abstract_operands(tokens, dim, batch=8, sharding=sharding, biased=biased)
 
         def sharded(*operands):
-            return jax.shard_map(
-                forward_and_backward, in_specs=P("device"), out_specs=P("device")
-            )(*operands)
+            return jax.shard_map(forward_and_backward, in_specs=P("device"), out_specs=P("device"))(
+                *operands
+            )
 
         compilation = compile_for("v5e:2x4", sharded, *operands)
-        print(tokens, dim, biased, *(x / 2**20 for x in (compilation.argument_bytes, compilation.output_bytes, compilation.temporary_bytes)), compilation.kernels)
+        print(
+            tokens,
+            dim,
+            biased,
+            *(
+                x / 2**20
+                for x in (
+                    compilation.argument_bytes,
+                    compilation.output_bytes,
+                    compilation.temporary_bytes,
+                )
+            ),
+            compilation.kernels,
+        )
         assert sorted(kernel.name for kernel in compilation.kernels) == sorted(KERNELS)
         assert all(0 < kernel.vmem_bytes <= tpu.VMEM_BUDGET for kernel in compilation.kernels)
 

@@ -17,69 +17,78 @@ _IN_HBM = pl.BlockSpec(memory_space=pltpu.HBM)
 _TURN = pltpu.SMEM((1,), jnp.int32)
 
 
+def _side_by_side(heads):
+    """What G heads have for the tokens of a tile, as columns: [..., tokens] each."""
+    return jnp.concatenate(list(heads), axis=-1)
+
+
 def _matrix(x):
-    """A tile of queries, [G, tokens, D], as its rows."""
-    return x.reshape(-1, x.shape[-1])
+    """A tile of queries, [G, D, tokens], as [D, columns]."""
+    return _side_by_side(x[g] for g in range(x.shape[0]))
 
 
-def _lane_row(x):
-    """Numbers of a tile's rows, [G, tokens], side by side: [1, rows]."""
-    return jnp.concatenate([x[g : g + 1] for g in range(x.shape[0])], axis=1)
+def _row(x):
+    """A number for each query of a tile, [G, tokens], as [1, columns]."""
+    return _side_by_side(x[g : g + 1] for g in range(x.shape[0]))
 
 
-def _clean(usable, *arrays):
-    """Arrays [keys, D], zero where a key [keys, 1] is not usable."""
-    return (jnp.where(usable, x.astype(jnp.float32), 0).astype(x.dtype) for x in arrays)
+def _per_head(x, sizes: Sizes):
+    """The inverse: [..., columns] as G times [..., tokens]."""
+    return (x[..., g * sizes.width : (g + 1) * sizes.width] for g in range(sizes.groups))
 
 
 def _logits(sizes: Sizes, q, k, v, bias, ranges, tile, masked: bool):
-    """k q^T in units of log 2, [keys, rows], and k and v.
+    """k^T q in units of log 2, [keys, columns], and k and v.
 
     Keys that no query of the tile sees may hold anything: they are made zero, for 0 * NaN is none.
 
     Args:
       sizes: of the call.
-      q: [rows, D].
-      k: [keys, D].
-      v: [keys, D].
+      q: [D, columns].
+      k: [D, keys].
+      v: [D, keys].
       bias: [1, keys] or None.
       ranges: int32 [2, tokens], of the queries.
       tile: of the keys.
       masked: whether some queries do not see all of the keys.
     """
     keys, width = sizes.key_width, sizes.width
-    usable = None
-    if bias is not None:
-        bias = tpu.column(bias, keys)
-        usable = bias > -jnp.inf
+    usable = None if bias is None else bias > -jnp.inf
     if masked:
         key = tile * keys + lax.broadcasted_iota(jnp.int32, (keys, width), 0)
         seen = (ranges[0:1] <= key) & (key < ranges[1:2])
-        used = jnp.max(jnp.where(seen, 1.0, 0.0), axis=1, keepdims=True) > 0
+        ones = jnp.ones((8, width), jnp.bfloat16)
+        by = tpu.product(ones, jnp.where(seen, 1.0, 0.0).astype(jnp.bfloat16), 1, 1)
+        used = by[:1] > 0
         usable = used if usable is None else used & usable
     if usable is not None:
-        k, v = _clean(usable, k, v)
-    logits = tpu.product(k, q, 1, 1) * (sizes.scale * LOG2E)
+        k, v = (jnp.where(usable, x.astype(jnp.float32), 0).astype(x.dtype) for x in (k, v))
+    logits = tpu.product(k, q, 0, 0) * (sizes.scale * LOG2E)
     if bias is not None:
-        logits = logits + bias * LOG2E
+        logits = logits + tpu.column(bias, keys) * LOG2E
     if masked:
-        heads = (logits[:, g * width : (g + 1) * width] for g in range(sizes.groups))
-        logits = jnp.concatenate([jnp.where(seen, x, -jnp.inf) for x in heads], axis=1)
+        heads = _per_head(logits, sizes)
+        logits = _side_by_side(jnp.where(seen, x, -jnp.inf) for x in heads)
     return logits, k, v
 
 
 def _key_copies(at, tile, slot):
     """The copies of a tile of keys, for `tpu.walk`."""
-    width = at.k_tile.shape[1]
+    sequence, width = pl.program_id(0), at.k_tile.shape[2]
     keys = pl.ds(pl.multiple_of(tile * width, width), width)
-    sequence = pl.program_id(0)
-    pairs = [(at.k.at[sequence, keys], at.k_tile), (at.v.at[sequence, keys], at.v_tile)]
+    pairs = [(at.k.at[sequence, :, keys], at.k_tile), (at.v.at[sequence, :, keys], at.v_tile)]
     if at.bias is not None:
         pairs.append((at.bias.at[sequence, :, keys], at.bias_tile))
     return [
         pltpu.make_async_copy(source, target.at[slot], at.semaphores.at[n, slot])
         for n, (source, target) in enumerate(pairs)
     ]
+
+
+def _store_queries(sizes: Sizes, ref, x):
+    """Stores [D, columns] as a tile of queries."""
+    for g, matrix in enumerate(_per_head(x, sizes)):
+        ref[g] = matrix.astype(ref.dtype)
 
 
 def _forward(sizes: Sizes, at):
@@ -98,23 +107,22 @@ def _forward(sizes: Sizes, at):
         weights = jnp.exp2(logits - top)
         at.top[...] = top
         at.total[...] = at.total[...] * decay + jnp.sum(weights, axis=0, keepdims=True)
-        at.acc[...] = at.acc[...] * decay + tpu.product(v, weights.astype(v.dtype), 0, 0)
+        at.acc[...] = at.acc[...] * decay + tpu.product(v, weights.astype(v.dtype), 1, 0)
 
     tpu.walk(at.plan, at.turn, functools.partial(_key_copies, at), step)
     some = at.total[...] > 0
     total = jnp.where(some, at.total[...], 1.0)
-    out = jnp.where(some, at.acc[...] / total, 0.0).T
-    at.out[...] = out.reshape(at.out.shape).astype(at.out.dtype)
+    _store_queries(sizes, at.out, jnp.where(some, at.acc[...] / total, 0.0))
     lse = jnp.where(some, at.top[...] * (1 / LOG2E) + jnp.log(total), -jnp.inf)
-    for g in range(sizes.groups):
-        at.lse[g : g + 1] = lse[:, g * sizes.width : (g + 1) * sizes.width]
+    for g, row in enumerate(_per_head(lse, sizes)):
+        at.lse[g : g + 1] = row
 
 
 def _logits_bar(logits, v, out_bar, sums):
     """The softmax weights and the gradient of the logits, from lse and delta [2, G, tokens]."""
-    weights = jnp.exp2(logits - _lane_row(sums[0]))
-    weights_bar = tpu.product(v, out_bar, 1, 1)
-    return weights, weights * (weights_bar - _lane_row(sums[1]))
+    weights = jnp.exp2(logits - _row(sums[0]))
+    weights_bar = tpu.product(v, out_bar, 0, 0)
+    return weights, weights * (weights_bar - _row(sums[1]))
 
 
 def _query_gradient(sizes: Sizes, at):
@@ -127,11 +135,10 @@ def _query_gradient(sizes: Sizes, at):
             tile, masked,
         )  # fmt: skip
         _, logits_bar = _logits_bar(logits, v, _matrix(at.out_bar[...]), at.sums[...])
-        at.acc[...] += tpu.product(k, logits_bar.astype(k.dtype), 0, 0)
+        at.acc[...] += tpu.product(k, logits_bar.astype(k.dtype), 1, 0)
 
     tpu.walk(at.plan, at.turn, functools.partial(_key_copies, at), step)
-    q_bar = (at.acc[...] * sizes.scale).T
-    at.q_bar[...] = q_bar.reshape(at.q_bar.shape).astype(at.q_bar.dtype)
+    _store_queries(sizes, at.q_bar, at.acc[...] * sizes.scale)
 
 
 def _query_copies(sizes: Sizes, at, tile, slot):
@@ -139,8 +146,8 @@ def _query_copies(sizes: Sizes, at, tile, slot):
     width, sequence = sizes.width, pl.program_id(0)
     tokens = pl.ds(pl.multiple_of(tile * width, width), width)
     pairs = (
-        (at.q.at[sequence, :, tokens], at.q_tile),
-        (at.out_bar.at[sequence, :, tokens], at.out_bar_tile),
+        (at.q.at[sequence, :, :, tokens], at.q_tile),
+        (at.out_bar.at[sequence, :, :, tokens], at.out_bar_tile),
         (at.sums.at[sequence, :, :, tokens], at.sums_tile),
         (at.ranges.at[lax.div(sequence, sizes.num_kv_heads), :, tokens], at.ranges_tile),
     )
@@ -163,11 +170,11 @@ def _key_gradients(sizes: Sizes, at):
             sizes, q, at.k[...], at.v[...], bias, at.ranges_tile[slot], pl.program_id(1), masked
         )
         weights, logits_bar = _logits_bar(logits, v, out_bar, at.sums_tile[slot])
-        at.v_acc[...] += tpu.product(weights.astype(q.dtype), out_bar, 1, 0)
-        at.k_acc[...] += tpu.product(logits_bar.astype(q.dtype), q, 1, 0)
+        at.v_acc[...] += tpu.product(out_bar, weights.astype(q.dtype), 1, 1)
+        at.k_acc[...] += tpu.product(q, logits_bar.astype(q.dtype), 1, 1)
         if at.bias_acc is not None:
             at.bias_acc[...] += sum(
-                logits_bar[:, i : i + LANES] for i in range(0, sizes.rows, LANES)
+                logits_bar[:, i : i + LANES] for i in range(0, sizes.columns, LANES)
             )
 
     tpu.walk(at.plan, at.turn, functools.partial(_query_copies, sizes, at), step)
@@ -195,7 +202,7 @@ def _launch_key_walk(name, run, sizes: Sizes, operands, outputs, scratch, *, pro
     ranges_block = pl.BlockSpec(
         (None, 2, sizes.width), lambda sequence, i: (sequence // sizes.num_kv_heads, 0, i)
     )
-    tile = pltpu.VMEM((2, keys, dim), sizes.dtype)
+    tile = pltpu.VMEM((2, dim, keys), sizes.dtype)
     return tpu.launch(
         name,
         functools.partial(run, sizes),
@@ -211,7 +218,7 @@ def _launch_key_walk(name, run, sizes: Sizes, operands, outputs, scratch, *, pro
         outputs=outputs,
         scratch=scratch
         | {
-            "acc": pltpu.VMEM((dim, sizes.rows), jnp.float32),
+            "acc": pltpu.VMEM((dim, sizes.columns), jnp.float32),
             "k_tile": tile,
             "v_tile": tile,
             "bias_tile": None if bias is None else pltpu.VMEM((2, 1, keys), jnp.float32),
@@ -227,61 +234,62 @@ def _launch_key_walk(name, run, sizes: Sizes, operands, outputs, scratch, *, pro
 def forward(q, k, v, start, end, key_bias, *, scale):
     """out [B, T, Hq, D] and lse f32 [B, T, Hq]; key_bias is [B, N, Hkv] or None."""
     sizes = Sizes.of(q, k, scale)
-    rows = plan.rows_of(q, sizes)
-    total = pltpu.VMEM((1, sizes.rows), jnp.float32)
+    queries = plan.queries_of(q, sizes)
+    lse_shape = (sizes.sequences, sizes.groups, queries.shape[-1])
+    total = pltpu.VMEM((1, sizes.columns), jnp.float32)
     results = _launch_key_walk(
         "range_forward",
         _forward,
         sizes,
         operands={
-            "q": (rows, sizes.query_block()),
+            "q": (queries, sizes.query_block()),
             "k": plan.keys_of(k, sizes),
             "v": plan.keys_of(v, sizes),
             "bias": plan.bias_of(key_bias, sizes),
             "ranges": plan.ranges_of(start, end, sizes),
         },
         outputs={
-            "out": (rows, sizes.query_block()),
-            "lse": (jax.ShapeDtypeStruct(rows.shape[:3], jnp.float32), _numbers_block(sizes)),
+            "out": (queries, sizes.query_block()),
+            "lse": (jax.ShapeDtypeStruct(lse_shape, jnp.float32), _numbers_block(sizes)),
         },
         scratch={"top": total, "total": total},
         products=2,
     )
-    return plan.from_rows(results["out"], sizes), plan.from_rows(results["lse"], sizes)
+    return plan.from_queries(results["out"], sizes), plan.from_queries(results["lse"], sizes)
 
 
 def backward(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale):
     """dQ, dK, dV and the bias' gradient, or None; lse is in units of log 2, like delta finite."""
     sizes = Sizes.of(q, k, scale)
-    rows, out_bar = plan.rows_of(q, sizes), plan.rows_of(out_bar, sizes)
+    queries, out_bar = plan.queries_of(q, sizes), plan.queries_of(out_bar, sizes)
     k, v, bias = plan.keys_of(k, sizes), plan.keys_of(v, sizes), plan.bias_of(key_bias, sizes)
     ranges = plan.ranges_of(start, end, sizes)
-    sums = jnp.stack([plan.rows_of(x, sizes) for x in (lse, delta)], axis=1)
+    sums = jnp.stack([plan.queries_of(x, sizes) for x in (lse, delta)], axis=1)
     q_bar = _launch_key_walk(
         "range_query_gradient",
         _query_gradient,
         sizes,
         operands={
-            "q": (rows, sizes.query_block()),
+            "q": (queries, sizes.query_block()),
             "out_bar": (out_bar, sizes.query_block()),
             "sums": (sums, _numbers_block(sizes, 2)),
             "k": k, "v": v, "bias": bias, "ranges": ranges,
         },
-        outputs={"q_bar": (rows, sizes.query_block())},
+        outputs={"q_bar": (queries, sizes.query_block())},
         scratch={},
         products=3,
     )["q_bar"]  # fmt: skip
-    bars = _key_gradients_of(sizes, rows, k, v, ranges, bias, out_bar, sums)
+    bars = _key_gradients_of(sizes, queries, k, v, ranges, bias, out_bar, sums)
     bias_bar = None if bias is None else plan.from_bias(bars["bias_bar"], sizes)
     k_bar, v_bar = (plan.from_keys(bars[each], sizes) for each in ("k_bar", "v_bar"))
-    return plan.from_rows(q_bar, sizes), k_bar, v_bar, bias_bar
+    return plan.from_queries(q_bar, sizes), k_bar, v_bar, bias_bar
 
 
 def _key_gradients_of(sizes: Sizes, q, k, v, ranges, bias, out_bar, sums):
     """Launches the kernel of tiles of keys."""
-    keys, dim, slots = sizes.key_width, sizes.head_dim, (2, sizes.groups, sizes.width)
-    q_tile = pltpu.VMEM((*slots, dim), sizes.dtype)
-    acc = pltpu.VMEM((keys, dim), jnp.float32)
+    keys, dim, width = sizes.key_width, sizes.head_dim, sizes.width
+    q_tile = pltpu.VMEM((2, sizes.groups, dim, width), sizes.dtype)
+    acc = pltpu.VMEM((dim, keys), jnp.float32)
     biased = None if bias is None else (bias, sizes.bias_block())
     return tpu.launch(
         "range_key_gradients",
@@ -305,8 +313,8 @@ def _key_gradients_of(sizes: Sizes, q, k, v, ranges, bias, out_bar, sums):
         scratch={
             "q_tile": q_tile,
             "out_bar_tile": q_tile,
-            "sums_tile": pltpu.VMEM((2, *slots), jnp.float32),
-            "ranges_tile": pltpu.VMEM((2, 2, sizes.width), jnp.int32),
+            "sums_tile": pltpu.VMEM((2, 2, sizes.groups, width), jnp.float32),
+            "ranges_tile": pltpu.VMEM((2, 2, width), jnp.int32),
             "k_acc": acc,
             "v_acc": acc,
             "bias_acc": None if bias is None else pltpu.VMEM((keys, LANES), jnp.float32),

@@ -1,8 +1,9 @@
 """How the kernels cut a call into tiles, how arrays are laid out, and how far each tile walks.
 
-A sequence is a KV head of a batch element. Its query heads lie one after another, so a tile of
-queries is a matrix of G x tokens rows, and in products with keys these rows are columns: what
-belongs to a row, such as its range or its log-sum-exp, lies along the lanes of a register.
+A sequence is a KV head of a batch element. Tokens lie along the lanes of registers, in all arrays:
+so what belongs to a query, such as its range or its log-sum-exp, lies along its column of the
+logits; and D = 64, which would leave half of the lanes empty, needs no padding. It is how XLA lays
+such arrays out by itself, too. A tile of queries is a matrix of G x tokens columns.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels import shapes
 from pallas_kernels.tpu import LANES, WALK
 
-_ROWS = 1024  # of a tile of queries, about
+_COLUMNS = 1024  # of a tile of queries, about
 _TOKENS = 256  # of a tile of queries at most: what one walks over further is seen by few of them
 _KEYS = 256  # of a tile of keys at most
 _OPERAND_BYTES = 2**21  # of a step's logits at most, in the dtype of the operands
@@ -53,10 +54,10 @@ class Sizes:
     @property
     def width(self):
         """Tokens of a tile of queries."""
-        return _tile(min(_TOKENS, _ROWS // self.groups), self.tokens)
+        return _tile(min(_TOKENS, _COLUMNS // self.groups), self.tokens)
 
     @property
-    def rows(self):
+    def columns(self):
         """Of a tile of queries: all query heads at all its tokens."""
         return self.groups * self.width
 
@@ -68,7 +69,9 @@ class Sizes:
     @property
     def key_width(self):
         """Keys of a tile of keys."""
-        return _tile(min(_KEYS, _OPERAND_BYTES // (self.rows * self.dtype.itemsize)), self.num_keys)
+        return _tile(
+            min(_KEYS, _OPERAND_BYTES // (self.columns * self.dtype.itemsize)), self.num_keys
+        )
 
     @property
     def key_tiles(self):
@@ -79,7 +82,7 @@ class Sizes:
     def temporaries(self):
         """Bytes of what a step makes of its logits; products of f32 take several parts of each."""
         arrays = 4 if self.dtype == jnp.bfloat16 else 12
-        return arrays * 4 * self.key_width * self.rows
+        return arrays * 4 * self.key_width * self.columns
 
     @property
     def logits(self):
@@ -87,15 +90,15 @@ class Sizes:
         return self.batch * self.num_heads * self.tokens * min(self.num_keys, _USUAL_WALK)
 
     def query_block(self):
-        """A tile of `rows_of`."""
+        """A tile of `queries_of`."""
         return pl.BlockSpec(
-            (None, self.groups, self.width, self.head_dim), lambda sequence, i: (sequence, 0, i, 0)
+            (None, self.groups, self.head_dim, self.width), lambda sequence, i: (sequence, 0, 0, i)
         )
 
     def key_block(self):
         """A tile of `keys_of`."""
         return pl.BlockSpec(
-            (None, self.key_width, self.head_dim), lambda sequence, i: (sequence, i, 0)
+            (None, self.head_dim, self.key_width), lambda sequence, i: (sequence, 0, i)
         )
 
     def bias_block(self):
@@ -116,31 +119,31 @@ def _tile(size: int, length: int) -> int:
     return max(LANES, min(size // LANES, -(-length // LANES)) * LANES)
 
 
-def rows_of(x, sizes: Sizes):
-    """[B, T, Hq, ...] -> [sequences, G, padded T, ...], padded with zeros."""
+def queries_of(x, sizes: Sizes):
+    """[B, T, Hq, ...] -> [sequences, G, ..., padded T], padded with zeros."""
     x = shapes.pad(x, 1, sizes.width)
     x = x.reshape(sizes.batch, -1, sizes.num_kv_heads, sizes.groups, *x.shape[3:])
-    x = jnp.moveaxis(x, 1, 3)
+    x = jnp.moveaxis(x, 1, -1)
     return x.reshape(sizes.sequences, *x.shape[2:])
 
 
-def from_rows(x, sizes: Sizes):
-    """The inverse of `rows_of`."""
+def from_queries(x, sizes: Sizes):
+    """The inverse of `queries_of`."""
     x = x.reshape(sizes.batch, sizes.num_kv_heads, *x.shape[1:])
-    x = jnp.moveaxis(x, 3, 1)
+    x = jnp.moveaxis(x, -1, 1)
     return x.reshape(sizes.batch, -1, sizes.num_heads, *x.shape[4:])[:, : sizes.tokens]
 
 
 def keys_of(x, sizes: Sizes):
-    """[B, N, Hkv, D] -> [sequences, padded N, D], padded with zeros."""
-    x = shapes.pad(x, 1, sizes.key_width).swapaxes(1, 2)
-    return x.reshape(sizes.sequences, -1, sizes.head_dim)
+    """[B, N, Hkv, D] -> [sequences, D, padded N], padded with zeros."""
+    x = jnp.moveaxis(shapes.pad(x, 1, sizes.key_width), 1, -1)
+    return x.reshape(sizes.sequences, sizes.head_dim, -1)
 
 
 def from_keys(x, sizes: Sizes):
     """The inverse of `keys_of`."""
-    x = x.reshape(sizes.batch, sizes.num_kv_heads, -1, sizes.head_dim)
-    return x.swapaxes(1, 2)[:, : sizes.num_keys]
+    x = x.reshape(sizes.batch, sizes.num_kv_heads, sizes.head_dim, -1)
+    return jnp.moveaxis(x, -1, 1)[:, : sizes.num_keys]
 
 
 def bias_of(x, sizes: Sizes):
