@@ -201,7 +201,7 @@ def compile_for(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise RuntimeError(
-            f"{target} has too little memory for this, so take less on each device, or more devices:"
+            f"{target} has too little memory for this: take less on each device, or more devices."
             f" {error}"
         ) from error
     memory: Any = executable.memory_analysis()

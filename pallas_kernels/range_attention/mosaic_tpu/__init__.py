@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import shapes
 from pallas_kernels.range_attention import xla
-from pallas_kernels.range_attention.mosaic_tpu.kernels import backward, forward
+from pallas_kernels.range_attention.mosaic_tpu.kernels import BLIND, backward, forward
 from pallas_kernels.tpu import LOG2E
 
 
@@ -36,10 +36,9 @@ def _attend_bwd(scale, residuals, cotangents):
     q, k, v, start, end, key_bias, out, lse = residuals
     out_bar, lse_bar = cotangents
     seen = lse > -jnp.inf
-    # Queries without keys, and their cotangents, may hold anything.
-    q, out_bar = (jnp.where(seen[..., None], x, 0) for x in (q, out_bar))
     delta = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - lse_bar
-    lse, delta = jnp.where(seen, lse * LOG2E, 0), jnp.where(seen, delta, 0)
+    # Queries without keys, and their cotangents, may hold anything.
+    lse, delta = jnp.where(seen, lse * LOG2E, BLIND), jnp.where(seen, delta, 0)
     gradients = shapes.batchable(functools.partial(backward, scale=scale))
     q_bar, k_bar, v_bar, bias_bar = gradients(q, k, v, start, end, key_bias, out_bar, lse, delta)
     return q_bar, k_bar, v_bar, None, None, bias_bar

@@ -14,6 +14,7 @@ from pallas_kernels.range_attention.mosaic_tpu.plan import Sizes
 from pallas_kernels.tpu import LANES, LOG2E, LOWEST
 
 _IN_HBM = pl.BlockSpec(memory_space=pltpu.HBM)
+BLIND = -LOWEST  # instead of the log-sum-exp of a query without keys: exp2(x - BLIND) is 0
 _TURN = pltpu.SMEM((1,), jnp.int32)
 
 
@@ -35,6 +36,11 @@ def _row(x):
 def _per_head(x, sizes: Sizes):
     """The inverse: [..., columns] as G times [..., tokens]."""
     return (x[..., g * sizes.width : (g + 1) * sizes.width] for g in range(sizes.groups))
+
+
+def _keep(some, *arrays):
+    """Matrices [D, n], zero in the columns that `some` [1, n] excludes, whatever they hold."""
+    return (jnp.where(some, x.astype(jnp.float32), 0).astype(x.dtype) for x in arrays)
 
 
 def _logits(sizes: Sizes, q, k, v, bias, ranges, tile, masked: bool):
@@ -62,7 +68,7 @@ def _logits(sizes: Sizes, q, k, v, bias, ranges, tile, masked: bool):
         used = by[:1] > 0
         usable = used if usable is None else used & usable
     if usable is not None:
-        k, v = (jnp.where(usable, x.astype(jnp.float32), 0).astype(x.dtype) for x in (k, v))
+        k, v = _keep(usable, k, v)
     logits = tpu.product(k, q, 0, 0) * (sizes.scale * LOG2E)
     if bias is not None:
         logits = logits + tpu.column(bias, keys) * LOG2E
@@ -118,15 +124,15 @@ def _forward(sizes: Sizes, at):
         at.lse[g : g + 1] = row
 
 
-def _logits_bar(logits, v, out_bar, sums):
-    """The softmax weights and the gradient of the logits, from lse and delta [2, G, tokens]."""
-    weights = jnp.exp2(logits - _row(sums[0]))
-    weights_bar = tpu.product(v, out_bar, 0, 0)
-    return weights, weights * (weights_bar - _row(sums[1]))
+def _logits_bar(logits, v, out_bar, lse, delta):
+    """The softmax weights and the gradient of the logits."""
+    weights = jnp.exp2(logits - lse)
+    return weights, weights * (tpu.product(v, out_bar, 0, 0) - delta)
 
 
 def _query_gradient(sizes: Sizes, at):
     at.acc[...] = jnp.zeros(at.acc.shape, jnp.float32)
+    lse, delta = (_row(x) for x in (at.sums[0], at.sums[1]))
 
     def step(tile, slot, masked):
         bias = None if at.bias is None else at.bias_tile[slot]
@@ -134,11 +140,12 @@ def _query_gradient(sizes: Sizes, at):
             sizes, _matrix(at.q[...]), at.k_tile[slot], at.v_tile[slot], bias, at.ranges[...],
             tile, masked,
         )  # fmt: skip
-        _, logits_bar = _logits_bar(logits, v, _matrix(at.out_bar[...]), at.sums[...])
+        _, logits_bar = _logits_bar(logits, v, _matrix(at.out_bar[...]), lse, delta)
         at.acc[...] += tpu.product(k, logits_bar.astype(k.dtype), 1, 0)
 
     tpu.walk(at.plan, at.turn, functools.partial(_key_copies, at), step)
-    _store_queries(sizes, at.q_bar, at.acc[...] * sizes.scale)
+    q_bar = jnp.where(lse < BLIND, at.acc[...] * sizes.scale, 0.0)
+    _store_queries(sizes, at.q_bar, q_bar)
 
 
 def _query_copies(sizes: Sizes, at, tile, slot):
@@ -166,10 +173,13 @@ def _key_gradients(sizes: Sizes, at):
         del tile
         q, out_bar = _matrix(at.q_tile[slot]), _matrix(at.out_bar_tile[slot])
         bias = None if at.bias is None else at.bias[...]
+        lse, delta = (_row(at.sums_tile[slot, n]) for n in (0, 1))
+        if masked or bias is not None:
+            q, out_bar = _keep(lse < BLIND, q, out_bar)
         logits, _, v = _logits(
             sizes, q, at.k[...], at.v[...], bias, at.ranges_tile[slot], pl.program_id(1), masked
         )
-        weights, logits_bar = _logits_bar(logits, v, out_bar, at.sums_tile[slot])
+        weights, logits_bar = _logits_bar(logits, v, out_bar, lse, delta)
         at.v_acc[...] += tpu.product(out_bar, weights.astype(q.dtype), 1, 1)
         at.k_acc[...] += tpu.product(q, logits_bar.astype(q.dtype), 1, 1)
         if at.bias_acc is not None:
@@ -259,7 +269,11 @@ def forward(q, k, v, start, end, key_bias, *, scale):
 
 
 def backward(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale):
-    """dQ, dK, dV and the bias' gradient, or None; lse is in units of log 2, like delta finite."""
+    """dQ, dK, dV and the bias' gradient, or None.
+
+    lse is in units of log 2, and BLIND for queries without keys; their q and out_bar may hold
+    anything, delta may not.
+    """
     sizes = Sizes.of(q, k, scale)
     queries, out_bar = plan.queries_of(q, sizes), plan.queries_of(out_bar, sizes)
     k, v, bias = plan.keys_of(k, sizes), plan.keys_of(v, sizes), plan.bias_of(key_bias, sizes)
