@@ -210,22 +210,11 @@ class TestCompiled:
             )
 
         compilation = compile_for("v5e:2x4", sharded, *operands)
-        print(
-            tokens,
-            dim,
-            biased,
-            *(
-                x / 2**20
-                for x in (
-                    compilation.argument_bytes,
-                    compilation.output_bytes,
-                    compilation.temporary_bytes,
-                )
-            ),
-            compilation.kernels,
-        )
         assert sorted(kernel.name for kernel in compilation.kernels) == sorted(KERNELS)
         assert all(0 < kernel.vmem_bytes <= tpu.VMEM_BUDGET for kernel in compilation.kernels)
+        # XLA keeps heads of 64 in the kernels' order; to it and back from another are copies.
+        q_bytes = 2 * operands[0].size // 8
+        assert compilation.temporary_bytes <= (q_bytes / 8 if dim == 64 else 4 * q_bytes)
 
     def test_checkpoint_and_vmap(self):
         policy = jax.checkpoint_policies.save_only_these_names("range_attention")
