@@ -212,9 +212,10 @@ class TestCompiled:
         compilation = compile_for("v5e:2x4", sharded, *operands)
         assert sorted(kernel.name for kernel in compilation.kernels) == sorted(KERNELS)
         assert all(0 < kernel.vmem_bytes <= tpu.VMEM_BUDGET for kernel in compilation.kernels)
-        # XLA keeps heads of 64 in the kernels' order; to it and back from another are copies.
+        # Little more than the cotangent of out. Arrays with heads of 128 come and go in another
+        # order than the kernels', so these are copied.
         q_bytes = 2 * operands[0].size // 8
-        assert compilation.temporary_bytes <= (q_bytes / 8 if dim == 64 else 4 * q_bytes)
+        assert compilation.temporary_bytes <= (1.2 if dim == 64 else 4.8) * q_bytes
 
     def test_checkpoint_and_vmap(self):
         policy = jax.checkpoint_policies.save_only_these_names("range_attention")

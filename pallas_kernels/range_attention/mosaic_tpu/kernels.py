@@ -195,7 +195,7 @@ def _key_gradients(sizes: Sizes, at):
 
 
 def _numbers_block(sizes: Sizes, *leading):
-    """A tile of numbers of rows, [sequences, *leading, G, T]."""
+    """A tile of numbers of queries, [sequences, *leading, G, T]."""
     zeros = (0,) * (len(leading) + 1)
     return pl.BlockSpec(
         (None, *leading, sizes.groups, sizes.width), lambda sequence, i: (sequence, *zeros, i)
