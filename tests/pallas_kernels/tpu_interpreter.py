@@ -3,13 +3,15 @@
 JAX's interpreter simulates HBM, VMEM, SMEM, copies and semaphores. Memory is NaN before it is
 written and reads out of bounds raise. Copies are made when they are awaited, or at once: a kernel
 that reads too early is wrong in the first mode, one that overwrites too early in the second.
+
+Races are printed ("RACE DETECTED"), for what JAX has in a variable is of the last kernel only. They
+are seen when copies are made at once; not those of two copies that signal the same semaphore.
 """
 
 import contextlib
 import types
 
 import jax.experimental.pallas.tpu as pltpu
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
 from pallas_kernels import dispatch
 
@@ -37,8 +39,3 @@ def interpret(mode="on_wait", *, detect_races=False):
     except Exception:
         pltpu.reset_tpu_interpret_mode_state()  # else the next kernel fails, too
         raise
-
-
-def races_found():
-    """Whether the last kernel had a race; it ran with `detect_races`."""
-    return interpret_pallas_call.races.races_found
