@@ -4,10 +4,10 @@
     compilation = compile_for("h200", f, q)
     assert all(kernel.spill_store_bytes == 0 for kernel in compilation.kernels)
 
-XLA, LLVM and ptxas of the extra `compile` need no driver and no GPU: a target's configuration
-stands in for the chip. Where there is no GPU, set JAX_PLATFORMS=cpu before JAX is imported, or
-JAX's plugin looks for one and complains. Without one XLA cannot tune itself, so the code outside
-of kernels is not what would run there.
+XLA, LLVM, ptxas and libtpu of the extra `compile` need no driver and no chip: a target's
+configuration stands in for it. Where there is no GPU, set JAX_PLATFORMS=cpu before JAX is imported,
+or JAX's plugin looks for one and complains. Without a GPU XLA cannot tune itself, so the code
+outside of kernels is not what would run there. For TPUs the compiler does all that it would there.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import functools
 import importlib.resources
+import importlib.util
 import os
 import re
 import sys
@@ -30,8 +31,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import dispatch
 
-TARGETS = ("h100", "h200")
+_GPUS = ("h100", "h200")
+_SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of TPU v5e, as they are rented
+TARGETS = (*_GPUS, *(f"v5e:{each}" for each in _SLICES))
 _GPUS_PER_HOST = 8
+# What libtpu needs to know, when it is loaded, where there is no TPU.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +64,19 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class TpuKernel:
+    """What XLA reports of a Mosaic TPU kernel in the compiled program.
+
+    Attributes:
+      name: the kernel's.
+      vmem_bytes: of on-chip memory: blocks, scratch and what does not fit in registers.
+    """
+
+    name: str
+    vmem_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Compilation:
     """A compiled function, which cannot be run here.
 
@@ -61,24 +84,24 @@ class Compilation:
       executable: of JAX; `as_text()` is its optimised program.
       argument_bytes: on each device.
       output_bytes: on each device.
-      temporary_bytes: on each device, at once. More than the chip has is no error.
-      kernels: hand-written kernels, in the order of their compilation.
+      temporary_bytes: on each device, at once. More than a GPU has is no error.
+      kernels: hand-written kernels, in the order of their compilation (GPUs) or of the program.
     """
 
     executable: jax.stages.Compiled
     argument_bytes: int
     output_bytes: int
     temporary_bytes: int
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[Kernel, ...] | tuple[TpuKernel, ...]
 
 
-@functools.cache
-def target_mesh(target: str, devices: int = 1) -> Mesh:
+def target_mesh(target: str, devices: int | None = None) -> Mesh:
     """A mesh of devices that are not here, with the one axis "device".
 
     Args:
       target: one of TARGETS.
-      devices: up to 8, or a multiple of 8: GPUs of that many hosts.
+      devices: GPUs: up to 8, or a multiple of 8, those of that many hosts; None for one. TPUs: the
+        first so many chips of the slice; None for all.
 
     Raises:
       ValueError: if the target is unknown, or there is no such number of devices.
@@ -86,6 +109,21 @@ def target_mesh(target: str, devices: int = 1) -> Mesh:
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r} must be one of {', '.join(TARGETS)}")
+    if target in _GPUS:
+        described = _gpus(target, 1 if devices is None else devices)
+    else:
+        described = _tpus(target)
+        if devices is not None and not 1 <= devices <= len(described):
+            raise ValueError(
+                f"devices={devices} must be 1 to {len(described)}, or None for all of {target}:"
+                " name a larger slice"
+            )
+        described = described[:devices]
+    return Mesh(np.array(described), ("device",))
+
+
+@functools.cache
+def _gpus(target: str, devices: int):
     if devices < 1 or (devices > _GPUS_PER_HOST and devices % _GPUS_PER_HOST):
         raise ValueError(
             f"devices={devices} must be 1 to {_GPUS_PER_HOST}, or a multiple of {_GPUS_PER_HOST}:"
@@ -106,10 +144,28 @@ def target_mesh(target: str, devices: int = 1) -> Mesh:
             f"compiling for {target} needs JAX's CUDA plugin and ptxas: install the extra"
             " `compile`, by pip install '.[compile]' in the checkout"
         ) from error
-    return Mesh(np.array(description.devices), ("device",))
+    return description.devices
 
 
-def compile_for(target: str, f: Callable, *abstract_args, devices: int = 1) -> Compilation:
+@functools.cache
+def _tpus(target: str):
+    if importlib.util.find_spec("libtpu") is None:
+        raise RuntimeError(
+            f"compiling for {target} needs libtpu: install the extra `compile`, by"
+            " pip install '.[compile]' in the checkout"
+        )
+    missing = {name: value for name, value in _LIBTPU.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        return topologies.get_topology_desc(target, "tpu").devices
+    finally:
+        for name in missing:
+            del os.environ[name]
+
+
+def compile_for(
+    target: str, f: Callable, *abstract_args, devices: int | None = None
+) -> Compilation:
     """Compiles `f` for a target as if it were here: kernels are chosen for it, too.
 
     The standard output and error of the process are captured meanwhile, so not for use in several
@@ -124,8 +180,8 @@ def compile_for(target: str, f: Callable, *abstract_args, devices: int = 1) -> C
       devices: see `target_mesh`.
 
     Raises:
-      ValueError: as `target_mesh`; or of a kernel that needs more shared memory than there is.
-      RuntimeError: as `target_mesh`.
+      ValueError: as `target_mesh`; or of a kernel that needs more on-chip memory than there is.
+      RuntimeError: as `target_mesh`; or, for TPUs, if it takes more memory than a chip has.
     """
     mesh = target_mesh(target, devices)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -134,18 +190,28 @@ def compile_for(target: str, f: Callable, *abstract_args, devices: int = 1) -> C
         on_mesh = isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
         return x if on_mesh else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
 
+    platform = "cuda" if target in _GPUS else "tpu"
     # The mesh is part of what JAX knows its traces by: none made for another device is reused.
     with dispatch.targeting(mesh.devices.flat[0]), jax.set_mesh(mesh):
         traced = jax.jit(lambda *args: f(*args)).trace(*jax.tree.map(place, abstract_args))
-        lowered = traced.lower(lowering_platforms=("cuda",))
-    executable, report = _compile(lowered)
+        lowered = traced.lower(lowering_platforms=(platform,))
+    try:
+        executable, report = _compile(lowered)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{target} has too little memory for this: take less on each device, or more devices."
+            f" {error}"
+        ) from error
     memory: Any = executable.memory_analysis()
+    kernels = _parse(report) if target in _GPUS else _tpu_kernels(executable.as_text())
     return Compilation(
         executable,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.temp_size_in_bytes,
-        tuple(_parse(report)),
+        tuple(kernels),
     )
 
 
@@ -217,3 +283,17 @@ def _parse(report: str) -> Iterator[Kernel]:
         elif match := re.search(r"Used (\d+) registers", line):
             yield Kernel(name, int(match[1]), *spills, tuple(notes))
             notes = []
+
+
+def _tpu_kernels(program: str) -> Iterator[TpuKernel]:
+    """The kernels of a compiled program, from its text."""
+    for line in program.splitlines():
+        if 'custom_call_target="tpu_custom_call"' not in line:
+            continue
+        name = re.search(r'op_name="[^"]*?([^/"]+)/pallas_call"', line)
+        # Where the kernel's part of VMEM begins, after arrays of the program, and where it ends.
+        begin = re.search(r'"scoped_memory_configs":\[{[^}]*"offset":"(\d+)"', line)
+        end = re.search(r'"used_scoped_memory_configs":\[{[^}]*"size":"(\d+)"', line)
+        if name is None or begin is None or end is None:
+            raise RuntimeError(f"libtpu does not say as before what a kernel uses: {line[:1000]}")
+        yield TpuKernel(name[1], int(end[1]) - int(begin[1]))

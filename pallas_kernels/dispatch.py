@@ -17,6 +17,9 @@ PRIMITIVES = ("range_attention", "block_sparse_attention", "block_selection")
 # Best first; the first that can run is taken when the caller names none.
 PREFERENCE = ("mosaic_gpu", "mosaic_tpu", "xla", "reference")
 
+# Their kinds, as JAX names them.
+_TPUS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
+
 
 def _nothing(*_) -> str | None:
     return None
@@ -31,7 +34,9 @@ def not_hopper(device: jax.Device) -> str | None:
 
 def not_tpu(device: jax.Device) -> str | None:
     """Why a kernel for TPUs cannot run on a device, or None if it can."""
-    return None if device.platform == "tpu" else f"needs a TPU, not {device.device_kind}"
+    if device.platform == "tpu" and device.device_kind in _TPUS:
+        return None
+    return f"needs a TPU v5e, v5p or v6e, not {device.device_kind}"
 
 
 def deferred(module: str, name: str) -> Callable:
@@ -96,6 +101,18 @@ def unfit_for_hopper(q, k, head_dims: tuple[int, ...]) -> str | None:
         return f"takes head dimensions of {', '.join(map(str, head_dims))}, not {head_dim}"
     if groups > 16:
         return f"takes up to 16 query heads per KV head, not {groups}"
+    return None
+
+
+def unfit_for_tpu(q, k, head_dims: tuple[int, ...]) -> str | None:
+    """Why attention on TPUs does not take q [B, T, Hq, D] and k [B, N, Hkv, D], or None."""
+    head_dim, groups = q.shape[3], q.shape[2] // k.shape[2]
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes bfloat16 and float32, not {q.dtype}"
+    if head_dim not in head_dims:
+        return f"takes head dimensions of {', '.join(map(str, head_dims))}, not {head_dim}"
+    if groups > 32:
+        return f"takes up to 32 query heads per KV head, not {groups}"
     return None
 
 

@@ -14,9 +14,14 @@ def _not_for_hopper(q, k, *_) -> str | None:
     return dispatch.unfit_for_hopper(q, k, (64, 128, 256))
 
 
+def _not_for_tpu(q, k, *_) -> str | None:
+    return dispatch.unfit_for_tpu(q, k, (64, 128))
+
+
 dispatch.register(
     "range_attention",
     dispatch.for_hopper(__name__, "range_attention", _not_for_hopper),
+    dispatch.for_tpu(__name__, "range_attention", _not_for_tpu),
     dispatch.Implementation("xla", xla.range_attention),
     dispatch.Implementation("reference", reference.range_attention),
 )

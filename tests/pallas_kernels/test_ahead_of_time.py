@@ -11,7 +11,7 @@ from pallas_kernels.ahead_of_time import TARGETS, compile_for, target_mesh
 from pallas_kernels.range_attention import range_attention
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["h100", "h200"])
 def test_target_is_what_it_is_called(target):
     device = target_mesh(target).devices.flat[0]
     assert target.upper() in device.device_kind
@@ -25,12 +25,32 @@ def test_hosts(devices, hosts):
     assert len({device.process_index for device in mesh.devices.flat}) == hosts
 
 
+@pytest.mark.parametrize("target", [each for each in TARGETS if each.startswith("v5e")])
+def test_slices(target):
+    environment = {name: os.environ.get(name) for name in ahead_of_time._LIBTPU}
+    mesh = target_mesh(target)
+    rows, columns = map(int, target.removeprefix("v5e:").split("x"))
+    assert mesh.size == rows * columns and mesh.axis_names == ("device",)
+    assert mesh == target_mesh(target, mesh.size)
+    assert target_mesh(target, 1).devices.flat[0] == mesh.devices.flat[0]
+    assert dispatch.not_tpu(mesh.devices.flat[0]) is None
+    changed = {name for name, was in environment.items() if os.environ.get(name) != was}
+    assert changed <= {"TPU_SKIP_MDS_QUERY"}  # which JAX sets when it finds libtpu
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="target='h300' must be one of h100, h200"):
         compile_for("h300", jnp.sin)
     for devices in (0, 12):
         with pytest.raises(ValueError, match=f"devices={devices} must be 1 to 8, or a multiple"):
             target_mesh("h100", devices)
+    for devices in (0, 9):
+        with pytest.raises(ValueError, match=f"devices={devices} must be 1 to 8, or None"):
+            target_mesh("v5e:2x4", devices)
+    # None of 3 x 4 chips is rented, and 32 x 32 would end the process.
+    for target in ("v5e", "v5e:3x4", "v5e:32x32"):
+        with pytest.raises(ValueError, match=f"target='{target}' must be one of h100, .*16x16"):
+            target_mesh(target)
 
 
 def test_says_what_to_install(monkeypatch):
@@ -40,6 +60,19 @@ def test_says_what_to_install(monkeypatch):
     monkeypatch.setattr(ahead_of_time.topologies, "get_topology_desc", without_plugin)
     with pytest.raises(RuntimeError, match=r"for h200 needs .* pip install '\.\[compile\]'"):
         target_mesh("h200", 16)
+
+
+def test_says_what_to_install_for_tpus(monkeypatch):
+    ahead_of_time._tpus.cache_clear()
+    monkeypatch.setattr(ahead_of_time.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"for v5e:2x4 needs libtpu: .* pip install '\.\[comp"):
+        target_mesh("v5e:2x4")
+
+
+def test_says_that_a_chip_has_too_little_memory():
+    x = jax.ShapeDtypeStruct((20 << 10, 2**19), jnp.bfloat16)
+    with pytest.raises(RuntimeError, match=r"take less on each device.*15\.75G"):
+        compile_for("v5e:2x4", lambda x: x[:8] * 2, x)
 
 
 def test_bytes_are_those_of_a_device():
@@ -85,6 +118,16 @@ def test_report_comes_with_every_compilation(capfd):
     assert capfd.readouterr() == ("before\nafter\n", "")
     assert jax.config.jax_enable_compilation_cache == setting
     assert "MOSAIC_GPU_DUMP_PTXAS" not in os.environ
+
+
+def test_kernels_of_a_tpu():
+    q, k = (jax.ShapeDtypeStruct((1, 256, heads, 64), jnp.bfloat16) for heads in (2, 1))
+    bound = jax.ShapeDtypeStruct((256,), jnp.int32)
+    compilation = compile_for("v5e:2x2", range_attention, q, k, k, bound, bound, devices=1)
+    (kernel,) = compilation.kernels
+    assert kernel.name == "range_forward" and 2**16 < kernel.vmem_bytes < 2**24
+    with pytest.raises(RuntimeError, match="libtpu does not say"):
+        list(ahead_of_time._tpu_kernels('%f = custom_call_target="tpu_custom_call"'))
 
 
 def test_chooses_for_the_target(monkeypatch):

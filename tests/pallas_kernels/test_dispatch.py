@@ -52,6 +52,13 @@ def test_takes_the_best_that_can_run(registry):
     assert dispatch.select("range_attention", None, [1]) is portable
 
 
+def test_tpus():
+    for kind in ("TPU v5 lite", "TPU v5p", "TPU v6 lite"):
+        assert dispatch.not_tpu(device("tpu", kind=kind)) is None
+    for other in (device("tpu", kind="TPU v4"), device("gpu", "9.0"), device("cpu")):
+        assert dispatch.not_tpu(other) == f"needs a TPU v5e, v5p or v6e, not {other.device_kind}"
+
+
 def test_says_once_which_one_and_why(registry, caplog):
     with caplog.at_level(logging.INFO, logger="pallas_kernels"):
         for _ in range(3):
