@@ -2,19 +2,17 @@
 
 import dataclasses
 import functools
-import os
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
+from pallas_kernels.ahead_of_time import compile_for, target_mesh
 from pallas_kernels.block_sparse_attention import block_sparse_attention, mosaic_tpu
 from pallas_kernels.block_sparse_attention.entries import Sizes
 from pallas_kernels.block_sparse_attention.mosaic_tpu import kernels
@@ -29,7 +27,7 @@ from tests.pallas_kernels.test_block_sparse_attention import (
     random_selection,
     results_and_gradients,
 )
-from tests.pallas_kernels.tpu_interpreter import TPU, interpret
+from tests.pallas_kernels.tpu_interpreter import MODES, TPU, interpret
 
 NAMES = ("out", "lse", "q", "k", "v", "values")
 
@@ -182,8 +180,8 @@ class TestInterpreted:
     def test_no_races(self, few_rows, capfd):
         operands = make(random_selection, 1, 30, 192, 1, 8, 64, 2)
         found = []
-        for mode in ("on_wait", "eager"):
-            with interpret(detect_races=True, dma_execution_mode=mode):
+        for mode in MODES:
+            with interpret(mode, detect_races=True):
                 found.append(run(operands))
         assert "RACE" not in capfd.readouterr().out  # each kernel's state replaces the last one's
         assert_same_bits(*found)
@@ -223,24 +221,9 @@ class TestDispatch:
             assert match in self.why_not(heads, num_keys, dim, size, dtype)
 
 
-@pytest.fixture(scope="module")
-def v5e():
-    """A mesh of 2 x 4 chips."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests run side by side
-    # What is compiled for chips that are not here can be cached, but not read back.
-    cache, was = "jax_enable_compilation_cache", jax.config.jax_enable_compilation_cache
-    jax.config.update(cache, False)
-    compilation_cache.reset_cache()  # it reads the setting only once
-    yield Mesh(np.array(topologies.get_topology_desc("v5e:2x4", "tpu").devices), ("device",))
-    jax.config.update(cache, was)
-    compilation_cache.reset_cache()
-
-
-def compile_on(mesh, tokens, dim, groups=4, count=16):
+def compile_on_chips(tokens, dim, groups=4, count=16):
     """Forward and backward, with so many heads on each chip."""
+    mesh = target_mesh("v5e:2x4")
     heads, patterns = P(None, None, "device"), P(None, "device")
     num_kv_heads = 2 * mesh.size
 
@@ -267,25 +250,20 @@ def compile_on(mesh, tokens, dim, groups=4, count=16):
         results, vjp = jax.vjp(f, q, k, v, values)
         return *results, *vjp(cotangents)
 
-    mapped = jax.shard_map(
-        both,
-        mesh=mesh,
-        in_specs=(*[heads] * 3, *[patterns] * 3, heads, heads),
-        out_specs=(*[heads] * 5, patterns),
-    )
-    with dispatch.targeting(mesh.devices.flat[0]):
-        traced = jax.jit(mapped).trace(q, k, k, indptr, indices, values, q, lse)
-    return traced.lower(lowering_platforms=("tpu",)).compile()
+    def mapped(*operands):
+        specs = (*[heads] * 3, *[patterns] * 3, heads, heads), (*[heads] * 5, patterns)
+        return jax.shard_map(both, in_specs=specs[0], out_specs=specs[1])(*operands)
+
+    return compile_for("v5e:2x4", mapped, q, k, k, indptr, indices, values, q, lse)
 
 
-def compile_kernels(mesh, groups, dim, size, columns, dtype=jnp.bfloat16):
+def compile_kernels(groups, dim, size, columns, dtype=jnp.bfloat16):
     """The kernels alone, on one chunk: without XLA's sorts, which take long to compile."""
     sizes = Sizes(1, 1, groups, dim, columns * size - 5, size, columns, 16, columns * size, 1.0)
     sizes, _ = mosaic_tpu._cut(columns * size, sizes)
-    everywhere = NamedSharding(mesh, P())
 
     def shape(*sizes, dtype=dtype):
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=everywhere)
+        return jax.ShapeDtypeStruct(sizes, dtype)
 
     places = 1, 1, sizes.entries
     pattern = [
@@ -312,9 +290,8 @@ def compile_kernels(mesh, groups, dim, size, columns, dtype=jnp.bfloat16):
             kernels.weighted_sum(parts, weights, dim),
         )
 
-    mapped = jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    traced = jax.jit(mapped).trace(q, kv, kv_bar, numbers, chunk, parts, weights)
-    return traced.lower(lowering_platforms=("tpu",)).compile()
+    operands = q, kv, kv_bar, numbers, chunk, parts, weights
+    return compile_for("v5e:2x2", f, *operands, devices=1)
 
 
 class TestCompiled:
@@ -328,8 +305,8 @@ class TestCompiled:
             (4, 128, 128, 64, jnp.float32),
         ],
     )
-    def test_limits(self, v5e, groups, dim, size, columns, dtype):
-        assert compile_kernels(v5e, groups, dim, size, columns, dtype)
+    def test_limits(self, groups, dim, size, columns, dtype):
+        assert len(compile_kernels(groups, dim, size, columns, dtype).kernels) == 3
 
     @pytest.mark.parametrize(
         ("tokens", "dim", "most"),
@@ -340,12 +317,12 @@ class TestCompiled:
             pytest.param(2**19, 128, 12, marks=pytest.mark.tpu_compile),
         ],
     )
-    def test_fits_a_chip(self, v5e, tokens, dim, most):
-        compiled = compile_on(v5e, tokens, dim)
-        memory = compiled.memory_analysis()
+    def test_fits_a_chip(self, tokens, dim, most):
+        compilation = compile_on_chips(tokens, dim)
+        memory = compilation.executable.memory_analysis()
         print(f"{tokens} tokens a chip, D={dim}: {memory.peak_memory_in_bytes / 2**30:.2f} GiB")
         assert memory.peak_memory_in_bytes < most * 2**30  # v5e has 15.75 GiB
-        program = compiled.as_text()
-        for name in ("forward", "backward", "sum"):
-            assert f"block_sparse_attention_{name}" in program
-        assert program.count('custom_call_target="tpu_custom_call"') == 4
+        names = [
+            kernel.name.removeprefix("block_sparse_attention_") for kernel in compilation.kernels
+        ]
+        assert sorted(names) == ["backward", "forward", "sum", "sum"]
