@@ -174,7 +174,7 @@ def test_setup_passes_over_pythons_that_do_not_run_or_are_old(bare):
 
 
 def test_program_is_quiet():
-    # libtpu, which only tests have, tells processes that are started where it is (TPU_LIBRARY_PATH).
+    # libtpu, which only tests have, says by TPU_LIBRARY_PATH where it is.
     environment = {
         name: value
         for name, value in os.environ.items()
