@@ -104,18 +104,6 @@ def unfit_for_hopper(q, k, head_dims: tuple[int, ...]) -> str | None:
     return None
 
 
-def unfit_for_tpu(q, k, head_dims: tuple[int, ...]) -> str | None:
-    """Why attention on TPUs does not take q [B, T, Hq, D] and k [B, N, Hkv, D], or None."""
-    head_dim, groups = q.shape[3], q.shape[2] // k.shape[2]
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"takes bfloat16 and float32, not {q.dtype}"
-    if head_dim not in head_dims:
-        return f"takes head dimensions of {', '.join(map(str, head_dims))}, not {head_dim}"
-    if groups > 32:
-        return f"takes up to 32 query heads per KV head, not {groups}"
-    return None
-
-
 _registry: dict[str, dict[str, Implementation]] = {}
 _logged: set[str] = set()
 _target: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("target", default=None)

@@ -15,7 +15,14 @@ def _not_for_hopper(q, k, *_) -> str | None:
 
 
 def _not_for_tpu(q, k, *_) -> str | None:
-    return dispatch.unfit_for_tpu(q, k, (64, 128))
+    head_dim, groups = q.shape[3], q.shape[2] // k.shape[2]
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes bfloat16 and float32, not {q.dtype}"
+    if head_dim not in (64, 128):
+        return f"takes head dimensions of 64, 128, not {head_dim}"
+    if groups > 32:
+        return f"takes up to 32 query heads per KV head, not {groups}"
+    return None
 
 
 dispatch.register(

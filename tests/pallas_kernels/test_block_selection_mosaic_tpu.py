@@ -14,6 +14,7 @@ from pallas_kernels.ahead_of_time import compile_for, target_mesh
 from pallas_kernels.block_selection import mosaic_tpu, select_blocks
 from pallas_kernels.block_selection.mosaic_tpu.configs import Config, Sizes
 from tests.pallas_kernels.accuracy import assert_same_bits
+from tests.pallas_kernels.test_block_selection_mosaic_gpu import make
 from tests.pallas_kernels.tpu_interpreter import MODES, TPU, interpret
 
 select = functools.partial(select_blocks, implementation="mosaic_tpu")
@@ -26,17 +27,6 @@ quick = functools.partial(
         "xla_llvm_disable_expensive_passes": True,
     },
 )
-
-
-def make(seed, batch, tokens, num_blocks, heads, dim, levels=None):
-    """Features in bf16; with few levels, of which only two matter, most scores are ties."""
-    rng = np.random.default_rng(seed)
-    u, c = (rng.normal(size=(batch, n, heads, dim)) for n in (tokens, num_blocks))
-    if levels:
-        u, c = (np.round(x * levels) * (np.arange(dim) < 2) for x in (u, c))
-    limit = rng.integers(-1, num_blocks + 2, (batch, tokens))
-    start = rng.integers(-2, num_blocks // 2 + 1, (batch, tokens))
-    return jnp.asarray(u, jnp.bfloat16), jnp.asarray(c, jnp.bfloat16), limit, start
 
 
 def run(u, c, limit, start, count):
