@@ -5,6 +5,7 @@ tiles into rings in shared memory by TMA, the others compute, on 64 rows each.
 """
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Callable
@@ -12,8 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, nvvm, vector
 
 from pallas_kernels.mesh_axes import vary_over, varying
 
@@ -21,6 +25,7 @@ HALF = 64  # rows of a tile that one compute warpgroup owns: of one wgmma
 ROWS = 2 * HALF
 LOG2E = math.log2(math.e)
 LOWEST = float(jnp.finfo(jnp.float32).min)
+_BOOL = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT(()))
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number per row of a product
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 SHARED_MEMORY = 227 * 1024  # bytes that a thread block may use
@@ -94,6 +99,26 @@ def multiply_add(acc, a, b):
 def transposed(ref):
     """The transpose of a matrix in shared memory."""
     return ref.transpose((1, 0))
+
+
+def any_of_warp(marks):
+    """Whether any of a warp's 16 rows is marked, bool; warps need not meet for it.
+
+    So it differs between the warps of a warpgroup: what depends on it must not need all of them.
+
+    Args:
+      marks: bool [64], one number per row.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=_BOOL)
+    def vote(_, x):
+        own = functools.reduce(arith.ori, x.registers.flat)
+        own = vector.extract(own, dynamic_position=[], static_position=[0])
+        everyone = arith.constant(ir.IntegerType.get_signless(32), -1)
+        found = nvvm.vote_sync(everyone, own, "any")
+        return mgpu.FragmentedArray.splat(found, (), is_signed=False)
+
+    return vote(marks)
 
 
 def half_of(warpgroup):

@@ -152,7 +152,17 @@ def _wgmma(interpreter, eqn, token, values):
     return token, outs
 
 
-_RULES = {discharge.run_state_p: _run_state, primitives.wgmma_ref_p: _wgmma}
+def _any_of_warp(interpreter, eqn, token, values):
+    """`hopper.any_of_warp`, the only code of Mosaic's own, for all warps of a warpgroup at once."""
+    (marks,) = values
+    return token, [jnp.any(marks)]
+
+
+_RULES = {
+    discharge.run_state_p: _run_state,
+    primitives.wgmma_ref_p: _wgmma,
+    primitives.inline_mgpu_p: _any_of_warp,
+}
 _stock_arrive = gpu_callbacks._barrier_arrive
 _stock_interpret = jaxpr_interpret.JaxprInterpreter.interpret
 _stock_deallocate = memory.Barrier.deallocate

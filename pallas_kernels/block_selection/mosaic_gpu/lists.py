@@ -3,7 +3,6 @@
 Numbers are f32, which counts exactly up to 2^24: the compiler has no reductions of integers.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -55,21 +54,7 @@ def insert(best: Best, top, number) -> Best:
     return Best(score, number, score.min(axis=1))
 
 
-def any_row(flags, rows):
-    """Whether something holds of any row. All warps of the warpgroup meet here.
-
-    Args:
-      flags: f32 [64] in shared memory, for this alone: the place that Mosaic has for reductions
-        across warps is one for all warpgroups.
-      rows: bool [64].
-    """
-    plgpu.commit_smem()  # All have read what was asked before.
-    flags[...] = jnp.where(rows, 1.0, 0.0)
-    plgpu.commit_smem()
-    return jnp.max(plgpu.load(flags, layout=hopper.COLUMN)) > 0
-
-
-def take_best(scores, numbers, origin, best: Best, any_row: Callable) -> Best:
+def take_best(scores, numbers, origin, best: Best) -> Best:
     """The best of `best` and of scores [64, N].
 
     Args:
@@ -77,12 +62,11 @@ def take_best(scores, numbers, origin, best: Best, any_row: Callable) -> Best:
       numbers: f32 [64, N], all different where a score is not -inf.
       origin: what is added to them.
       best: the lists; none of their candidates is as good as one of these with a lower number.
-      any_row: whether any of 64 flags is set.
     """
 
     def goes_on(state):
         _, top, best = state
-        return any_row(top > best.worst)
+        return hopper.any_of_warp(top > best.worst)
 
     def take(state):
         scores, top, best = state
@@ -106,7 +90,7 @@ def none_waiting(width: int) -> Waiting:
     return Waiting(hopper.full((HALF, width), -jnp.inf), hopper.full((HALF, width), -1))
 
 
-def add(scores, numbers, waiting: Waiting, best: Best, any_row: Callable) -> tuple[Waiting, Best]:
+def add(scores, numbers, waiting: Waiting, best: Best) -> tuple[Waiting, Best]:
     """Lets candidates wait, and makes room for those that may not be forgotten.
 
     Of two candidates in a column the better one waits; the other is forgotten, unless it is better
@@ -121,14 +105,13 @@ def add(scores, numbers, waiting: Waiting, best: Best, any_row: Callable) -> tup
         that is as good as a forgotten one, but has a higher number.
       waiting: candidates of before.
       best: the lists.
-      any_row: whether any of 64 flags is set.
     """
     shape = scores.shape
     later = scores > waiting.score
 
     def goes_on(state):
         _, _, top, best = state
-        return any_row(top > best.worst)
+        return hopper.any_of_warp(top > best.worst)
 
     def take(state):
         (score, number), (other, other_number), _, best = state

@@ -40,7 +40,7 @@ class _Walk:
     """A thread block that scores the candidates of one tile of queries after the other.
 
     `at` has the references: u, c, columns, plan, group, column and score in device memory; u_tile,
-    plan_tile, group_tile, c_tile, all_scores, best_tile and flags in shared memory; and the rings'
+    plan_tile, group_tile, c_tile, all_scores and best_tile in shared memory; and the rings'
     barriers.
     """
 
@@ -110,12 +110,11 @@ class _Walk:
         if self.parts == 1:
             best = lists.by_score(self._score(i, place, 0), columns(), sizes.count)
         else:
-            any_row = functools.partial(lists.any_row, self.at.flags.at[self.at.warpgroup])
 
             def add(part, best):
                 origin = (part * self.candidates).astype(jnp.float32)
                 scores = self._score(i, place, part)
-                return lists.take_best(scores, columns(), origin, best, any_row)
+                return lists.take_best(scores, columns(), origin, best)
 
             best = lax.fori_loop(0, self.parts, add, lists.nothing(sizes.count))
             best = lists.by_score(best.score, best.number, sizes.count)
@@ -190,7 +189,6 @@ def scratch(sizes: Sizes, config: Config):
         "c_tile": hopper.operand_tile((2 * config.places, candidates, sizes.dim)),
         "all_scores": hopper.crossed_tile((2, candidates, HALF)),
         "best_tile": plgpu.SMEM((2, HALF, sizes.count), jnp.float32),
-        "flags": plgpu.SMEM((2, HALF), jnp.float32),
         "tile_ring": Ring.barriers(sizes.places, copies=3),
         "c_ring": Ring.barriers(2 * config.places, copies=sizes.part, consumers=1),
     }

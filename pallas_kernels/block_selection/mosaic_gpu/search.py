@@ -53,7 +53,7 @@ class _Walk:
     """A thread block that walks, for each of its tiles of queries, over their blocks.
 
     `at` has the references: u, c, columns, plan and group in device memory; u_tile, plan_tile,
-    c_tile, group_tile and flags in shared memory; and the rings' barriers.
+    c_tile and group_tile in shared memory; and the rings' barriers.
     """
 
     def __init__(self, sizes: Sizes, config: Config, at):
@@ -97,24 +97,23 @@ class _Walk:
         plgpu.wait_smem_to_gmem(0)
 
     def _search_item(self, i, turn):
-        at, own = self.at, self.at.warpgroup
+        at = self.at
         place = self.tile_ring.receive(i)
         first, stop, whole_first, whole_stop = (at.plan_tile[place, 2, n] for n in range(4))
-        any_row = functools.partial(lists.any_row, at.flags.at[own])
 
         def step(masked, s, state):
             maxima = self._maxima(place, s * STEP, turn + (s - first) * self.slots, masked)
             # Loaded once a step: an iota might be converted in each round.
             columns = plgpu.load(at.columns, layout=hopper.COLUMN, optimized=False)
             groups = (s * HALF).astype(jnp.float32) + hopper.along_columns(columns, maxima.shape)
-            return lists.add(maxima, groups, *state, any_row)
+            return lists.add(maxima, groups, *state)
 
         state = lists.none_waiting(HALF), lists.nothing(self.sizes.count)
         state = lax.fori_loop(first, whole_first, functools.partial(step, True), state)
         state = lax.fori_loop(whole_first, whole_stop, functools.partial(step, False), state)
         waiting, best = lax.fori_loop(whole_stop, stop, functools.partial(step, True), state)
         self.tile_ring.release(i)
-        best = lists.take_best(waiting.score, waiting.number, 0.0, best, any_row)
+        best = lists.take_best(waiting.score, waiting.number, 0.0, best)
         self._store(i, lists.ascending(best.number))
         return turn + (stop - first) * self.slots
 
@@ -181,7 +180,6 @@ def scratch(sizes: Sizes, config: Config):
         "plan_tile": plgpu.SMEM((sizes.places, 3, ROWS), jnp.int32),
         "c_tile": hopper.operand_tile((config.stages, sizes.products * HALF, sizes.dim)),
         "group_tile": plgpu.SMEM((2, HALF, sizes.count), jnp.int32),
-        "flags": plgpu.SMEM((2, HALF), jnp.float32),
         "tile_ring": Ring.barriers(sizes.places, copies=2),
         "c_ring": Ring.barriers(config.stages, 1),
     }
