@@ -151,16 +151,29 @@ def scores(q_tile, k_tile, bias, hide, *, scale: float, meanwhile: Callable = la
     Args:
       q_tile: [M, D].
       k_tile: [N, D].
-      bias: None, or a function of the shape that gives the bias in natural units.
-      hide: None, or a function of the result that puts -inf where a query must not look.
-      scale: of the products.
+      bias: as of `logits`.
+      hide: likewise.
+      scale: likewise.
       meanwhile: is called while the product is being computed.
     """
     shape = q_tile.shape[0], k_tile.shape[0]
-    logits = multiply(q_tile, transposed(k_tile), shape, meanwhile) * (scale * LOG2E)
+    products = multiply(q_tile, transposed(k_tile), shape, meanwhile)
+    return logits(products, bias, hide, scale=scale)
+
+
+def logits(products, bias, hide, *, scale: float):
+    """Products of queries and keys [M, N] as logits, in units of log 2.
+
+    Args:
+      products: f32.
+      bias: None, or a function of the shape that gives the bias in natural units.
+      hide: None, or a function of the result that puts -inf where a query must not look.
+      scale: of the products.
+    """
+    found = products * (scale * LOG2E)
     if bias is not None:
-        logits = logits + bias(shape) * LOG2E
-    return logits if hide is None else hide(logits)
+        found = found + bias(found.shape) * LOG2E
+    return found if hide is None else hide(found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,23 +102,36 @@ class KeyWalk:
         column = plgpu.load(self.at.bias_tile.at[slot], layout=hopper.COLUMN)
         return functools.partial(hopper.along_columns, column)
 
-    def walk(self, place, step, carry):
-        """Runs `step(hide, j, carry)` over the keys of a tile; returns the steps and the carry."""
+    def hide(self, place, j):
+        """What hides the keys of step j that a row does not see."""
         plan = self.at.plan_tile.at[place]
-        starts, ends = (plgpu.load(plan.at[n, self.rows], layout=hopper.ROW) for n in (0, 1))
-        first, steps, whole_first, whole_last = (plan[2, n] for n in range(4))
+        bounds = (plgpu.load(plan.at[n, self.rows], layout=hopper.ROW) for n in (0, 1))
+        origin = plan[2, 0] + j * self.config.step
+        first, last = (x - origin for x in bounds)
+        return lambda logits: hopper.keep(logits, 1, first, last)
+
+    def walk(self, place, step, carry, leave: int = 0):
+        """Runs `step(hide, j, carry)` over the keys of a tile.
+
+        Args:
+          place: of the tile.
+          step: what to do.
+          carry: arrays.
+          leave: steps that are left out at the end.
+
+        Returns:
+          The steps of the tile, with those, and the last carry.
+        """
+        steps, whole_first, whole_last = (self.at.plan_tile[place, 2, n] for n in (1, 2, 3))
+        stop = steps - leave
+        whole_first, whole_last = (jnp.minimum(x, stop) for x in (whole_first, whole_last))
 
         def masked(j, carry):
-            origin = first + j * self.config.step
-
-            def hide(logits):
-                return hopper.keep(logits, 1, starts - origin, ends - origin)
-
-            return step(hide, j, carry)
+            return step(self.hide(place, j), j, carry)
 
         carry = lax.fori_loop(0, whole_first, masked, carry)
         carry = lax.fori_loop(whole_first, whole_last, functools.partial(step, None), carry)
-        return steps, lax.fori_loop(whole_last, steps, masked, carry)
+        return steps, lax.fori_loop(whole_last, stop, masked, carry)
 
     def store_rows(self, tile_ref, place, out, b, tile, h):
         """Starts the copies of this warpgroup's rows of a tile to out [B, T, Hq, D]."""
@@ -145,47 +158,34 @@ class KeyWalk:
 
 class _Forward(KeyWalk):
     def compute(self):
-        """Attends, item after item, while the other warpgroup's softmax has the other units."""
-        attend, first_turn = self._attend, jnp.int32(0)
-        if self.config.places == 1:
-            # Who is ahead cannot get the next item before the other has finished this one.
-            lax.fori_loop(0, self.own_items, functools.partial(self._alternate, attend), first_turn)
-        else:
-            self._alternate(lax.fori_loop, 0, self.own_items, attend, first_turn)
+        """Attends, item after item."""
+        lax.fori_loop(0, self.own_items, self._attend, jnp.int32(0))
+        if self.config.places > 1:
             self.finish_store(self.own_items - 1)
-
-    def _take_turn(self):
-        """Lets the other warpgroup go on by half a step, and waits for it to do so."""
-        plgpu.barrier_arrive(self.at.turn)
-        plgpu.barrier_wait(self.at.turn)
-
-    def _alternate(self, run, *args):
-        """Returns run(*args), in which the second warpgroup is half a step behind the first."""
-        pl.when(self.at.warpgroup == 1)(self._take_turn)
-        result = run(*args)
-        pl.when(self.at.warpgroup == 0)(self._take_turn)
-        return result
 
     def _attend(self, i, turn):
         at, head_dim = self.at, self.sizes.head_dim
         place = self.q_ring.receive(i)
-        # With several places, results are on their way out while the next item has begun.
-        deferred = (i > 0) if self.config.places > 1 else False
 
-        def step(hide, j, carry):
-            def meanwhile():
-                pl.when((j == 0) & deferred)(lambda: self.finish_store(i - 1))
-                self._take_turn()
+        def finish_last():
+            # With several places, results are on their way out while the next item has begun.
+            pl.when((i > 0) & (self.config.places > 1))(lambda: self.finish_store(i - 1))
 
-            return self._step(place, turn + j, hide, meanwhile, carry)
-
-        carry = (
+        sums = (
             hopper.full((HALF, head_dim), 0),
             hopper.full((HALF,), hopper.LOWEST, hopper.ROW),
             hopper.full((HALF,), 0, hopper.ROW),
         )
-        steps, (acc, top, total) = self.walk(place, step, carry)
-        pl.when((steps == 0) & deferred)(lambda: self.finish_store(i - 1))
+        products, _ = self._multiply(place, turn, finish_last)
+
+        def step(hide, j, carry):
+            products, sums = carry
+            add = functools.partial(self._add, products, turn + j, hide, sums)
+            return self._multiply(place, turn + j + 1, add)
+
+        steps, (products, sums) = self.walk(place, step, (products, sums), leave=1)
+        hide = self.hide(place, steps - 1)
+        acc, top, total = self._add(products, turn + steps - 1, hide, sums)
         some = total > 0
         total = jnp.where(some, total, 1.0)
         normalised = acc * hopper.along_rows(1 / total, acc.shape)
@@ -201,33 +201,30 @@ class _Forward(KeyWalk):
             self.finish_store(i)
         return turn + steps
 
-    def _step(self, place, turn, hide, meanwhile, carry):
-        """Attends to the keys of one step."""
-        at = self.at
-        acc, top, total = carry
-        slot = self.k_ring.receive(turn)
-        queries = at.q_tile.at[place, self.rows]
-        logits = hopper.scores(
-            queries,
-            at.k_tile.at[slot],
-            self.bias(slot),
-            hide,
-            scale=self.sizes.scale,
-            meanwhile=meanwhile,
-        )
-        self.k_ring.release(turn)
+    def _multiply(self, place, turn, meanwhile):
+        """The products of a tile and the keys of a step, and what `meanwhile` returns."""
+        keys = self.at.k_tile.at[self.k_ring.receive(turn)]
+
+        def compute(acc):
+            plgpu.wgmma(acc, self.at.q_tile.at[place, self.rows], hopper.transposed(keys))
+            result = meanwhile()
+            return acc[...], result
+
+        return pl.run_scoped(compute, plgpu.ACC((HALF, self.config.step), jnp.float32))
+
+    def _add(self, products, turn, hide, sums):
+        """Attends to the keys of a step; they are given back."""
+        at, slot = self.at, lax.rem(turn, self.config.stages)
+        acc, top, total = sums
+        logits = hopper.logits(products, self.bias(slot), hide, scale=self.sizes.scale)
         new_top = jnp.maximum(top, logits.max(axis=1))
         decay = jnp.exp2(top - new_top)
         weights = jnp.exp2(logits - hopper.along_rows(new_top, logits.shape))
         acc = acc * hopper.along_rows(decay, acc.shape)
         total = total * decay + weights.sum(axis=1)
-        weights = weights.astype(at.v.dtype)
-        # All of this before the other warpgroup may begin its own.
-        acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
-        plgpu.barrier_arrive(at.turn)
-        slot = self.v_ring.receive(turn)
-        plgpu.barrier_wait(at.turn)
-        acc = hopper.multiply_add(acc, weights, at.v_tile.at[slot])
+        self.v_ring.receive(turn)
+        acc = hopper.multiply_add(acc, weights.astype(at.v.dtype), at.v_tile.at[slot])
+        self.k_ring.release(turn)
         self.v_ring.release(turn)
         return acc, new_top, total
 
@@ -279,7 +276,6 @@ def forward_scratch(sizes: Sizes, config: Config):
     """What `forward` needs in shared memory."""
     return KeyWalk.scratch(sizes, config, copies=sizes.groups + 1) | {
         "lse_tile": plgpu.SMEM((config.places, ROWS), jnp.float32),
-        "turn": plgpu.Barrier(num_arrivals=2),
     }
 
 

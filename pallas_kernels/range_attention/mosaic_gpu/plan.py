@@ -91,7 +91,8 @@ def plan_queries(start, end, sizes: Sizes, step: int):
     pad = [(0, 0), (0, sizes.tiles * sizes.width - sizes.tokens)]
     start, end = (jnp.pad(x, pad, mode="edge").reshape(shape) for x in (start, end))
     first = start[..., 0] // 8 * 8
-    steps = (jnp.maximum(end[..., -1], first) - first + step - 1) // step
+    # One step at least, since the first one begins before the others.
+    steps = jnp.maximum(1, (end[..., -1] - first + step - 1) // step)
     whole_first = jnp.minimum((start[..., -1] - first + step - 1) // step, steps)
     whole_last = jnp.clip((end[..., 0] - first) // step, whole_first, steps)
     walk = jnp.stack([first, steps, whole_first, whole_last], axis=-1)
