@@ -194,6 +194,7 @@ def scratch(sizes: Sizes, config: Config):
     }
 
 
+@functools.partial(jax.jit, static_argnames=("sizes", "config"))
 def score_groups(u, c, group, limit, start, sizes: Sizes, config: Config):
     """index int32 and score f32 [B, T, Hkv, count], of the blocks of each query's groups.
 

@@ -185,6 +185,7 @@ def scratch(sizes: Sizes, config: Config):
     }
 
 
+@functools.partial(jax.jit, static_argnames=("sizes", "config"))
 def find_groups(u, c, limit, start, sizes: Sizes, config: Config):
     """The `count` best groups of each query in ascending order, int32 [B, T, Hkv, count], then -1.
 

@@ -169,6 +169,7 @@ class BlockWalk:
         plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames=("sizes", "config"))
 def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, config: Config):
     """dK and dV, [B, blocks, S, Hkv, D], of a chunk of queries.
 

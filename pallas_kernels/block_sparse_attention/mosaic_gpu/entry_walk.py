@@ -225,6 +225,7 @@ def query_gradient_scratch(sizes: Sizes, config: Config):
     }
 
 
+@functools.partial(jax.jit, static_argnames=("sizes", "config"))
 def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
     """(out, lse) of each entry on its own: [entries, groups, D], f32 [entries, groups].
 
@@ -240,6 +241,7 @@ def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
     return results["out"], _by_entry(results["lse"], chunk, sizes)
 
 
+@functools.partial(jax.jit, static_argnames=("sizes", "config"))
 def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, config: Config):
     """(dQ, d bias) of each entry on its own: [entries, groups, D], f32 [entries, groups].
 

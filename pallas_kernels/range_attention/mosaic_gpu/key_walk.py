@@ -288,6 +288,7 @@ def query_gradient_scratch(sizes: Sizes, config: Config):
     }
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "config"))
 def forward(q, k, v, start, end, key_bias, *, scale, config: Config):
     """out [B, T, Hq, D] and lse f32 [B, T, Hq]; key_bias is [B, Hkv, N] or None."""
     sizes = Sizes.of(q, k, key_bias, scale)
@@ -304,6 +305,7 @@ def forward(q, k, v, start, end, key_bias, *, scale, config: Config):
     return results["out"], by_token(results["lse"], sizes)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "config"))
 def query_gradient(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale, config: Config):
     """dQ [B, T, Hq, D], from lse in units of log 2 and delta, f32 [B, T, Hq]."""
     sizes = Sizes.of(q, k, key_bias, scale)

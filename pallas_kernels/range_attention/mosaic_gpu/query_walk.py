@@ -175,6 +175,7 @@ class QueryWalk:
         plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "config"))
 def key_gradients(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale, config: Config):
     """dK, dV [B, N, Hkv, D] and the bias' gradient, f32 [B, Hkv, N] or None."""
     sizes = Sizes.of(q, k, key_bias, scale)
