@@ -211,7 +211,7 @@ def compile_for(
     try:
         executable, report = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not re.search("out of memory (on|in memory space) hbm", str(error), re.IGNORECASE):
             raise
         raise MemoryExceededError(
             f"{target} has too little memory for this: take less on each device, or more devices."
