@@ -99,24 +99,24 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int, mesh: Mesh | No
     }
 
 
-def _gather(tree: Any, specs: Any) -> Any:
+def _gather(params: Any, specs: Any) -> Any:
     """Whole arrays from a device's parts, within shard_map; `specs` are those of `spread`."""
 
     def whole(x, spec):
         return lax.all_gather(x, "data", axis=len(spec) - 1, tiled=True) if spec else x
 
-    return jax.tree.map(whole, tree, specs)
+    return jax.tree.map(whole, params, specs)
 
 
-def _add_up(tree: Any, specs: Any) -> Any:
-    """Sums over the devices of whole arrays, of which each device gets its parts."""
+def _add_up(tree: Any, devices: int) -> Any:
+    """Sums of the devices' whole arrays, of which each device gets its part, as `spread` says."""
 
     def total(x, spec):
         if not spec:
             return lax.psum(x, "data")
         return lax.psum_scatter(x, "data", scatter_dimension=len(spec) - 1, tiled=True)
 
-    return jax.tree.map(total, tree, specs)
+    return jax.tree.map(total, tree, spread(tree, devices))
 
 
 def _summed_gradients(
@@ -137,23 +137,19 @@ def _summed_gradients(
 
     def micro(params, batch):
         (nll, weight), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        return nll, weight, gradients
+        sums = nll, weight, gradients
+        return sums if mesh is None else _add_up(sums, mesh.size)
 
-    def summed(params, batch, finish=lambda sums: sums):
-        """The sums, of which `finish` is kept."""
-
-        def one(batch):
-            return finish(micro(params, batch))
-
+    def summed(params, batch):
         first = jax.tree.map(lambda value: value[0], batch)
         if batch["tokens"].shape[0] == 1:
-            return one(first)
+            return micro(params, first)
 
         def add(total, batch):
-            return jax.tree.map(jnp.add, total, one(batch)), None
+            return jax.tree.map(jnp.add, total, micro(params, batch)), None
 
         zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, first)
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro, params, first)
         )
         return lax.scan(add, zeros, batch)[0]
 
@@ -162,14 +158,13 @@ def _summed_gradients(
 
     def on_devices(params, batch):
         specs = spread(params, mesh.size)
-        sums = P(), P(), specs
-
-        def local(params, batch):
-            return summed(_gather(params, specs), batch, lambda x: _add_up(x, sums))
-
         # shard_map, not automatic partitioning: the kernels see the shapes of one device.
         return jax.shard_map(
-            local, mesh=mesh, in_specs=(specs, P(None, "data")), out_specs=sums, check_vma=False
+            lambda params, batch: summed(_gather(params, specs), batch),
+            mesh=mesh,
+            in_specs=(specs, P(None, "data")),
+            out_specs=(P(), P(), specs),
+            check_vma=False,
         )(params, batch)
 
     return on_devices
