@@ -4,8 +4,9 @@
 
 Hardware: eight TPU v5e chips (v5e:2x4), a sequence of 16K tokens on each.
 Hours: not known; it has not been trained. Its last stage was compiled for v5e:2x4 (`sparsex plan
-configs/billion.py --target v5e:2x4`), and fits: results/tpu-v5e/plan-billion.json.
-Result: none yet; learning rate and steps are what models of this size usually get.
+configs/billion.py --target v5e:2x4`): 11.95 of 15.75 GiB a chip, results/tpu-v5e/plan-billion.json.
+The first stage was not compiled.
+Result: none; the learning rate and the numbers of steps are guesses.
 """
 
 from sparsex_jax.config import (
