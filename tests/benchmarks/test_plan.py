@@ -25,10 +25,11 @@ KERNELS = {
 CUT = """
 import dataclasses, runpy
 config = runpy.run_path({preset!r})["config"]
+attention = dataclasses.replace(config.model.attention, landmarks="off")
 config = dataclasses.replace(
     config,
-    model=dataclasses.replace(config.model, layers="s"),
-    stages=(dataclasses.replace(config.stages[0], length=640, batch_size=4, top_k=4),),
+    model=dataclasses.replace(config.model, layers="s", vocab_size=256, attention=attention),
+    stages=(dataclasses.replace(config.stages[0], length=256, batch_size=4, top_k=4),),
 )
 """
 
@@ -49,19 +50,19 @@ def run(capsys):
 
 
 def test_nano_with_one_layer(project, tmp_path, run):
-    """Quick to compile: its sparse layer alone, sequences just long enough for landmarks."""
+    """What is quick to compile: its sparse layer, few words, no landmarks, short sequences."""
     path, out = tmp_path / "cut.py", tmp_path / "plan.json"
     path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))
     status, shown = run(path, "--target", "v5e:2x2", "--out", out)
     assert status == 0 and not shown.err
-    assert "  range_forward 2\n" in shown.out and "  fits, of 15.75\n" in shown.out
+    assert "  range_forward 1\n" in shown.out and "  fits, of 15.75\n" in shown.out
     results = json.loads(out.read_text())
     (row,) = results["rows"]
     assert results["benchmark"] == "plan" and results["config"]["model"]["layers"] == "s"
     assert row["status"] == "compiled" and row["problem"] is None
     assert {each.rsplit(" ", 1)[0] for each in row["kernels"].split(", ")} == KERNELS
-    assert (row["devices"], row["sequences"], row["tokens"]) == (4, 1, 640)
-    assert row["batch_bytes"] == 3 * 4 * 640
+    assert (row["devices"], row["sequences"], row["tokens"]) == (4, 1, 256)
+    assert row["batch_bytes"] == 3 * 4 * 256
     # All but vectors is spread over the four chips.
     assert 1 <= row["parameter_bytes"] / row["parameters"] < 1.01
     assert 2 <= row["optimizer_bytes"] / row["parameter_bytes"] < 2.01
