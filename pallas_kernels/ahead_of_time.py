@@ -163,8 +163,17 @@ def _tpus(target: str):
             del os.environ[name]
 
 
+class MemoryExceededError(RuntimeError):
+    """A program takes more memory than a device of the target has."""
+
+
 def compile_for(
-    target: str, f: Callable, *abstract_args, devices: int | None = None
+    target: str,
+    f: Callable,
+    *abstract_args,
+    devices: int | None = None,
+    mesh: Mesh | None = None,
+    donate_argnums: int | tuple[int, ...] = (),
 ) -> Compilation:
     """Compiles `f` for a target as if it were here: kernels are chosen for it, too.
 
@@ -173,17 +182,20 @@ def compile_for(
 
     Args:
       target: one of TARGETS.
-      f: takes arrays, and trees of them. It is traced in the context of `target_mesh`, so a
-        `jax.shard_map` in it needs no mesh.
+      f: takes arrays, and trees of them. It is traced in the context of the mesh, so a
+        `jax.shard_map` in it needs none.
       *abstract_args: arrays or ShapeDtypeStructs. One whose sharding is on the mesh stays there,
         others are on every device.
       devices: see `target_mesh`.
+      mesh: of the devices of `target_mesh`, with other axes; None for that mesh.
+      donate_argnums: arguments whose memory may be used for results, as in `jax.jit`.
 
     Raises:
       ValueError: as `target_mesh`; or of a kernel that needs more on-chip memory than there is.
-      RuntimeError: as `target_mesh`; or, for TPUs, if it takes more memory than a chip has.
+      RuntimeError: as `target_mesh`.
+      MemoryExceededError: for TPUs, if it takes more memory than a chip has.
     """
-    mesh = target_mesh(target, devices)
+    mesh = target_mesh(target, devices) if mesh is None else mesh
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(x):
@@ -193,14 +205,15 @@ def compile_for(
     platform = "cuda" if target in _GPUS else "tpu"
     # The mesh is part of what JAX knows its traces by: none made for another device is reused.
     with dispatch.targeting(mesh.devices.flat[0]), jax.set_mesh(mesh):
-        traced = jax.jit(lambda *args: f(*args)).trace(*jax.tree.map(place, abstract_args))
+        jitted = jax.jit(lambda *args: f(*args), donate_argnums=donate_argnums)
+        traced = jitted.trace(*jax.tree.map(place, abstract_args))
         lowered = traced.lower(lowering_platforms=(platform,))
     try:
         executable, report = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not re.search("out of memory (on|in memory space) hbm", str(error), re.IGNORECASE):
             raise
-        raise RuntimeError(
+        raise MemoryExceededError(
             f"{target} has too little memory for this: take less on each device, or more devices."
             f" {error}"
         ) from error

@@ -15,7 +15,8 @@ from pallas_kernels.mesh_axes import vary_alike
 LANES = 128
 LOG2E = math.log2(math.e)
 LOWEST = float(jnp.finfo(jnp.float32).min)
-# Of on-chip memory, for one kernel. Of the chips, v5p has the least: 64 MiB.
+# Of on-chip memory, for one kernel. v5e and v6e have 128 MiB, v5p 64 MiB. The kernels' tiles are
+# large enough with much less, so that one set of sizes serves all three.
 VMEM_BUDGET = 48 * 2**20
 WALK = 5  # numbers that describe a walk, see `walk`
 

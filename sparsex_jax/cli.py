@@ -26,6 +26,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("demo", "hide needles in 16K and 128K tokens of source text and find them"),
     "train": Command("train", "train a model from a preset, or go on where a run stands"),
+    "plan": Command("plan", "what a training step takes of TPUs that are not here: it is compiled"),
     "eval": Command("evaluate", "score a model: `sparsex eval needle`"),
     "bench": Command("bench", "speed against dense attention, and errors at length"),
     "profile": Command("profile", "the GPU's kernels that the attention spends its time in"),

@@ -278,8 +278,8 @@ class TrainConfig:
       checkpoint_every: optimizer steps between checkpoints (the last step has one, too).
       keep: checkpoints kept.
       log_every: optimizer steps between rows of the metrics.
-      implementation: of the attention's primitives (mosaic_gpu, xla, reference); None for what
-        `sparsex info` names.
+      implementation: of the attention's primitives (mosaic_gpu, mosaic_tpu, xla, reference); None
+        for what `sparsex info` names.
     """
 
     model: ModelConfig = ModelConfig()

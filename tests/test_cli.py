@@ -81,7 +81,9 @@ def test_evaluation_knows_every_task():
     assert set(evaluate.Task.__args__) == set(TASKS)
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["eval", "needle"]])
+@pytest.mark.parametrize(
+    "command", [[], ["demo"], ["train"], ["plan"], ["eval"], ["eval", "needle"]]
+)
 def test_help(command, capsys):
     try:
         status = cli.run([*command, "--help"])

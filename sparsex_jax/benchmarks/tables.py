@@ -15,6 +15,10 @@ NUMERICS_FIELDS = (
     "system", "logits", "tokens", "queries", "head_dim", "output_error", "output_error_max",
     "lse_error", "lse_relative_error", "status",
 )  # fmt: skip
+PLAN_FIELDS = (
+    "preset", "target", "devices", "tokens", "sequences", "parameters", "parameter_bytes",
+    "optimizer_bytes", "temporary_bytes", "program_bytes", "total_bytes", "status",
+)  # fmt: skip
 ADDED_PARTS = ("selection", "rotary", "local", "landmarks", "dynamic", "fusion")  # make up an op
 
 
@@ -169,3 +173,25 @@ def _errors(row: Row | None) -> str:
         return row["status"].replace("_", " ")
     over = "" if row["status"] == "measured" else f" {row['status']}"
     return f"{row['output_error_max']:.1e}, {row['lse_relative_error']:.1e}{over}"
+
+
+def plan_table(rows: Sequence[Row], label: Label) -> str:
+    """Compiled training steps: GiB on each chip."""
+
+    def size(row: Row, name: str) -> str:
+        value = row[f"{name}_bytes"]
+        return "not known" if value is None else f"{value / 2**30:.2f}"
+
+    names = ("parameter", "optimizer", "temporary", "program", "total")
+    lines = [
+        (
+            f"`{row['preset']}`",
+            f"{row['devices']} chips of {row['target']}",
+            f"{row['sequences']} x {label(row['tokens'])}",
+            *(size(row, name) for name in names),
+            "does not fit" if row.get("problem") else "fits",
+        )
+        for row in rows
+    ]
+    head = ("preset", "compiled for", "tokens of each", *names, "")
+    return markdown(head, lines)

@@ -13,6 +13,7 @@ from sparsex_jax.config import ConfigError
 ATTENTION = ("attention", "attention_peers")
 ACCURACY = ("needle",)
 NUMERICS = ("numerics",)
+PLANS = ("plan",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +89,10 @@ def _check(path: Path, results: dict[str, Any]) -> None:
         fields = tables.ACCURACY_FIELDS
     elif name in NUMERICS:
         fields = tables.NUMERICS_FIELDS
+    elif name in PLANS:
+        fields = tables.PLAN_FIELDS
     else:
-        known = ", ".join(ATTENTION + ACCURACY + NUMERICS)
+        known = ", ".join(ATTENTION + ACCURACY + NUMERICS + PLANS)
         raise ConfigError(f"{path} has benchmark={name!r}, not {known}")
     for number, row in enumerate(results["rows"]):
         missing = [field for field in fields if field not in row]
@@ -111,6 +114,9 @@ def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
     elif results["benchmark"] in NUMERICS:
         print("Relative errors: of the worst query's output, and of the worst lse.\n")
         print(tables.numerics_table(results["rows"], format_length), end="\n\n")
+    elif results["benchmark"] in PLANS:
+        print("A training step, compiled and not run; GiB on each chip.\n")
+        print(tables.plan_table(results["rows"], format_length), end="\n\n")
     else:
         _print_attention(results["rows"])
 

@@ -25,6 +25,7 @@ from sparsex_jax.training.parameters import split_model
 from sparsex_jax.training.run_directory import lock, prepare
 from sparsex_jax.training.step import (
     check_divisible,
+    fetch,
     make_mesh,
     make_step,
     place_batch,
@@ -291,7 +292,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.sync()
         # Copies: the step consumes the state while the checkpoint is written.
-        arrays = {name: np.array(value) for name, value in self._arrays().items()}
+        arrays = {name: fetch(value) for name, value in self._arrays().items()}
         self.checkpoints.save(
             self.step,
             arrays,
@@ -342,10 +343,9 @@ class Trainer:
 
     def _export(self) -> None:
         """Writes the model alone, unless it is there."""
+        params = {name: fetch(value) for name, value in self.state["params"].items()}
         if jax.process_index() == 0 and not (self.run_dir / "model").exists():
-            save_model(
-                self.run_dir / "model", self.state["params"], self.config.model, self.tokenizer
-            )
+            save_model(self.run_dir / "model", params, self.config.model, self.tokenizer)
 
     def close(self) -> None:
         """Ends what runs in the background."""

@@ -170,3 +170,20 @@ def test_peers_that_are_not_installed_are_rows(project, tmp_path):
     assert [x["system"] for x in rows] == ["dense_torch", "flex_window", "fla_nsa"] * 2
     assert {x["status"] for x in rows} == {"not_installed"}
     assert report("--results", tmp_path / "results") == 0
+
+
+def test_plans(tmp_path, capsys):
+    fits = {
+        "preset": "configs/billion.py", "target": "v5e:2x4", "devices": 8, "tokens": 16384,
+        "sequences": 1, "parameters": 10**9, "parameter_bytes": 2**29, "optimizer_bytes": 2**30,
+        "temporary_bytes": 2**33, "program_bytes": 2**28, "total_bytes": 39 * 2**28,
+        "problem": None, "status": "compiled",
+    }  # fmt: skip
+    too_large = {**fits, "temporary_bytes": None, "total_bytes": None, "problem": "too large"}
+    write(tmp_path / "tpu-v5e" / "plan.json", "plan", [fits, too_large])
+    assert report("--results", tmp_path) in (0, None)
+    shown = capsys.readouterr().out
+    line = "| `configs/billion.py` | 8 chips of v5e:2x4 | 1 x 16K | 0.50 | 1.00 | "
+    assert f"{line}8.00 | 0.25 | 9.75 | fits |" in shown
+    assert f"{line}not known | 0.25 | not known | does not fit |" in shown
+    assert "compiled and not run" in shown

@@ -11,7 +11,7 @@ from sparsex_jax.config import OptimizerConfig
 from sparsex_jax.training.errors import TrainingError
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
-from sparsex_jax.training.step import check_divisible, make_step, place_batch
+from sparsex_jax.training.step import check_divisible, make_step, place_batch, spread
 from tests.training import tiny
 
 CONFIG = OptimizerConfig(learning_rate=0.1, warmup_steps=4, final_fraction=0.1)
@@ -92,6 +92,15 @@ def test_batches_are_divided_among_devices():
     check_divisible("stages[0]", 16, 2, mesh)
     with pytest.raises(TrainingError, match=r"batch_size=12 .* times 4 devices: use 8 or 16"):
         check_divisible("stages[0]", 12, 2, mesh)
+
+
+def test_matrices_are_spread_over_devices():
+    """Along the longest axis that these divide; vectors are on each, and what is not divided."""
+    shapes = {"a": (8, 12), "b": (12, 8), "c": (6, 8), "d": (8,), "e": (3, 5)}
+    found = spread({name: np.zeros(shape) for name, shape in shapes.items()}, 4)
+    assert {name: tuple(spec) for name, spec in found.items()} == {
+        "a": (None, "data"), "b": ("data",), "c": (None, "data"), "d": (), "e": (),
+    }  # fmt: skip
 
 
 def test_the_model_is_told_the_implementation():

@@ -19,11 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import shapes
+from pallas_kernels import shapes, tpu
 from pallas_kernels.block_sparse_attention import xla
 from pallas_kernels.block_sparse_attention.entries import Sizes, loop, weigh
 from pallas_kernels.block_sparse_attention.mosaic_tpu.kernels import (
-    MAX_VMEM,
     backward,
     forward,
     vmem_bytes,
@@ -231,7 +230,7 @@ def why_not_for(q, k, v, blocks: BlockCSR, block_size, scale) -> str | None:
     if columns > _MAX_BLOCKS:
         return f"takes up to {_MAX_BLOCKS} key blocks of all KV heads, not {columns}"
     vmem = vmem_bytes("backward", groups, head_dim, block_size, q.dtype.itemsize)
-    if vmem > MAX_VMEM:
+    if vmem > tpu.VMEM_BUDGET:
         return f"{groups} query heads and {block_size} keys at a time take {vmem} bytes of VMEM"
     return None
 

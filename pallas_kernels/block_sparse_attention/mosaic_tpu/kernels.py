@@ -15,10 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu
 from pallas_kernels.block_sparse_attention.entries import Sizes
 from pallas_kernels.block_sparse_attention.mosaic_tpu.plan import Chunk, window_entries
 
-MAX_VMEM = 100 * 2**20  # of v5e's 128 MiB
 # Results of a query that are added at a time, and elements of the block that holds those of many.
 _SUMMANDS = 16
 _SUM_ELEMENTS = 2**20
@@ -286,24 +286,28 @@ def weighted_sum(parts, weights, head_dim: int):
     # A row's weights side by side: on their own, few heads would leave most lanes empty.
     weights = weights.reshape(steps, count, rows, groups).swapaxes(1, 2)
     weights = weights.reshape(steps, rows, count * groups)
+    operands = (
+        (parts, pl.BlockSpec((count, height, lanes), lambda i, j: (j, i, 0))),
+        (weights, pl.BlockSpec((None, height, count * groups), lambda i, j: (j, i, 0))),
+    )
+    result = _like(parts, (rows, lanes)), pl.BlockSpec((height, lanes), lambda i, j: (i, 0))
+    total = pltpu.VMEM((height, lanes), jnp.float32)
+    temporaries = 2**20 + 4 * count * height * lanes  # the block's results in f32
     return pl.pallas_call(
         functools.partial(_sum_kernel, dim=head_dim),
-        out_shape=_like(parts, (rows, lanes)),
+        out_shape=result[0],
         grid=(-(-rows // height), steps),
-        in_specs=[
-            pl.BlockSpec((count, height, lanes), lambda i, j: (j, i, 0)),
-            pl.BlockSpec((None, height, count * groups), lambda i, j: (j, i, 0)),
-        ],
-        out_specs=pl.BlockSpec((height, lanes), lambda i, j: (i, 0)),
-        scratch_shapes=[pltpu.VMEM((height, lanes), jnp.float32)],
+        in_specs=[block for _, block in operands],
+        out_specs=result[1],
+        scratch_shapes=[total],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=MAX_VMEM,
+            vmem_limit_bytes=tpu.vmem_bytes((*operands, result), total, temporaries),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * parts.size,
             transcendentals=0,
-            bytes_accessed=parts.size * parts.dtype.itemsize + 4 * weights.size,
+            bytes_accessed=(parts.size + rows * lanes) * parts.dtype.itemsize + 4 * weights.size,
         ),
         name="block_sparse_attention_sum",
     )(parts, weights)

@@ -1,0 +1,232 @@
+"""What a training step takes of chips that are not here: it is compiled for them, not run."""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import dispatch
+from pallas_kernels.ahead_of_time import TARGETS, MemoryExceededError, compile_for, target_mesh
+from sparsex_jax.benchmarks.operations import count_operations
+from sparsex_jax.config import ConfigError, TrainConfig
+from sparsex_jax.modules import Transformer
+from sparsex_jax.training.optimizer import make_optimizer, make_schedule
+from sparsex_jax.training.parameters import split_model
+from sparsex_jax.training.step import check_divisible, make_mesh, make_step, state_shardings
+
+SLICES = tuple(target for target in TARGETS if target.startswith("v5e:"))
+CHIP_BYTES = int(15.75 * 2**30)  # of a v5e that programs may take, as libtpu says
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step takes of each chip.
+
+    Attributes:
+      devices: that share the step.
+      tokens: of a sequence.
+      sequences: that a chip computes with at a time.
+      parameters: of the whole model.
+      parameter_bytes: a chip's part of them.
+      optimizer_bytes: a chip's part of the moments.
+      batch_bytes: a chip's part of the batch.
+      temporary_bytes: what else there is at once: whole parameters, gradients, activations; None
+        where it does not fit, since the compiler then gives no count.
+      program_bytes: of the program itself; None likewise.
+      operations: of a chip, see `count_operations`.
+      kernels: how many calls of each there are in the program; none where it does not fit.
+      problem: why it does not fit, in the compiler's words; None if it does.
+    """
+
+    devices: int
+    tokens: int
+    sequences: int
+    parameters: int
+    parameter_bytes: int
+    optimizer_bytes: int
+    batch_bytes: int
+    temporary_bytes: int | None
+    program_bytes: int | None
+    operations: int
+    kernels: dict[str, int]
+    problem: str | None
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Of all categories, or None."""
+        if self.temporary_bytes is None or self.program_bytes is None:
+            return None
+        held = self.parameter_bytes + self.optimizer_bytes + self.batch_bytes
+        return held + self.temporary_bytes + self.program_bytes
+
+    def row(self) -> dict[str, Any]:
+        """For a results file."""
+        kernels = ", ".join(f"{name} {count}" for name, count in self.kernels.items())
+        return {
+            **dataclasses.asdict(self),
+            "total_bytes": self.total_bytes,
+            "chip_bytes": CHIP_BYTES,
+            "kernels": kernels,
+            "status": "compiled",
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step on devices that need not be here.
+
+    Attributes:
+      config: of the training.
+      stage: number of the stage that the step is of.
+      mesh: of `make_mesh`.
+    """
+
+    config: TrainConfig
+    stage: int
+    mesh: Mesh | None
+
+    def __post_init__(self):
+        count = len(self.config.stages)
+        if not 0 <= self.stage < count:
+            raise ConfigError(f"stage={self.stage} must be one of the preset's: 0 to {count - 1}")
+        batch_size = self.config.stages[self.stage].batch_size
+        check_divisible(f"stages[{self.stage}]", batch_size, self.config.accumulation, self.mesh)
+
+    @functools.cached_property
+    def _model(self) -> tuple[Any, dict]:
+        """The skeleton, and the shapes of the parameters."""
+        skeletons = []
+
+        def make():
+            model = Transformer(self.config.model, rngs=nnx.Rngs(self.config.seed))
+            skeleton, params = split_model(model)
+            skeletons.append(skeleton)
+            return params
+
+        params = jax.eval_shape(make)
+        return skeletons[0], params
+
+    def state(self) -> dict:
+        """The shapes of the state, and how they lie on the devices."""
+        _, params = self._model
+        optimizer = make_optimizer(self.config.optimizer, self.config.total_steps)
+        state = {
+            "params": params,
+            "optimizer": jax.eval_shape(optimizer.init, params),
+            "step": jax.ShapeDtypeStruct((), jnp.int32),
+        }
+        if self.mesh is None:
+            return state
+        return jax.tree.map(_place, state, state_shardings(state, self.mesh))
+
+    def batch(self) -> dict:
+        """The shapes of a batch, likewise."""
+        stage, parts = self.config.stages[self.stage], self.config.accumulation
+        shape = parts, stage.batch_size // parts, stage.length
+        types = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
+        if self.mesh is None:
+            return batch
+        sharding = NamedSharding(self.mesh, P(None, "data"))
+        return {name: _place(x, sharding) for name, x in batch.items()}
+
+    def function(self) -> Callable:
+        """What `make_step` makes of it."""
+        skeleton, _ = self._model
+        optimizer, steps = self.config.optimizer, self.config.total_steps
+        return make_step(
+            skeleton, make_optimizer(optimizer, steps), make_schedule(optimizer, steps),
+            self.config.stages[self.stage].top_k, self.mesh, self.config.implementation,
+        )  # fmt: skip
+
+
+def _place(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _bytes(tree: Any) -> int:
+    """Of what a device holds of shapes."""
+
+    def part(x):
+        return x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+
+    return sum(math.prod(part(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def longest_stage(config: TrainConfig) -> int:
+    """The last of the stages with the longest sequences."""
+    return max(range(len(config.stages)), key=lambda n: (config.stages[n].length, n))
+
+
+def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None = None) -> Plan:
+    """Compiles a training step, which takes minutes, and counts what it takes.
+
+    Args:
+      config: of the training.
+      stage: its number.
+      target: one of SLICES.
+      devices: the first so many of the slice; None for all.
+
+    Raises:
+      ConfigError: the target, its chips or the stage do not exist, or libtpu is missing.
+      TrainingError: the batch does not divide among the chips.
+    """
+    if target not in SLICES:
+        raise ConfigError(f"target={target!r} must be one of {', '.join(SLICES)}")
+    try:
+        chips = list(target_mesh(target, devices).devices.flat)
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from error
+    step = Step(config, stage, make_mesh(chips))
+    state, batch = step.state(), step.batch()
+    with dispatch.targeting(chips[0]):
+        traced = jax.make_jaxpr(step.function())(state, batch)
+    sequences = config.stages[stage].batch_size // config.accumulation // len(chips)
+    plan = Plan(
+        devices=len(chips),
+        tokens=config.stages[stage].length,
+        sequences=sequences,
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"])),
+        parameter_bytes=_bytes(state["params"]),
+        optimizer_bytes=_bytes(state["optimizer"]),
+        batch_bytes=_bytes(batch),
+        temporary_bytes=None,
+        program_bytes=None,
+        operations=count_operations(traced.jaxpr),
+        kernels={},
+        problem=None,
+    )
+    try:
+        compilation = compile_for(
+            target, step.function(), state, batch, devices=devices, mesh=step.mesh, donate_argnums=0
+        )
+    except MemoryExceededError as error:
+        return dataclasses.replace(plan, problem=str(error))
+    memory: Any = compilation.executable.memory_analysis()
+    names = sorted(kernel.name for kernel in compilation.kernels)
+    return dataclasses.replace(
+        plan,
+        temporary_bytes=memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        program_bytes=memory.generated_code_size_in_bytes,
+        kernels=dict(collections.Counter(names)),
+    )
+
+
+def way_out(config: TrainConfig, plan: Plan) -> str:
+    """What to try first where a plan does not fit."""
+    if plan.sequences > 1:
+        fewer = next(n for n in range(2, plan.sequences + 1) if plan.sequences % n == 0)
+        return f"use --accumulation {config.accumulation * fewer}"
+    if config.model.remat == "none":
+        return "use --model.remat layer"
+    return "use shorter sequences, or a larger slice with as many more sequences"

@@ -1,0 +1,105 @@
+"""`sparsex plan`."""
+
+import dataclasses
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from sparsex_jax.benchmarks.tables import format_number
+from sparsex_jax.commands.arguments import format_length, make_console, parse
+from sparsex_jax.commands.train import load_preset
+from sparsex_jax.config import ConfigError, TrainConfig
+
+if TYPE_CHECKING:
+    from sparsex_jax.benchmarks.plan import Plan
+
+BYTES = ("parameter_bytes", "optimizer_bytes", "batch_bytes", "temporary_bytes", "program_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Compiles a training step for a slice of TPUs that is not here, and says what it takes.
+
+    Nothing is run. Compiling takes minutes, and the extra `compile`. Each field of the preset's
+    TrainConfig is an option, too: --model.remat layer. The command exits with 1 if the step does
+    not fit.
+
+    Attributes:
+      preset: a Python file that defines `config`, a TrainConfig (see configs/).
+      target: the slice: v5e:2x2, v5e:2x4, ... v5e:16x16.
+      devices: the first so many of the slice; by default all.
+      stage: number of the preset's stage; by default the one with the longest sequences.
+      out: a results file to write.
+      config: the preset's.
+    """
+
+    preset: tyro.conf.Positional[Path]
+    target: str
+    devices: int | None = None
+    stage: int | None = None
+    out: Path | None = None
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+
+
+def main(arguments: list[str]) -> int:
+    """Parses the arguments, the preset first, runs the command and returns its exit status."""
+    default: Arguments | None = None
+    if arguments and not arguments[0].startswith("-"):
+        preset = Path(arguments[0])
+        default = Arguments(preset, tyro.MISSING, config=load_preset(preset))
+    elif not {"-h", "--help"} & set(arguments):
+        raise ConfigError("the first argument of plan must be a preset: configs/nano.py, say")
+    parsed = parse(Arguments, "plan", arguments, default)
+    # Nothing runs on this machine's devices.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return _plan(parsed, shlex.join(["sparsex", "plan", *arguments]))
+
+
+def _plan(arguments: Arguments, command: str) -> int:
+    from sparsex_jax.benchmarks.plan import longest_stage, make_plan, way_out
+    from sparsex_jax.benchmarks.results import check_writable, write_results
+    from sparsex_jax.training.checkpoints import to_json
+
+    config = arguments.config
+    stage = longest_stage(config) if arguments.stage is None else arguments.stage
+    if arguments.out is not None:
+        check_writable(arguments.out)
+    plan = make_plan(config, stage, arguments.target, arguments.devices)
+    console = make_console()
+    console.print(_describe(plan, arguments, stage), markup=False, soft_wrap=True)
+    if plan.problem:
+        console.print(f"{plan.problem}\n{way_out(config, plan)}", markup=False, soft_wrap=True)
+    if arguments.out is not None:
+        row = {"preset": str(arguments.preset), "stage": stage, "target": arguments.target}
+        write_results(arguments.out, "plan", command, to_json(config), [row | plan.row()])
+    return int(plan.problem is not None)
+
+
+def _describe(plan: "Plan", arguments: Arguments, stage: int) -> str:
+    """The plan in words."""
+    from sparsex_jax.benchmarks.plan import CHIP_BYTES
+
+    lines = [
+        f"{arguments.preset}, stage {stage}: a training step on {plan.devices} chips of"
+        f" {arguments.target}, compiled, not run",
+        f"{format_number(plan.parameters / 1e6)}M parameters; each chip computes with"
+        f" {plan.sequences} x {format_length(plan.tokens)} tokens at a time",
+        "",
+        "GiB on each chip",
+    ]
+    for name in (*BYTES, "total_bytes"):
+        size = getattr(plan, name)
+        shown = "not known" if size is None else f"{size / 2**30:.2f}"
+        lines.append(f"  {name.removesuffix('_bytes'):<11}{shown}")
+    fits = "does not fit" if plan.problem else "fits"
+    lines += [
+        f"  {fits}, of {CHIP_BYTES / 2**30:g}",
+        "",
+        f"{plan.operations / 1e12:,.1f} TFLOP on each chip, recomputation included",
+        "kernels in the program:",
+        *(f"  {name} {count}" for name, count in plan.kernels.items()),
+    ]
+    return "\n".join(lines)

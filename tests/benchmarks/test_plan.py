@@ -1,0 +1,175 @@
+"""Training steps compiled for TPUs that are not here, with the kernels."""
+
+import dataclasses
+import json
+import runpy
+
+import jax
+import pytest
+
+from pallas_kernels.ahead_of_time import MemoryExceededError
+from sparsex_jax import cli
+from sparsex_jax.benchmarks import plan as plans
+from sparsex_jax.benchmarks.plan import CHIP_BYTES, Step, longest_stage, make_plan, way_out
+from sparsex_jax.config import ModelConfig, StageConfig, TrainConfig
+
+KERNELS = {
+    "block_selection",
+    "block_sparse_attention_backward",
+    "block_sparse_attention_forward",
+    "block_sparse_attention_sum",
+    "range_forward",
+    "range_key_gradients",
+    "range_query_gradient",
+}
+CUT = """
+import dataclasses, runpy
+config = runpy.run_path({preset!r})["config"]
+attention = dataclasses.replace(config.model.attention, landmarks="off")
+config = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, layers="s", vocab_size=256, attention=attention),
+    stages=(dataclasses.replace(config.stages[0], length=256, batch_size=4, top_k=4),),
+)
+"""
+
+
+def preset(project, name):
+    return runpy.run_path(str(project / "configs" / f"{name}.py"))["config"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command: exit status, and what it printed."""
+
+    def run(*arguments):
+        status = cli.run(["plan", *map(str, arguments)])
+        return status, capsys.readouterr()
+
+    return run
+
+
+def test_nano_with_one_layer(project, tmp_path, run):
+    """What is quick to compile: its sparse layer, few words, no landmarks, short sequences."""
+    path, out = tmp_path / "cut.py", tmp_path / "plan.json"
+    path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))
+    status, shown = run(path, "--target", "v5e:2x2", "--out", out)
+    assert status == 0 and not shown.err
+    assert "  range_forward 1\n" in shown.out and "  fits, of 15.75\n" in shown.out
+    results = json.loads(out.read_text())
+    (row,) = results["rows"]
+    assert results["benchmark"] == "plan" and results["config"]["model"]["layers"] == "s"
+    assert row["status"] == "compiled" and row["problem"] is None
+    assert {each.rsplit(" ", 1)[0] for each in row["kernels"].split(", ")} == KERNELS
+    assert (row["devices"], row["sequences"], row["tokens"]) == (4, 1, 256)
+    assert row["batch_bytes"] == 3 * 4 * 256
+    # All but vectors is spread over the four chips.
+    assert 1 <= row["parameter_bytes"] / row["parameters"] < 1.01
+    assert 2 <= row["optimizer_bytes"] / row["parameter_bytes"] < 2.01
+    # At least the parameters of all chips, and one gradient.
+    assert 4 * row["parameters"] < row["temporary_bytes"] < row["total_bytes"] < 2**28
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("name", "target", "devices"), [("nano", "v5e:2x2", 2), ("billion", "v5e:2x4", 8)]
+)
+def test_presets_fit(project, name, target, devices):
+    config = preset(project, name)
+    plan = make_plan(config, longest_stage(config), target, devices)
+    assert plan.problem is None and plan.devices == devices and plan.sequences == 1
+    assert set(plan.kernels) == KERNELS
+    assert plan.total_bytes <= CHIP_BYTES
+    layers = config.model.layers
+    assert plan.kernels["range_query_gradient"] == len(layers) + layers.count("s")
+
+
+def test_billion_has_a_billion_parameters(project):
+    config = preset(project, "billion")
+    state = Step(config, longest_stage(config), None).state()
+    count = sum(x.size for x in jax.tree.leaves(state["params"]))
+    assert 1e9 < count < 1.1e9
+
+
+def test_what_one_device_computes(project):
+    """Six operations per token and parameter of matrices, and the attention's."""
+    config = preset(project, "nano")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="l"))
+    step = Step(config, 0, None)
+    count = plans.count_operations(
+        jax.make_jaxpr(step.function())(step.state(), step.batch()).jaxpr
+    )
+    matrices = sum(x.size for x in jax.tree.leaves(step.state()["params"]) if x.ndim == 2)
+    tokens = 64 * 1024
+    dense = 6 * tokens * matrices
+    # The logits are computed twice.
+    again = 2 * tokens * config.model.vocab_size * config.model.model_dim
+    assert 1 < count / (dense + again) < 1.5
+
+
+def stub(monkeypatch, problem):
+    """No compilation, but its outcome."""
+
+    def compile_for(*_, **__):
+        raise MemoryExceededError(problem)
+
+    monkeypatch.setattr(plans, "compile_for", compile_for)
+
+
+def test_says_what_to_do_where_it_does_not_fit(project, tmp_path, monkeypatch, run):
+    stub(monkeypatch, "v5e:2x2 has too little memory for this: 20.01G exceed 15.75G")
+    path, out = tmp_path / "cut.py", tmp_path / "plan.json"
+    path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))
+    status, shown = run(path, "--target", "v5e:2x2", "--devices", 2, "--out", out)
+    assert status == 1
+    assert "  does not fit, of 15.75\n" in shown.out and "20.01G exceed" in shown.out
+    assert shown.out.endswith("use --accumulation 2\n")
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["temporary_bytes"] is None and row["total_bytes"] is None and row["kernels"] == ""
+    assert row["sequences"] == 2 and "20.01G" in row["problem"]
+
+
+def test_ways_out():
+    config = TrainConfig(stages=(StageConfig(steps=1, length=64, batch_size=18),), accumulation=2)
+    plan = dataclasses.replace(_plan(), sequences=9)
+    assert way_out(config, plan) == "use --accumulation 6"
+    plan = _plan()
+    assert way_out(config, plan) == "use --model.remat layer"
+    config = dataclasses.replace(config, model=ModelConfig(remat="layer"))
+    assert "shorter sequences" in way_out(config, plan)
+
+
+def _plan():
+    return plans.Plan(1, 64, 1, 0, 0, 0, 0, None, None, 0, {}, "too large")
+
+
+def test_longest_stage():
+    lengths = (64, 256, 128, 256)
+    stages = tuple(StageConfig(steps=1, length=n, batch_size=1) for n in lengths)
+    assert longest_stage(TrainConfig(stages=stages)) == 3
+
+
+def test_refuses(project, run, monkeypatch):
+    nano = project / "configs" / "nano.py"
+    for arguments, message in (
+        ((), "the first argument of plan must be a preset"),
+        ((nano,), "--target"),
+        ((nano, "--target", "v5e:3x3"), "target='v5e:3x3' must be one of v5e:2x2, v5e:2x4"),
+        ((nano, "--target", "h200"), "target='h200' must be one of v5e:2x2"),
+        ((nano, "--target", "v5e:2x2", "--devices", 5), "devices=5 must be 1 to 4"),
+        ((nano, "--target", "v5e:2x2", "--stage", 5), "stage=5 must be one of the preset's: 0"),
+        (
+            (nano, "--target", "v5e:2x4"),
+            "batch_size=2 must be a multiple of",
+        ),
+    ):
+        status, shown = run(*arguments)
+        assert status == 2 and message in shown.err and shown.err.count("\n") == 1
+
+    def missing(*_):
+        raise RuntimeError("compiling for v5e:2x2 needs libtpu")
+
+    monkeypatch.setattr(plans, "target_mesh", missing)
+    status, shown = run(nano, "--target", "v5e:2x2")
+    assert status == 2 and "needs libtpu" in shown.err
