@@ -330,7 +330,7 @@ def describe() -> dict:
     cuda = torch is not None and torch.cuda.is_available()
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     versions = {"python": platform.python_version()}
-    for name in ("torch", "triton", "flash-linear-attention"):
+    for name in ("torch", "triton", "flash-linear-attention", "fla-core"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,9 +1,9 @@
 """Attention to a range of keys per query on Hopper GPUs (Pallas Mosaic GPU, sm_90).
 
 Forward and dQ: a tile is 128 rows, the G query heads of a KV head over neighbouring tokens, and
-walks over the keys of its tokens, with an online softmax (arXiv:2205.14135). The two compute
-warpgroups take turns with the tensor cores (arXiv:2407.08608). dK and dV: a tile is 128 keys, and
-walks over the query rows that see them. Ranges are compared only in steps at the edges, which not
+walks over the keys of its tokens, with an online softmax (arXiv:2205.14135), which runs while the
+next step's product is computed (arXiv:2407.08608). dK and dV: a tile is 128 keys, and walks over
+the query rows that see them. Ranges are compared only in steps at the edges, which not
 all rows see whole; the arithmetic is the same in all steps, so that a query's result does not
 depend on its neighbours by one bit.
 """
