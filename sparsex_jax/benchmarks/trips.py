@@ -47,10 +47,12 @@ def count_cycles(name: str, schedule: Schedule, operands: Shapes, work: Workload
 def _largest(region: Region, kind: str, count: int) -> list[Region]:
     """The largest regions of a kind directly in one, in the order of the code."""
     inner = [x for x in region.inner if x.kind == kind]
-    chosen = sorted(inner, key=lambda x: x.total, reverse=True)[:count]
-    if len(chosen) < count:
-        raise ValueError(f"a kernel's code is not as it was: it has {len(inner)} of {count} {kind}")
-    return [x for x in inner if x in chosen]
+    if len(inner) < count:
+        raise ValueError(
+            f"a kernel is not as it was: of {count} {kind} regions it has {len(inner)}"
+        )
+    places = sorted(range(len(inner)), key=lambda n: inner[n].total, reverse=True)
+    return [inner[n] for n in sorted(places[:count])]
 
 
 def _grid_cycles(schedule: Schedule) -> float:
@@ -63,10 +65,11 @@ def _grid_cycles(schedule: Schedule) -> float:
 
 def _within(schedule: Schedule) -> Region:
     """The largest loop within a step of the grid."""
-    (grid,) = (
-        _largest(schedule.body, "loop", 1) if math.prod(schedule.grid) > 1 else [schedule.body]
-    )
-    return max(grid.all("loop"), key=lambda x: x.total)
+    step = schedule.body
+    if math.prod(schedule.grid) > 1:
+        (step,) = _largest(step, "loop", 1)
+    loops = Region("kernel", 0, tuple(step.all("loop")))
+    return _largest(loops, "loop", 1)[0]
 
 
 def _walk_cycles(walk: Region, steps: float, whole: float) -> float:
