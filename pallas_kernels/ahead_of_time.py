@@ -207,7 +207,8 @@ def compile_for(
     with dispatch.targeting(mesh.devices.flat[0]), jax.set_mesh(mesh):
         traced = jax.jit(lambda *args: f(*args)).trace(*jax.tree.map(place, abstract_args))
         lowered = traced.lower(lowering_platforms=(platform,))
-    tpu_schedule.forget()
+    if platform == "tpu":
+        tpu_schedule.forget()
     try:
         executable, report = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:

@@ -121,9 +121,10 @@ def compile_case(
     """
     program = cases.program(case, work, direction)
     specs = {name: work.spec(name) for name in case.inputs}
-    outputs = jax.eval_shape(lambda inputs: case.function(work, inputs), specs)[0]
-    operands = (specs,) if direction == "forward" else (specs, outputs)
-    results = jax.eval_shape(program, *operands)
+    with dispatch.targeting(mesh.devices.flat[0]):
+        outputs = jax.eval_shape(lambda inputs: case.function(work, inputs), specs)[0]
+        operands = (specs,) if direction == "forward" else (specs, outputs)
+        results = jax.eval_shape(program, *operands)
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((operands, results)))
     chips = PartitionSpec(mesh.axis_names)
     spread = jax.tree.map(
