@@ -302,6 +302,7 @@ def _parse(report: str) -> Iterator[Kernel]:
 
 def _tpu_kernels(program: str) -> Iterator[TpuKernel]:
     """The kernels of a compiled program, from its text."""
+    found: list[tuple[tuple, TpuKernel]] = []
     for line in program.splitlines():
         if 'custom_call_target="tpu_custom_call"' not in line:
             continue
@@ -313,5 +314,11 @@ def _tpu_kernels(program: str) -> Iterator[TpuKernel]:
         if name is None or instruction is None or begin is None or end is None:
             raise RuntimeError(f"libtpu does not say as before what a kernel uses: {line[:1000]}")
         vmem_bytes = int(end[1]) - int(begin[1])
+        shapes = re.findall(r"\w+\[[\d,]*\]", line.partition("metadata=")[0])
         schedule = tpu_schedule.read(instruction[1])
-        yield TpuKernel(name[1], vmem_bytes, instruction[1], schedule)
+        kernel = TpuKernel(name[1], vmem_bytes, instruction[1], schedule)
+        found.append(((name[1], *shapes), kernel))
+    # Of kernels that are alike, libtpu compiles one.
+    known = {alike: kernel.schedule for alike, kernel in found if kernel.schedule is not None}
+    for alike, kernel in found:
+        yield dataclasses.replace(kernel, schedule=kernel.schedule or known.get(alike))

@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import ahead_of_time, dispatch
 from pallas_kernels.ahead_of_time import TARGETS, compile_for, target_mesh
+from pallas_kernels.block_sparse_attention.mosaic_tpu.kernels import weighted_sum
 from pallas_kernels.range_attention import range_attention
 
 
@@ -137,6 +138,19 @@ def test_kernels_of_a_tpu():
     assert 200 < whole < masked < kernel.schedule.body.total < 4000
     with pytest.raises(RuntimeError, match="libtpu does not say"):
         list(ahead_of_time._tpu_kernels('%f = custom_call_target="tpu_custom_call"'))
+
+
+def test_kernels_that_are_alike_have_one_schedule():
+    parts = jax.ShapeDtypeStruct((16, 2**16, 256), jnp.bfloat16)
+    weights = jax.ShapeDtypeStruct((16, 2**16, 4), jnp.float32)
+
+    def twice(one, other, weights):
+        return weighted_sum(one, weights, 64), weighted_sum(other, weights + 1, 64)
+
+    compilation = compile_for("v5e:2x2", twice, parts, parts, weights, devices=1)
+    one, other = compilation.kernels
+    assert one.instruction != other.instruction
+    assert one.schedule == other.schedule and one.schedule.grid == (512, 1)
 
 
 def test_chooses_for_the_target(monkeypatch):
