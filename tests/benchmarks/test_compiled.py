@@ -38,8 +38,8 @@ def check(row):
 def test_rows_of_a_target(tmp_path, capsys):
     out = tmp_path / "tpu-v5e" / "attention.json"
     command = ["--target", "v5e", "--lengths", "1K", "--head-dim", "64"]
-    saved = bench(out, *command, "--parts", "op", "local", "--directions", "forward")
-    assert "local, forward: peak 0." in capsys.readouterr().out
+    saved = bench(out, *command, "--parts", "op", "local", "--directions", "forward_backward")
+    assert "local, forward_backward: peak 0." in capsys.readouterr().out
     assert saved["hardware"]["kind"].endswith("compiled ahead of time, not run")
     assert saved["hardware"]["count"] is None and "libtpu" in saved["hardware"]["driver"]
     assert "not measured" in saved["config"]["method"]
@@ -52,7 +52,7 @@ def test_rows_of_a_target(tmp_path, capsys):
     # Rows of other targets join the file.
     command = ["--target", "v5e:2x2", "--lengths", "1K", "--head-dim", "64", "--resume"]
     command += ["--implementation", "mosaic_tpu"]  # which would be taken anyway
-    saved = bench(out, *command, "--parts", "local", "--directions", "forward")
+    saved = bench(out, *command, "--parts", "local", "--directions", "forward_backward")
     *before, last = saved["rows"]
     assert before == [op, local] and (last["target"], last["chips"]) == ("v5e:2x2", 4)
     same = {"target", "chips"}
@@ -63,7 +63,7 @@ def test_rows_of_a_target(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "on TPU v5 lite, compiled ahead of time, not run" in shown
     assert "Compiled, not run. Memory is a chip's. Times are modelled, not measured." in shown
-    assert "| forward | 1K | local | 4 | 0.00 GiB |" in shown
+    assert "| forward and backward | 1K | local | 4 | 0.00 GiB |" in shown
     assert "| direction | length | system |" not in shown  # the table of what was measured
     assert list(out.parent.iterdir()) == [out]  # no pictures
 
