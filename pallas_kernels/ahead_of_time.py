@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tpu_schedule
 
 _GPUS = ("h100", "h200")
 _SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of TPU v5e, as they are rented
@@ -65,15 +65,20 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class TpuKernel:
-    """What XLA reports of a Mosaic TPU kernel in the compiled program.
+    """What libtpu reports of a Mosaic TPU kernel in the compiled program.
 
     Attributes:
       name: the kernel's.
       vmem_bytes: of on-chip memory: blocks, scratch and what does not fit in registers.
+      instruction: its name in the program.
+      schedule: its bundles and spills; None where something else loaded libtpu first, as JAX does
+        on a TPU.
     """
 
     name: str
     vmem_bytes: int
+    instruction: str
+    schedule: tpu_schedule.Schedule | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Compilation:
       argument_bytes: on each device.
       output_bytes: on each device.
       temporary_bytes: on each device, at once. More than a GPU has is no error.
+      peak_bytes: of all these on each device, at once, by the compiler's count.
       kernels: hand-written kernels, in the order of their compilation (GPUs) or of the program.
     """
 
@@ -92,6 +98,7 @@ class Compilation:
     argument_bytes: int
     output_bytes: int
     temporary_bytes: int
+    peak_bytes: int
     kernels: tuple[Kernel, ...] | tuple[TpuKernel, ...]
 
 
@@ -154,13 +161,18 @@ def _tpus(target: str):
             f"compiling for {target} needs libtpu: install the extra `compile`, by"
             " pip install '.[compile]' in the checkout"
         )
-    missing = {name: value for name, value in _LIBTPU.items() if name not in os.environ}
-    os.environ.update(missing)
+    arguments = "LIBTPU_INIT_ARGS"
+    before = {name: os.environ.get(name) for name in (*_LIBTPU, arguments)}
+    os.environ.update(_LIBTPU | {name: x for name, x in before.items() if x is not None})
+    os.environ[arguments] = tpu_schedule.init_args(before[arguments] or "")
     try:
         return topologies.get_topology_desc(target, "tpu").devices
     finally:
-        for name in missing:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 class MemoryExceededError(RuntimeError):
@@ -208,6 +220,8 @@ def compile_for(
         jitted = jax.jit(lambda *args: f(*args), donate_argnums=donate_argnums)
         traced = jitted.trace(*jax.tree.map(place, abstract_args))
         lowered = traced.lower(lowering_platforms=(platform,))
+    if platform == "tpu":
+        tpu_schedule.forget()
     try:
         executable, report = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
@@ -224,6 +238,7 @@ def compile_for(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes,
         tuple(kernels),
     )
 
@@ -300,13 +315,23 @@ def _parse(report: str) -> Iterator[Kernel]:
 
 def _tpu_kernels(program: str) -> Iterator[TpuKernel]:
     """The kernels of a compiled program, from its text."""
+    found: list[tuple[tuple, TpuKernel]] = []
     for line in program.splitlines():
         if 'custom_call_target="tpu_custom_call"' not in line:
             continue
         name = re.search(r'op_name="[^"]*?([^/"]+)/pallas_call"', line)
+        instruction = re.match(r"\s*(?:ROOT )?%(\S+) = ", line)
         # Where the kernel's part of VMEM begins, after arrays of the program, and where it ends.
         begin = re.search(r'"scoped_memory_configs":\[{[^}]*"offset":"(\d+)"', line)
         end = re.search(r'"used_scoped_memory_configs":\[{[^}]*"size":"(\d+)"', line)
-        if name is None or begin is None or end is None:
+        if name is None or instruction is None or begin is None or end is None:
             raise RuntimeError(f"libtpu does not say as before what a kernel uses: {line[:1000]}")
-        yield TpuKernel(name[1], int(end[1]) - int(begin[1]))
+        vmem_bytes = int(end[1]) - int(begin[1])
+        shapes = re.findall(r"\w+\[[\d,]*\]", line.partition("metadata=")[0])
+        schedule = tpu_schedule.read(instruction[1])
+        kernel = TpuKernel(name[1], vmem_bytes, instruction[1], schedule)
+        found.append(((name[1], *shapes), kernel))
+    # Of kernels that are alike, libtpu compiles one.
+    known = {alike: kernel.schedule for alike, kernel in found if kernel.schedule is not None}
+    for alike, kernel in found:
+        yield dataclasses.replace(kernel, schedule=kernel.schedule or known.get(alike))

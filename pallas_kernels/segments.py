@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+_LONG, _WIDTH = 2**17, 2**10
+
 
 def first_places(keys: jax.Array, count: int) -> jax.Array:
     """Where the keys from each number on begin: `searchsorted(keys, arange(count + 1))`.
@@ -22,7 +24,18 @@ def first_places(keys: jax.Array, count: int) -> jax.Array:
     first = jnp.full(count + 1, keys.shape[0], jnp.int32)
     key = jnp.where(begins & (keys >= 0), jnp.minimum(keys, count), count + 1)
     first = first.at[key].min(place, mode="drop")
-    return lax.cummin(first, reverse=True)
+    return _least_from(first)
+
+
+def _least_from(x: jax.Array) -> jax.Array:
+    """The minimum of each element of int32 [M] and those after it."""
+    if len(x) <= _LONG:
+        return lax.cummin(x, reverse=True)
+    # At once, XLA makes so much code of it for a TPU that a million take minutes to compile.
+    rows = jnp.pad(x, (0, -len(x) % _WIDTH), constant_values=jnp.iinfo(x.dtype).max)
+    rows = lax.cummin(rows.reshape(-1, _WIDTH), axis=1, reverse=True)
+    after = jnp.append(lax.cummin(rows[:, 0], reverse=True)[1:], rows[-1, -1])
+    return jnp.minimum(rows, after[:, None]).ravel()[: len(x)]
 
 
 class Tiles(NamedTuple):

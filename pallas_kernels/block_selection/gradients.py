@@ -44,13 +44,24 @@ def select_bwd(count: int, residuals, cotangents):
     return u_bar, c_bar.astype(c.dtype), None, None
 
 
+def _tokens_last(x):
+    """[B, T, Hkv, K] -> [K, B, Hkv, T], whose elements a TPU has side by side.
+
+    To lay those of [..., K] end to end, XLA makes code of its own for each register of them, which
+    takes minutes to compile.
+    """
+    return x.transpose(3, 0, 2, 1)
+
+
 def _query_gradient(c, index, score_bar):
     """[B, T, Hkv, d] in score_bar's type."""
-    b, h = (x[..., None] for x in jnp.ogrid[: c.shape[0], :1, : c.shape[2]][::2])
+    index, score_bar = _tokens_last(index), _tokens_last(score_bar)
+    b, h, _ = jnp.ogrid[: c.shape[0], : c.shape[2], :1]
     # A block that nobody selected may hold anything.
     block = jnp.where(index < 0, c.shape[1], index)
     chosen = c.at[b, block, h].get(mode="fill", fill_value=0)
-    return jnp.sum(score_bar[..., None] * chosen.astype(score_bar.dtype), axis=3)
+    total = jnp.sum(score_bar[..., None] * chosen.astype(score_bar.dtype), axis=0)
+    return total.swapaxes(1, 2)
 
 
 def _block_gradient(u, index, score_bar, num_blocks):
@@ -58,16 +69,19 @@ def _block_gradient(u, index, score_bar, num_blocks):
 
     Tiles of entries that chose the same block are summed first, then the tiles of a block.
     """
-    batch, _, heads, dim = u.shape
+    batch, tokens, heads, dim = u.shape
     columns = batch * heads * num_blocks
-    b, h = (x[..., None] for x in jnp.ogrid[:batch, :1, :heads][::2])
-    column = jnp.where(index < 0, columns, (b * heads + h) * num_blocks + index).ravel()
+    index, score_bar = _tokens_last(index), _tokens_last(score_bar)
+    head = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads, 1)
+    column = jnp.where(index < 0, columns, head * num_blocks + index).ravel()
     order = jnp.argsort(column, stable=True).astype(jnp.int32)
     tiles = cut_runs(first_places(column[order], columns), column.size, _TILE)
 
     entry = order.at[tiles.place].get(mode="clip")
     weight = jnp.where(tiles.inside, score_bar.ravel()[entry], 0)
-    row = jnp.where(tiles.inside, entry // index.shape[3], u.size // dim)
+    head, token = entry // tokens % (batch * heads), entry % tokens
+    row = (head // heads * tokens + token) * heads + head % heads
+    row = jnp.where(tiles.inside, row, u.size // dim)
     rows = u.reshape(-1, dim).at[row].get(mode="fill", fill_value=0)
     sums = sum_runs(tiles.run, jnp.sum(weight[..., None] * rows.astype(weight.dtype), axis=1))
     ends = tiles.starts[1:]

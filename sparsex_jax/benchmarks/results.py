@@ -69,12 +69,16 @@ def _versions() -> dict[str, str]:
     return {**versions(), "python": platform.python_version()}
 
 
-def provenance() -> dict[str, Any]:
-    """Where and when something is measured: commit, date, hardware and versions."""
+def provenance(of: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Where and when something is measured: commit, date, hardware and versions.
+
+    Args:
+      of: the hardware; None for what JAX computes on.
+    """
     return {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
+        "hardware": of or hardware(),
         "versions": _versions(),
     }
 
@@ -110,6 +114,7 @@ def write_results(
     config: dict[str, Any],
     rows: Sequence[dict[str, Any]],
     model_crc32: int | None = None,
+    hardware: dict[str, Any] | None = None,
 ) -> None:
     """Writes a results file (DESIGN.md, section 5), atomically.
 
@@ -121,6 +126,7 @@ def write_results(
       rows: flat objects.
       model_crc32: names the weights (see `sparsex_jax.training.model_crc32`) and joins the config;
         None where no model was measured.
+      hardware: what the rows are of; None for what JAX computes on.
 
     Raises:
       OSError: it cannot be written; what was there before is intact.
@@ -132,7 +138,7 @@ def write_results(
         "benchmark": benchmark,
         "command": command,
         "config": config,
-        **provenance(),
+        **provenance(hardware),
         "rows": list(rows),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +168,11 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_same_run(
-    saved: dict[str, Any], benchmark: str, config: dict[str, Any], path: str | os.PathLike
+    saved: dict[str, Any],
+    benchmark: str,
+    config: dict[str, Any],
+    path: str | os.PathLike,
+    of: dict[str, Any] | None = None,
 ) -> None:
     """Raises ConfigError unless rows measured here and now may join those of a results file.
 
@@ -171,12 +181,13 @@ def check_same_run(
       benchmark: what is measured.
       config: of the measurement.
       path: of the file, for the message.
+      of: the hardware; None for what JAX computes on.
     """
     here = {
         "benchmark": benchmark,
         "config": json.loads(json.dumps(config)),
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": of or hardware(),
         "versions": _versions(),
     }
     found = differences({name: saved.get(name) for name in here}, here)

@@ -40,9 +40,13 @@ class Benchmark[Step](abc.ABC):
         self.rows: list[Row] = []
         if resume and path.exists():
             saved = read_results(path)
-            check_same_run(saved, self.name, config, path)
+            check_same_run(saved, self.name, config, path, self.hardware())
             # After a broken kernel a GPU may fail whatever follows in the same process.
             self.rows = [row for row in saved["rows"] if row.get("status") != "failed"]
+
+    def hardware(self) -> dict[str, Any] | None:
+        """What the rows are of; None for what JAX computes on."""
+        return None
 
     @abc.abstractmethod
     def all_steps(self) -> list[Step]:
@@ -69,7 +73,9 @@ class Benchmark[Step](abc.ABC):
             status, note = judge(error)
             row |= {"status": status, "note": note}
         self.rows.append(row)
-        write_results(self.path, self.name, self.command, self.config, self.rows)
+        write_results(
+            self.path, self.name, self.command, self.config, self.rows, hardware=self.hardware()
+        )
         return row
 
     def _is_there(self, step: Step) -> bool:

@@ -10,6 +10,8 @@ Label = Callable[[int], str]
 # What tells attention rows of one length, direction and part apart, and must be there.
 SHAPE = ("query_heads", "kv_heads", "head_dim")
 ATTENTION_FIELDS = ("system", "part", "direction", "tokens", *SHAPE, "milliseconds", "status")
+MEMORY = ("argument_bytes", "output_bytes", "temporary_bytes", "peak_bytes")
+COMPILED_FIELDS = ("chips", *MEMORY)  # of rows that name a target, too
 ACCURACY_FIELDS = ("system", "task", "tokens", "samples", "accuracy", "low", "high", "status")
 NUMERICS_FIELDS = (
     "system", "logits", "tokens", "queries", "head_dim", "output_error", "output_error_max",
@@ -98,6 +100,27 @@ def parts_table(rows: Sequence[Row], direction: str, label: Label) -> str:
         for length in sorted({row["tokens"] for row in chosen})
     ]
     return markdown(["length", *(f"{part}: {system}" for part, system in columns)], lines)
+
+
+def compiled_table(rows: Sequence[Row], label: Label) -> str:
+    """What was compiled for a target and not run, a line each: memory, and times not measured."""
+    head = ["direction", "tokens a chip", "part", "chips", "arguments", "results", "temporaries",
+            "peak", "roofline, ms", "modelled, ms", "of this kernels"]  # fmt: skip
+    times = ("roofline_milliseconds", "modelled_milliseconds", "kernel_milliseconds")
+
+    def order(row: Row) -> tuple[int, ...]:
+        part, direction = _place(PARTS, row["part"]), _place(DIRECTIONS, row["direction"])
+        return direction, row["tokens"], part, row["chips"]
+
+    def line(row: Row) -> list[str]:
+        what = [row["direction"].replace("_", " and "), label(row["tokens"]), row["part"]]
+        if row["status"] == "compiled":
+            found = [f"{row[name] / 2**30:.2f} GiB" for name in MEMORY]
+        else:
+            found = [row["status"].replace("_", " "), "", "", ""]
+        return [*what, str(row["chips"]), *found, *(_cell(row.get(name)) for name in times)]
+
+    return markdown(head, map(line, sorted(rows, key=order)))
 
 
 def accuracy_table(rows: Sequence[Row], label: Label) -> str:

@@ -42,7 +42,13 @@ class AttentionArguments:
     whose outputs or gradients differ from a reference, computed for some rows; the command
     then exits with 1.
 
+    With a target everything is compiled for TPUs that need not be here, and nothing runs: rows have
+    status "compiled", the memory of a chip, the roofline's time and a modelled one. Each chip has
+    its own sequence and heads. Dense attention, selection, samples, seconds, dense_seconds,
+    check_length and seed are of no use then and refused.
+
     Attributes:
+      target: compile for it instead of measuring: v5e:2x2 to v5e:16x16; v5e is v5e:2x4.
       lengths: tokens of the sequence, a multiple of 64 from 1K on; 4096, 16K and 1M are understood.
       parts: what to time; "op" comes with dense attention, "local" with the library's own window.
       directions: forward alone, or with the backward pass.
@@ -58,10 +64,12 @@ class AttentionArguments:
       dense_seconds: dense attention that would take longer is timed with one head and scaled.
       check_length: where everything is compared before anything is timed; 0 for nowhere.
       seed: decides the inputs.
-      out: results file (JSON); by default results/HARDWARE/attention.json (cpu, h200, ...).
+      out: results file (JSON); by default results/HARDWARE/attention.json (cpu, h200, ..., tpu-v5e
+        with a target).
       resume: keeps the rows that the file has, except failed ones, and measures the others.
     """
 
+    target: str | None = None
     lengths: tuple[str, ...] = ("4K", "32K", "128K", "1M", "4M")
     parts: tuple[Part, ...] = PARTS
     directions: tuple[Direction, ...] = DIRECTIONS
@@ -136,13 +144,17 @@ def main(arguments: list[str]) -> int:
 
 def attention(arguments: AttentionArguments, command: str) -> int:
     """Runs the command, which is quoted in what it writes; 1 if a row is wrong or failed."""
+    if arguments.target is not None:
+        return _compile(arguments, command)
     from sparsex_jax.benchmarks.attention import Benchmark, Settings
     from sparsex_jax.benchmarks.results import check_writable, default_path
 
     path = arguments.out or default_path("attention")
     check = arguments.check_length
     short = None if check == "0" else parse_length(check, "check_length")
-    settings = Settings(**_given(arguments) | {"check_length": short})
+    given = _given(arguments)
+    del given["target"]
+    settings = Settings(**given | {"check_length": short})
     check_writable(path)
     benchmark = Benchmark(settings, path, command, resume=arguments.resume)
     checks = [
@@ -150,6 +162,26 @@ def attention(arguments: AttentionArguments, command: str) -> int:
         for step in benchmark.checks()
     ]
     return _run(benchmark, _describe_times, checks)
+
+
+def _compile(arguments: AttentionArguments, command: str) -> int:
+    """`attention` for a target; 1 if a row failed."""
+    from sparsex_jax.benchmarks.compiled import PATH, SMALLEST, Benchmark, Settings
+    from sparsex_jax.benchmarks.results import check_writable
+
+    given = _given(arguments)
+    for name in ("selection", "samples", "seconds", "dense_seconds", "check_length", "seed"):
+        usual = getattr(AttentionArguments, name)
+        if (value := given.pop(name)) != usual:
+            raise ConfigError(
+                f"{name}={value} is of no use with target={arguments.target!r}, for which nothing"
+                " runs: leave one of them out"
+            )
+    if arguments.target == "v5e":
+        given["target"] = SMALLEST
+    settings, path = Settings(**given), arguments.out or PATH
+    check_writable(path)
+    return _run(Benchmark(settings, path, command, resume=arguments.resume), _describe_compiled)
 
 
 def numerics(arguments: NumericsArguments, command: str) -> int:
@@ -214,7 +246,7 @@ def _name(row: "Row") -> str:
 
 def _outcome(row: "Row", describe: Callable[["Row"], str]) -> str:
     """A row in words."""
-    if row["status"] != "measured":
+    if row["status"] not in ("measured", "compiled"):
         return f"{row['status'].replace('_', ' ')}: {row['note']}"
     return describe(row) + (f" ({row['note']})" if row["note"] else "")
 
@@ -225,6 +257,14 @@ def _describe_times(row: "Row") -> str:
         parts.append(f"{format_number(row['speedup_over_dense'])} times as fast as dense")
     if row["roofline_share"]:
         parts.append(f"{row['roofline_share']:.0%} of the roofline")
+    return ", ".join(parts)
+
+
+def _describe_compiled(row: "Row") -> str:
+    parts = [f"peak {row['peak_bytes'] / 2**30:.2f} GiB a chip"]
+    if row["modelled_milliseconds"] is not None:
+        parts.append(f"modelled {format_number(row['modelled_milliseconds'])} ms")
+    parts.append(f"roofline {format_number(row['roofline_milliseconds'])} ms")
     return ", ".join(parts)
 
 

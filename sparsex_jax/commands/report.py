@@ -47,7 +47,7 @@ def report(arguments: Arguments) -> None:
         )
     for hardware, files in found.items():
         timed = [results for _, results in files if results["benchmark"] in ATTENTION]
-        rows = [row for results in timed for row in results["rows"]]
+        rows = [row for results in timed for row in results["rows"] if not row.get("target")]
         folder = arguments.results / hardware / "plots"
         if arguments.out is not None:
             folder = arguments.out / hardware
@@ -95,7 +95,8 @@ def _check(path: Path, results: dict[str, Any]) -> None:
         known = ", ".join(ATTENTION + ACCURACY + NUMERICS + PLANS)
         raise ConfigError(f"{path} has benchmark={name!r}, not {known}")
     for number, row in enumerate(results["rows"]):
-        missing = [field for field in fields if field not in row]
+        more = tables.COMPILED_FIELDS if row.get("target") else ()
+        missing = [field for field in (*fields, *more) if field not in row]
         if missing:
             raise ConfigError(f"{path}: row {number} lacks {', '.join(missing)}")
 
@@ -104,8 +105,9 @@ def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
     """A heading, what the numbers rest on, and the tables."""
     machine = results.get("hardware") or {}
     print(f"### {hardware}: {results['benchmark']}\n")
+    count = "" if machine.get("count") is None else f"{machine['count']} x "
     print(
-        f"`{results.get('command')}` on {machine.get('count')} x {machine.get('kind')}, driver"
+        f"`{results.get('command')}` on {count}{machine.get('kind')}, driver"
         f" {machine.get('driver')}, commit {results.get('commit')}, {results.get('date')}"
         f" (`{path}`)\n"
     )
@@ -118,7 +120,17 @@ def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
         print("A training step, compiled and not run; GiB on each chip.\n")
         print(tables.plan_table(results["rows"], format_length), end="\n\n")
     else:
-        _print_attention(results["rows"])
+        _print_attention([row for row in results["rows"] if not row.get("target")])
+        compiled = [row for row in results["rows"] if row.get("target")]
+        _print_compiled(compiled, (results.get("config") or {}).get("method"))
+
+
+def _print_compiled(rows: list[dict[str, Any]], method: str | None) -> None:
+    if rows:
+        print(f"Compiled, not run. Memory is a chip's. Times are {method or 'not measured'}\n")
+    for shape in tables.shapes(rows):
+        print("{} query heads, {} KV heads, head dim {}:\n".format(*shape))
+        print(tables.compiled_table(tables.of_shape(rows, shape), format_length), end="\n\n")
 
 
 def _print_attention(rows: list[dict[str, Any]]) -> None:

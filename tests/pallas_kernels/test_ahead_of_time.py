@@ -1,5 +1,6 @@
 """Compiling for targets that are not here."""
 
+import math
 import os
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from pallas_kernels import ahead_of_time, dispatch
 from pallas_kernels.ahead_of_time import TARGETS, compile_for, target_mesh
+from pallas_kernels.block_sparse_attention.mosaic_tpu.kernels import weighted_sum
 from pallas_kernels.range_attention import range_attention
 
 
@@ -27,7 +29,8 @@ def test_hosts(devices, hosts):
 
 @pytest.mark.parametrize("target", [each for each in TARGETS if each.startswith("v5e")])
 def test_slices(target):
-    environment = {name: os.environ.get(name) for name in ahead_of_time._LIBTPU}
+    names = (*ahead_of_time._LIBTPU, "LIBTPU_INIT_ARGS")
+    environment = {name: os.environ.get(name) for name in names}
     mesh = target_mesh(target)
     rows, columns = map(int, target.removeprefix("v5e:").split("x"))
     assert mesh.size == rows * columns and mesh.axis_names == ("device",)
@@ -93,6 +96,7 @@ def test_bytes_are_those_of_a_device():
     assert compilation.argument_bytes == 2 * 4096
     assert 2 * 4096 <= compilation.output_bytes < 2 * 4096 + 1024
     assert compilation.temporary_bytes < 16 * 4096
+    assert compilation.peak_bytes >= 2 * 4096
     assert compilation.kernels == ()
     assert "all-reduce" in compilation.executable.as_text()
 
@@ -126,8 +130,27 @@ def test_kernels_of_a_tpu():
     compilation = compile_for("v5e:2x2", range_attention, q, k, k, bound, bound, devices=1)
     (kernel,) = compilation.kernels
     assert kernel.name == "range_forward" and 2**16 < kernel.vmem_bytes < 2**24
+    assert f"%{kernel.instruction} = " in compilation.executable.as_text()
+    # A tile of 256 tokens of one KV head, which walks over tiles of keys, whole or with a mask.
+    assert math.prod(kernel.schedule.grid) == 1 and kernel.schedule.spill_stores > 0
+    walk = max(kernel.schedule.body.all("loop"), key=lambda loop: loop.total)
+    whole, masked = sorted(x.total for x in walk.inner if x.total > 100)
+    assert 200 < whole < masked < kernel.schedule.body.total < 4000
     with pytest.raises(RuntimeError, match="libtpu does not say"):
         list(ahead_of_time._tpu_kernels('%f = custom_call_target="tpu_custom_call"'))
+
+
+def test_kernels_that_are_alike_have_one_schedule():
+    parts = jax.ShapeDtypeStruct((16, 2**16, 256), jnp.bfloat16)
+    weights = jax.ShapeDtypeStruct((16, 2**16, 4), jnp.float32)
+
+    def twice(one, other, weights):
+        return weighted_sum(one, weights, 64), weighted_sum(other, weights + 1, 64)
+
+    compilation = compile_for("v5e:2x2", twice, parts, parts, weights, devices=1)
+    one, other = compilation.kernels
+    assert one.instruction != other.instruction
+    assert one.schedule == other.schedule and one.schedule.grid == (512, 1)
 
 
 def test_chooses_for_the_target(monkeypatch):

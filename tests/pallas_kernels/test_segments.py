@@ -25,6 +25,14 @@ def test_first_places(size, highest):
         np.testing.assert_array_equal(found, np.searchsorted(keys, np.arange(count + 1)))
 
 
+@pytest.mark.parametrize("count", [2**17 + 5, 2**18 - 1])
+def test_first_places_of_many_numbers(count):
+    rng = np.random.default_rng(count)
+    keys = np.sort(rng.integers(0, count, 500)).astype(np.int32)
+    found = jax.jit(first_places, static_argnums=1)(keys, count)
+    np.testing.assert_array_equal(found, np.searchsorted(keys, np.arange(count + 1)))
+
+
 def test_sum_runs():
     rng = np.random.default_rng(0)
     keys = np.sort(rng.integers(0, 9, 50))
