@@ -33,7 +33,8 @@ from pallas_kernels import dispatch, tpu_schedule
 
 _GPUS = ("h100", "h200")
 _SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of TPU v5e, as they are rented
-TARGETS = (*_GPUS, *(f"v5e:{each}" for each in _SLICES))
+TPU_TARGETS = tuple(f"v5e:{each}" for each in _SLICES)
+TARGETS = (*_GPUS, *TPU_TARGETS)
 _GPUS_PER_HOST = 8
 # What libtpu needs to know, when it is loaded, where there is no TPU.
 _LIBTPU = {

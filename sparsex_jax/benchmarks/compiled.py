@@ -4,7 +4,6 @@ Nothing runs, so nothing is compared or timed, and no row has milliseconds.
 """
 
 import dataclasses
-import importlib.metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +11,15 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import ahead_of_time, dispatch
+from pallas_kernels.ahead_of_time import TPU_TARGETS
 from sparsex_jax.benchmarks import cases, rooflines, runner, tpu_model
 from sparsex_jax.benchmarks.cases import Case
 from sparsex_jax.benchmarks.names import Direction, Part
+from sparsex_jax.benchmarks.results import compiled_for
 from sparsex_jax.benchmarks.runner import Row, require_some
 from sparsex_jax.benchmarks.workload import Workload
 from sparsex_jax.config import AttentionConfig, ConfigError
 
-TARGETS = tuple(target for target in ahead_of_time.TARGETS if target.startswith("v5e:"))
 SMALLEST = "v5e:2x4"  # of eight chips, what "v5e" alone means
 PATH = Path("results") / "tpu-v5e" / "attention.json"
 
@@ -29,7 +29,7 @@ class Settings:
     """What is compiled.
 
     Attributes:
-      target: one of TARGETS.
+      target: one of TPU_TARGETS.
       lengths: tokens of each chip, ascending.
       parts: of the op.
       directions: forward alone, or with the backward pass.
@@ -49,9 +49,10 @@ class Settings:
     implementation: str | None
 
     def __post_init__(self):
-        if self.target not in TARGETS:
+        if self.target not in TPU_TARGETS:
             raise ConfigError(
-                f"target={self.target!r} must be v5e or one of {', '.join(TARGETS)}: use v5e, say"
+                f"target={self.target!r} must be v5e or one of {', '.join(TPU_TARGETS)}:"
+                " use v5e, say"
             )
         require_some(self, "lengths", "parts", "directions")
         with self.choosing():
@@ -156,11 +157,7 @@ class Benchmark(runner.Benchmark[Step]):
 
     def hardware(self) -> dict[str, Any]:
         """What was compiled for; no such chip was there."""
-        return {
-            "kind": f"{self.mesh.devices.flat[0].device_kind}, compiled ahead of time, not run",
-            "count": None,
-            "driver": f"libtpu {importlib.metadata.version('libtpu')}",
-        }
+        return compiled_for(self.mesh.devices.flat[0])
 
     def all_steps(self) -> list[Step]:
         """A step for each row, in order."""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
-from pallas_kernels.ahead_of_time import TARGETS, MemoryExceededError, compile_for, target_mesh
+from pallas_kernels.ahead_of_time import TPU_TARGETS, MemoryExceededError, compile_for, target_mesh
 from sparsex_jax.benchmarks.operations import count_operations
 from sparsex_jax.config import ConfigError, TrainConfig
 from sparsex_jax.modules import Transformer
@@ -22,7 +22,6 @@ from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
 from sparsex_jax.training.step import check_divisible, make_mesh, make_step, state_shardings
 
-SLICES = tuple(target for target in TARGETS if target.startswith("v5e:"))
 CHIP_BYTES = int(15.75 * 2**30)  # of a v5e that programs may take, as libtpu says
 
 
@@ -172,15 +171,15 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
     Args:
       config: of the training.
       stage: its number.
-      target: one of SLICES.
+      target: one of TPU_TARGETS.
       devices: the first so many of the slice; None for all.
 
     Raises:
       ConfigError: the target, its chips or the stage do not exist, or libtpu is missing.
       TrainingError: the batch does not divide among the chips.
     """
-    if target not in SLICES:
-        raise ConfigError(f"target={target!r} must be one of {', '.join(SLICES)}")
+    if target not in TPU_TARGETS:
+        raise ConfigError(f"target={target!r} must be one of {', '.join(TPU_TARGETS)}")
     try:
         chips = list(target_mesh(target, devices).devices.flat)
     except RuntimeError as error:

@@ -1,6 +1,7 @@
 """Result files: one JSON object each, with all that is needed to judge and repeat a measurement."""
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -62,6 +63,15 @@ def hardware() -> dict[str, Any]:
         "kind": devices[0].device_kind,
         "count": len(devices),
         "driver": driver.splitlines()[0] if driver else None,
+    }
+
+
+def compiled_for(device: jax.Device) -> dict[str, Any]:
+    """`hardware` of what was compiled for a kind of TPU that is not here."""
+    return {
+        "kind": f"{device.device_kind}, compiled ahead of time, not run",
+        "count": None,
+        "driver": f"libtpu {importlib.metadata.version('libtpu')}",
     }
 
 

@@ -59,8 +59,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _plan(arguments: Arguments, command: str) -> int:
+    from pallas_kernels.ahead_of_time import target_mesh
     from sparsex_jax.benchmarks.plan import longest_stage, make_plan, way_out
-    from sparsex_jax.benchmarks.results import check_writable, write_results
+    from sparsex_jax.benchmarks.results import check_writable, compiled_for, write_results
     from sparsex_jax.training.checkpoints import to_json
 
     config = arguments.config
@@ -74,7 +75,10 @@ def _plan(arguments: Arguments, command: str) -> int:
         console.print(f"{plan.problem}\n{way_out(config, plan)}", markup=False, soft_wrap=True)
     if arguments.out is not None:
         row = {"preset": str(arguments.preset), "stage": stage, "target": arguments.target}
-        write_results(arguments.out, "plan", command, to_json(config), [row | plan.row()])
+        write_results(
+            arguments.out, "plan", command, to_json(config), [row | plan.row()],
+            hardware=compiled_for(target_mesh(arguments.target).devices.flat[0]),
+        )  # fmt: skip
     return int(plan.problem is not None)
 
 

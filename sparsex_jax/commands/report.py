@@ -83,8 +83,9 @@ def _check(path: Path, results: dict[str, Any]) -> None:
     """Raises ConfigError unless rows are of a known kind and have its fields."""
     name = results.get("benchmark")
     fields: tuple[str, ...]
+    of_targets: tuple[str, ...] = ()
     if name in ATTENTION:
-        fields = tables.ATTENTION_FIELDS
+        fields, of_targets = tables.ATTENTION_FIELDS, tables.COMPILED_FIELDS
     elif name in ACCURACY:
         fields = tables.ACCURACY_FIELDS
     elif name in NUMERICS:
@@ -95,7 +96,7 @@ def _check(path: Path, results: dict[str, Any]) -> None:
         known = ", ".join(ATTENTION + ACCURACY + NUMERICS + PLANS)
         raise ConfigError(f"{path} has benchmark={name!r}, not {known}")
     for number, row in enumerate(results["rows"]):
-        more = tables.COMPILED_FIELDS if row.get("target") else ()
+        more = of_targets if row.get("target") else ()
         missing = [field for field in (*fields, *more) if field not in row]
         if missing:
             raise ConfigError(f"{path}: row {number} lacks {', '.join(missing)}")
