@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import hopper
 from pallas_kernels.ahead_of_time import compile_for
 from pallas_kernels.range_attention import mosaic_gpu, range_attention
 from tests.pallas_kernels import accuracy
@@ -247,6 +248,24 @@ class TestCompiled:
 
         compilation = compile_for("h200", gradients, *abstract_operands(2**17, 128))
         assert kernel_calls(compilation) == 3
+
+    def test_layers_share_a_kernel(self, monkeypatch):
+        launched = []
+
+        def launch(name, *args, **kwargs):
+            launched.append(name)
+            return stock_launch(name, *args, **kwargs)
+
+        def layers(q, *others):
+            for _ in range(4):
+                q, _ = attend(jnp.sin(q), *others)
+            return q
+
+        stock_launch = hopper.launch
+        monkeypatch.setattr(hopper, "launch", launch)
+        compilation = compile_for("h200", layers, *abstract_operands(3 * 2**12, 128))
+        assert launched == ["range_forward"]
+        assert kernel_calls(compilation) == 4 and len(compilation.kernels) == 1
 
     def test_vmap_is_one_call(self):
         operands = abstract_operands(2**14, 128)
