@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -166,6 +167,8 @@ def attention(arguments: AttentionArguments, command: str) -> int:
 
 def _compile(arguments: AttentionArguments, command: str) -> int:
     """`attention` for a target; 1 if a row failed."""
+    # Nothing runs on this machine's devices.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from sparsex_jax.benchmarks.compiled import PATH, SMALLEST, Benchmark, Settings
     from sparsex_jax.benchmarks.results import check_writable
 
