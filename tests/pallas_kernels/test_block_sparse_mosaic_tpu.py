@@ -311,14 +311,10 @@ class TestCompiled:
         assert len(found) == 3
         assert all(kernel.vmem_bytes <= VMEM_BUDGET for kernel in found)
 
+    @pytest.mark.tpu_compile
     @pytest.mark.parametrize(
         ("tokens", "dim", "most"),
-        [
-            (2**14, 64, 2),
-            pytest.param(2**14, 128, 2, marks=pytest.mark.tpu_compile),
-            pytest.param(2**19, 64, 8, marks=pytest.mark.tpu_compile),
-            pytest.param(2**19, 128, 12, marks=pytest.mark.tpu_compile),
-        ],
+        [(2**14, 64, 2), (2**14, 128, 2), (2**19, 64, 8), (2**19, 128, 12)],
     )
     def test_fits_a_chip(self, tokens, dim, most):
         compilation = compile_on_chips(tokens, dim)
