@@ -20,7 +20,7 @@ from sparsex_jax.benchmarks.runner import Row, require_some
 from sparsex_jax.benchmarks.workload import Workload
 from sparsex_jax.config import AttentionConfig, ConfigError
 
-SMALLEST = "v5e:2x4"  # of eight chips, what "v5e" alone means
+DEFAULT = "v5e:2x4"  # what "v5e" alone means
 PATH = Path("results") / "tpu-v5e" / "attention.json"
 
 

@@ -169,7 +169,7 @@ def _compile(arguments: AttentionArguments, command: str) -> int:
     """`attention` for a target; 1 if a row failed."""
     # Nothing runs on this machine's devices.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from sparsex_jax.benchmarks.compiled import PATH, SMALLEST, Benchmark, Settings
+    from sparsex_jax.benchmarks.compiled import DEFAULT, PATH, Benchmark, Settings
     from sparsex_jax.benchmarks.results import check_writable
 
     given = _given(arguments)
@@ -181,7 +181,7 @@ def _compile(arguments: AttentionArguments, command: str) -> int:
                 " runs: leave one of them out"
             )
     if arguments.target == "v5e":
-        given["target"] = SMALLEST
+        given["target"] = DEFAULT
     settings, path = Settings(**given), arguments.out or PATH
     check_writable(path)
     return _run(Benchmark(settings, path, command, resume=arguments.resume), _describe_compiled)

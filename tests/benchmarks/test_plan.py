@@ -12,16 +12,8 @@ from sparsex_jax import cli
 from sparsex_jax.benchmarks import plan as plans
 from sparsex_jax.benchmarks.plan import CHIP_BYTES, Step, longest_stage, make_plan, way_out
 from sparsex_jax.config import ModelConfig, StageConfig, TrainConfig
+from tests.pallas_kernels.test_tpu import KERNELS
 
-KERNELS = {
-    "block_selection",
-    "block_sparse_attention_backward",
-    "block_sparse_attention_forward",
-    "block_sparse_attention_sum",
-    "range_forward",
-    "range_key_gradients",
-    "range_query_gradient",
-}
 CUT = """
 import dataclasses, runpy
 config = runpy.run_path({preset!r})["config"]
