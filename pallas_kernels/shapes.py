@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
-def pad(x, axis: int, multiple: int, mode: str = "constant"):
-    """Pads an axis to a multiple of a number."""
+def pad(x, axis: int, multiple: int, mode: str = "constant", fill=0):
+    """Pads an axis to a multiple of a number: by `jnp.pad`, "constant" with `fill`."""
     missing = -x.shape[axis] % multiple
     widths = [(0, missing if each == axis else 0) for each in range(x.ndim)]
-    return jnp.pad(x, widths, mode=mode) if missing else x
+    if not missing:
+        return x
+    return jnp.pad(x, widths, mode, **({"constant_values": fill} if mode == "constant" else {}))
 
 
 def batchable(f: Callable) -> Callable:

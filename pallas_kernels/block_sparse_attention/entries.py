@@ -60,8 +60,10 @@ class Entries(NamedTuple):
     starts: jax.Array
 
 
-def sort_entries(first, indptr, indices, values, sizes: Sizes) -> Entries:
-    """The entries of chunks; the sort is stable, so of a column the earlier queries come first.
+def find_entries(first, indptr, indices, values, sizes: Sizes):
+    """The entries of chunks, [C, B, Hkv, chunk, capacity]: (place, block, value, filled).
+
+    Place, value and filled are those of `Entries`, block is the key block of a filled one.
 
     Args:
       first: the first token of each chunk, int32 [C]; tokens past the last have no entries.
@@ -80,13 +82,23 @@ def sort_entries(first, indptr, indices, values, sizes: Sizes) -> Entries:
     value = values.at[b, h, place].get(mode="fill", fill_value=-jnp.inf)
     filled = (block >= 0) & (block < sizes.num_blocks) & (value != -jnp.inf)
     place = jnp.where(filled, place, indices.shape[-1])
+    return place, block, jnp.where(filled, value, 0), filled
 
+
+def sort_entries(first, indptr, indices, values, sizes: Sizes) -> Entries:
+    """The entries of chunks; the sort is stable, so of a column the earlier queries come first.
+
+    Arguments as of `find_entries`.
+    """
+    place, block, value, filled = find_entries(first, indptr, indices, values, sizes)
+    chunks = len(first)
+    c, b, h = (x[..., None, None] for x in jnp.ogrid[:chunks, : sizes.batch, : sizes.heads])
     columns = chunks * sizes.columns
     column = ((c * sizes.batch + b) * sizes.heads + h) * sizes.num_blocks + block
     column = jnp.where(filled, column, columns).ravel()
     order = jnp.argsort(column, stable=True).astype(jnp.int32)
     starts = first_places(column[order], columns)
-    return Entries(place, jnp.where(filled, value, 0), filled, order, starts)
+    return Entries(place, value, filled, order, starts)
 
 
 def combine(value, filled, out, lse, sizes: Sizes):

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.ahead_of_time import compile_for
 from pallas_kernels.block_selection import mosaic_gpu, select_blocks
+from pallas_kernels.block_selection.mosaic_gpu import few_queries
 from tests.pallas_kernels.accuracy import assert_same_bits
 from tests.pallas_kernels.hopper_interpreter import cut_small, interpret
 
@@ -52,15 +53,25 @@ class TestSmall:
         cut_small(monkeypatch, mosaic_gpu, programs=2)
 
     @pytest.mark.parametrize(
-        ("shape", "count"), [((2, 75, 100, 1, 64), 8), ((2, 75, 300, 2, 64), 16)]
+        ("shape", "count"),
+        [
+            ((2, 75, 100, 1, 64), 8),
+            ((2, 75, 300, 2, 64), 16),
+            ((2, 3, 1100, 2, 64), 16),
+            ((1, 1, 30, 1, 128), 64),
+        ],
     )
     def test_selection(self, hopper, shape, count):
         assert_right(*make(0, *shape), count)
 
     # In 1,100 blocks there are ties within groups of 8 and between them, and between steps of 512.
-    @pytest.mark.parametrize(("blocks", "count"), [(200, 1), (1100, 5), (200, 40)])
-    def test_ties_take_the_lower_index(self, hopper, blocks, count):
-        u, c, limit, start = make(1, 1, 70, blocks, 1, 128, levels=1)
+    # With one query, the best of 9 parts of 512 are merged twice.
+    @pytest.mark.parametrize(
+        ("tokens", "blocks", "count"), [(70, 200, 1), (70, 1100, 5), (70, 200, 40), (1, 4200, 60)]
+    )
+    def test_ties_take_the_lower_index(self, hopper, monkeypatch, tokens, blocks, count):
+        monkeypatch.setattr(few_queries, "_CANDIDATES", 512)
+        u, c, limit, start = make(1, 1, tokens, blocks, 1, 128, levels=1)
         index, score = jax.jit(lambda u, c: select(u, c, limit, count, start=start))(u, c)
         expected = select_blocks(u, c, limit, count, start=start, implementation="xla")
         np.testing.assert_array_equal(index, expected[0])
@@ -90,8 +101,9 @@ class TestSmall:
         expected = select_blocks(*wide, limit, 16, implementation="xla")
         assert_same_bits((index, score), expected)
 
-    def test_what_may_not_be_selected_may_be_nan(self, hopper):
-        u, c, limit, start = make(2, 1, 40, 150, 1, 64)
+    @pytest.mark.parametrize("tokens", [40, 4])
+    def test_what_may_not_be_selected_may_be_nan(self, hopper, tokens):
+        u, c, limit, start = make(2, 1, tokens, 150, 1, 64)
         limit, start = np.clip(limit, 0, 100), np.clip(start, 10, None)
         run = jax.jit(lambda u, c: select(u, c, limit, 8, start=start))
         clean = run(u, c)
@@ -133,8 +145,9 @@ class TestSmall:
         mapped = jax.jit(jax.vmap(functools.partial(gradients, "mosaic_gpu")))(*stacked)
         assert_same_bits([x[:, 0] for x in mapped], found)
 
-    def test_no_races(self, capfd):
-        u, c, limit, start = make(6, 1, 100, 300, 1, 64)
+    @pytest.mark.parametrize("tokens", [100, 2])
+    def test_no_races(self, capfd, tokens):
+        u, c, limit, start = make(6, 1, tokens, 300, 1, 64)
         with interpret(detect_races=True):
             jax.block_until_ready(jax.jit(lambda u, c: select(u, c, limit, 8, start=start))(u, c))
         assert "RACE" not in capfd.readouterr().out
@@ -166,6 +179,15 @@ def test_keeps_to_registers(target, dim, count):
     for kernel in compilation.kernels:
         assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0
     assert compilation.temporary_bytes < 2**24 + 2 * count * 2**23  # groups and columns
+
+
+def test_few_queries_keep_to_registers():
+    u = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16)
+    c = jax.ShapeDtypeStruct((1, 2**16, 2, 64), jnp.bfloat16)
+    limit = jax.ShapeDtypeStruct((1,), jnp.int32)
+    compilation = compile_for("h200", functools.partial(select, count=16), u, c, limit)
+    assert [kernel.spill_store_bytes for kernel in compilation.kernels] == [0, 0]
+    assert compilation.temporary_bytes < 2**16
 
 
 def test_queries_over_8_devices():

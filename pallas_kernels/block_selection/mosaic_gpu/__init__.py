@@ -16,6 +16,7 @@ from pallas_kernels.block_selection import xla
 from pallas_kernels.block_selection.gradients import select_bwd
 from pallas_kernels.block_selection.mosaic_gpu import rescoring, search
 from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, MOST, Config, Sizes, grid
+from pallas_kernels.block_selection.mosaic_gpu.few_queries import FEW, select_few
 from pallas_kernels.hopper import HALF
 
 
@@ -67,9 +68,12 @@ def select(u, c, limit, start, *, count: int, config: Config):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _select(u, c, limit, start, count):
     tokens = u.shape[1]
+    c = shapes.pad(c, 1, GROUP)
+    if tokens <= FEW:
+        find = functools.partial(select_few, count=count)
+        return shapes.batchable(find)(u, c, limit, start)
     # Whole tiles of queries: what a copy has past the end of a row falls into the next.
     u, limit, start = (shapes.pad(x, 1, HALF) for x in (u, limit, start))
-    c = shapes.pad(c, 1, GROUP)
     config = config_for(u.shape[3])
     find = shapes.batchable(functools.partial(select, count=count, config=config))
     index, score = find(u, c, limit, start)

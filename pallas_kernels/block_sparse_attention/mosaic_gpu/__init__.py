@@ -19,12 +19,19 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import shapes
 from pallas_kernels.block_sparse_attention import xla
-from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine, loop
+from pallas_kernels.block_sparse_attention.entries import (
+    Sizes,
+    by_token,
+    combine,
+    find_entries,
+    loop,
+)
 from pallas_kernels.block_sparse_attention.mosaic_gpu.block_walk import key_gradients
 from pallas_kernels.block_sparse_attention.mosaic_gpu.configs import KERNELS, config_for
 from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import forward, query_gradient
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunks
 from pallas_kernels.csr import BlockCSR
+from pallas_kernels.few_queries import attend_pieces, differentiated_as, takes
 from pallas_kernels.mesh_axes import vary_with
 
 # Entries of a chunk of queries. Partial results are held of all of them, so there should be few,
@@ -159,6 +166,20 @@ def _attend_bwd(sizes, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+def _attend_few(q, k, v, indptr, indices, values, *, sizes: Sizes):
+    """As `_attend`, an entry being a piece of keys."""
+    sizes = dataclasses.replace(sizes, batch=len(q), chunk=q.shape[1])
+    entries = find_entries(jnp.zeros(1, jnp.int32), indptr, indices, values, sizes)
+    _, block, value, filled = (x[0] for x in entries)
+    first = jnp.where(filled, block, 0) * sizes.block_size
+    end = jnp.where(filled, jnp.minimum(first + sizes.block_size, sizes.num_keys), 0)
+    pieces = jnp.stack([first, first, end], axis=-1)
+    return attend_pieces(
+        q, k, v, pieces, value, None,
+        length=sizes.block_size, scale=sizes.scale, masks_values=False,
+    )  # fmt: skip
+
+
 def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     """See `pallas_kernels.block_sparse_attention.block_sparse_attention`."""
     if 0 in (q.size, k.size, blocks.indices.size, blocks.row_capacity):
@@ -174,7 +195,11 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     )  # fmt: skip
     q = q.reshape(batch, tokens, -1, head_dim)
     k, v = (shapes.pad(x, 1, 8) for x in (k, v))
-    out, lse = _attend(q, k, v, blocks.indptr, blocks.indices, blocks.values, sizes)
+    attend = functools.partial(_attend, sizes=sizes)
+    if takes(q):
+        few = shapes.batchable(functools.partial(_attend_few, sizes=sizes))
+        attend = differentiated_as(attend, few)
+    out, lse = attend(q, k, v, blocks.indptr, blocks.indices, blocks.values)
 
     def unpad(x):
         x = x.reshape(batch, tokens, num_kv_heads, sizes.groups, *x.shape[3:])

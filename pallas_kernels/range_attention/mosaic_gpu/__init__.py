@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import shapes
+from pallas_kernels.few_queries import attend_pieces, differentiated_as, takes
 from pallas_kernels.hopper import LOG2E
 from pallas_kernels.range_attention import xla
 from pallas_kernels.range_attention.mosaic_gpu.configs import KERNELS, config_for
@@ -23,6 +24,8 @@ from pallas_kernels.range_attention.mosaic_gpu.query_walk import key_gradients
 from pallas_kernels.segments import first_places
 
 _WIDEST_BACKWARD = 128  # head dimension
+# Keys that few queries' ranges are cut into, and from how many on it is the longer one.
+_PIECES, _MANY_KEYS = (64, 128), 2**13
 
 
 def _hide_unseen_keys(k, v, start, end, key_bias):
@@ -88,10 +91,36 @@ def _wide_bwd(scale, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+def _attend_few(q, k, v, start, end, key_bias, *, scale):
+    """Of few queries: their ranges are cut into pieces."""
+    num_keys = k.shape[1]
+    k, v = (shapes.pad(x, 1, 8) for x in (k, v))
+    if key_bias is not None:
+        key_bias = shapes.pad(key_bias, 1, 8).swapaxes(1, 2)
+    length = _PIECES[0] if num_keys <= _MANY_KEYS or q.shape[3] > 128 else _PIECES[1]
+    start, end = jnp.maximum(start, 0), jnp.minimum(end, num_keys)
+    # A piece begins at a multiple of 8 keys, so a range may take one more.
+    first = start[..., None] // 8 * 8 + length * jnp.arange((num_keys + 6) // length + 1)
+    pieces = jnp.stack(jnp.broadcast_arrays(first, start[..., None], end[..., None]), axis=-1)
+    pieces = jnp.broadcast_to(pieces[:, None], (len(q), k.shape[2], *pieces.shape[1:]))
+    return attend_pieces(
+        q, k, v, pieces.astype(jnp.int32), None, key_bias,
+        length=length, scale=scale, masks_values=True,
+    )  # fmt: skip
+
+
 def range_attention(q, k, v, start, end, key_bias, scale):
     """See `pallas_kernels.range_attention.range_attention`; start and end are int32 [B, T]."""
     if 0 in (*q.shape, k.shape[1]):
         return xla.range_attention(q, k, v, start, end, key_bias, scale)
+    attend = functools.partial(_attend_many, scale=scale)
+    if takes(q):
+        few = shapes.batchable(functools.partial(_attend_few, scale=scale))
+        attend = differentiated_as(attend, few)
+    return attend(q, k, v, start, end, key_bias)
+
+
+def _attend_many(q, k, v, start, end, key_bias, *, scale):
     tokens = q.shape[1]
     # Copies by TMA begin at multiples of 8 rows, so arrays are made to end at such.
     q, start, end = (shapes.pad(x, 1, 8, mode) for x, mode in (
