@@ -1,4 +1,4 @@
-"""Attention of few queries on Hopper GPUs: interpreted or on a GPU (make test-gpu), and compiled."""
+"""Attention of few queries on Hopper GPUs: interpreted, on a GPU (make test-gpu), and compiled."""
 
 import functools
 
@@ -66,11 +66,11 @@ class TestRanges:
     def test_no_keys(self, hopper):
         q, k, v, bias = operands(0, 1, 2, 80, 1, 2, 64, jnp.bfloat16)
         run = jax.jit(functools.partial(attend_ranges, "mosaic_gpu"))
-        for start, end, bias in (
+        for start, end, given in (
             ([70, 70], [70, 20], bias),
             ([0, 0], [80, 80], jnp.full_like(bias, -jnp.inf)),
         ):
-            out, lse = run(q, k, v, np.array(start), np.array(end), bias)
+            out, lse = run(q, k, v, np.array(start), np.array(end), given)
             np.testing.assert_array_equal(out, 0)
             np.testing.assert_array_equal(lse, -np.inf)
 

@@ -195,11 +195,10 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     )  # fmt: skip
     q = q.reshape(batch, tokens, -1, head_dim)
     k, v = (shapes.pad(x, 1, 8) for x in (k, v))
-    attend = functools.partial(_attend, sizes=sizes)
-    if takes(q):
-        few = shapes.batchable(functools.partial(_attend_few, sizes=sizes))
-        attend = differentiated_as(attend, few)
-    out, lse = attend(q, k, v, blocks.indptr, blocks.indices, blocks.values)
+    operands = q, k, v, blocks.indptr, blocks.indices, blocks.values
+    many = functools.partial(_attend, sizes=sizes)
+    few = shapes.batchable(functools.partial(_attend_few, sizes=sizes))
+    out, lse = (differentiated_as(many, few) if takes(q) else many)(*operands)
 
     def unpad(x):
         x = x.reshape(batch, tokens, num_kv_heads, sizes.groups, *x.shape[3:])

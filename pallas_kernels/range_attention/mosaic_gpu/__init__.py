@@ -113,11 +113,9 @@ def range_attention(q, k, v, start, end, key_bias, scale):
     """See `pallas_kernels.range_attention.range_attention`; start and end are int32 [B, T]."""
     if 0 in (*q.shape, k.shape[1]):
         return xla.range_attention(q, k, v, start, end, key_bias, scale)
-    attend = functools.partial(_attend_many, scale=scale)
-    if takes(q):
-        few = shapes.batchable(functools.partial(_attend_few, scale=scale))
-        attend = differentiated_as(attend, few)
-    return attend(q, k, v, start, end, key_bias)
+    many = functools.partial(_attend_many, scale=scale)
+    few = shapes.batchable(functools.partial(_attend_few, scale=scale))
+    return (differentiated_as(many, few) if takes(q) else many)(q, k, v, start, end, key_bias)
 
 
 def _attend_many(q, k, v, start, end, key_bias, *, scale):
