@@ -27,32 +27,46 @@ class _Sizes:
     tokens: int
     heads: int  # of keys and values
     groups: int
+    dim: int
+    num_keys: int
     pieces: int  # of each token and head
     length: int  # keys of a piece, a multiple of 64
-    dim: int
-    masks_values: bool  # whether hidden keys' values may be no numbers
     scale: float
 
 
 class _Piece:
     """A thread block's work.
 
-    `at` has the references: q, k, v, pieces (first key, first and last key seen), bias, out and lse
-    in device memory; q_tile, k_tile, v_tile, bias_tile, out_tile and lse_tile in shared memory; and
-    the barrier `ready`.
+    `at` has the references: q, k, v, bias, out, lse, and either block or start and end, in device
+    memory; q_tile, k_tile, v_tile, bias_tile, out_tile and lse_tile in shared memory; and the
+    barrier `ready`.
     """
 
     def __init__(self, sizes: _Sizes, at):
         self.sizes, self.at = sizes, at
-        self.tiles = [pl.ds(n, HALF) for n in range(0, sizes.length, HALF)]
+        query, self.piece = lax.div(at.program, sizes.pieces), lax.rem(at.program, sizes.pieces)
+        row, self.t = lax.div(query, sizes.tokens), lax.rem(query, sizes.tokens)
+        self.b, self.h = lax.div(row, sizes.heads), lax.rem(row, sizes.heads)
 
     def run(self):
         """Attention of one token to one piece."""
-        at = self.at
-        first, begin, end = (at.pieces[at.program, n] for n in range(3))
-        low, high = jnp.maximum(begin - first, 0), jnp.minimum(end - first, self.sizes.length)
+        first, low, high = self._bounds()
         pl.when(low < high)(lambda: self._attend(first, low, high))
         pl.when(low >= high)(lambda: self._store(hopper.full((HALF,), -jnp.inf, hopper.ROW)))
+
+    def _bounds(self):
+        """The piece's first key, and of its keys the first seen and the one after the last."""
+        at, length = self.at, self.sizes.length
+        if at.block is not None:
+            block = at.block[at.program]
+            first = jnp.maximum(block, 0) * length
+            last = jnp.minimum(self.sizes.num_keys - first, length)
+            return first, jnp.int32(0), jnp.where(block >= 0, last, 0)
+        row = self.b * self.sizes.tokens + self.t
+        start, end = jnp.maximum(at.start[row], 0), jnp.minimum(at.end[row], self.sizes.num_keys)
+        # TMA copies from multiples of 8 keys on.
+        first = lax.div(start, 8) * 8 + self.piece * length
+        return first, jnp.maximum(start - first, 0), jnp.minimum(end - first, length)
 
     def _attend(self, first, low, high):
         at, sizes = self.at, self.sizes
@@ -63,7 +77,7 @@ class _Piece:
             bias = plgpu.load(at.bias_tile, layout=hopper.COLUMN)
             bias = hopper.along_columns(bias, logits.shape)
             logits = jnp.where(bias > -jnp.inf, logits + bias * LOG2E, -jnp.inf)
-        if sizes.masks_values:
+        if at.block is None:
             self._mask_values(low, high)
         top = jnp.maximum(logits.max(axis=1), hopper.LOWEST)
         weights = jnp.exp2(logits - hopper.along_rows(top, logits.shape))
@@ -77,13 +91,10 @@ class _Piece:
         plgpu.wait_smem_to_gmem(0)
 
     def _load(self, first):
-        at, sizes = self.at, self.sizes
-        query = lax.div(at.program, sizes.pieces)
-        row, t = lax.div(query, sizes.tokens), lax.rem(query, sizes.tokens)
-        b, h = lax.div(row, sizes.heads), lax.rem(row, sizes.heads)
+        at, sizes, b, h = self.at, self.sizes, self.b, self.h
         heads = pl.ds(pl.multiple_of(h * sizes.groups, 8), sizes.groups)
         q_rows = at.q_tile.at[pl.ds(0, sizes.groups)]
-        plgpu.copy_gmem_to_smem(at.q.at[b, t, heads], q_rows, at.ready)
+        plgpu.copy_gmem_to_smem(at.q.at[b, self.t, heads], q_rows, at.ready)
         keys = pl.ds(pl.multiple_of(first, 8), sizes.length)
         plgpu.copy_gmem_to_smem(at.k.at[b, keys, h], at.k_tile, at.ready)
         plgpu.copy_gmem_to_smem(at.v.at[b, keys, h], at.v_tile, at.ready)
@@ -94,7 +105,8 @@ class _Piece:
     def _mask_values(self, low, high):
         """Zeros for the values of hidden keys: 0 * NaN is no zero."""
         at = self.at
-        for n, tile in enumerate(self.tiles):
+        for n in range(self.sizes.length // HALF):
+            tile = pl.ds(n * HALF, HALF)
             values = plgpu.load(at.v_tile.at[tile], layout=plgpu.Layout.WGMMA)
             key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
             values = jnp.where(key >= low - n * HALF, values, 0)
@@ -130,58 +142,92 @@ def differentiated_as(general: Callable, few: Callable) -> Callable:
     return compute
 
 
-def attend_pieces(q, k, v, pieces, value, key_bias, *, length, scale, masks_values):
-    """Attention of each query token to the pieces of keys that are its own.
+def attend_blocks(q, k, v, block, value, *, num_keys: int, block_size: int, scale: float):
+    """Attention of each query token to blocks of its own.
 
     Args:
-      q: [B, T, Hkv * G, D], G up to 16.
-      k: [B, N, Hkv, D], N a multiple of 8.
+      q: [B, T, Hq, D], up to 16 query heads for each of k.
+      k: [B, N, Hkv, D], padded to a multiple of 8 keys.
       v: [B, N, Hkv, D].
-      pieces: int32 [B, Hkv, T, P, 3]: the first key of a piece, a multiple of 8, and the first key
-        that is seen and the one after the last; others of its `length` keys are hidden.
-      value: f32 [B, Hkv, T, P], the bias of a piece; or None.
-      key_bias: f32 [B, Hkv, N], of each key; or None.
-      length: keys of a piece, a multiple of 64.
+      block: int32 [B, Hkv, T, P], the blocks of each token, -1 for none.
+      value: f32 [B, Hkv, T, P], their biases.
+      num_keys: N before it was padded.
+      block_size: a multiple of 64.
       scale: of the logits.
-      masks_values: whether hidden keys of pieces with others may hold no numbers.
 
     Returns:
-      out, like q, and lse, f32 [B, T, Hkv * G].
+      out, like q, and lse, f32 [B, T, Hq].
     """
-    batch, tokens, num_heads, dim = q.shape
-    heads, count = k.shape[2], pieces.shape[3]
-    own = num_heads // heads
-    rows_of_heads = shapes.pad(q.reshape(batch, tokens, heads, own, dim), 3, 8 if own <= 8 else 16)
-    groups = rows_of_heads.shape[3]
-    sizes = _Sizes(tokens, heads, groups, count, length, dim, masks_values, scale)
-    rows = batch * heads * tokens * count
-    keys = hopper.operand_tile((length, dim))
+    sizes = _Sizes(*_shape(q, k), num_keys, block.shape[3], block_size, scale)
+    return _join(*_attend_pieces(q, k, v, sizes, block=block.ravel()), value, q)
+
+
+def attend_ranges(q, k, v, start, end, key_bias, *, num_keys: int, length: int, scale: float):
+    """Attention of each query token to a range of keys, of which those hidden may be no numbers.
+
+    Args:
+      q: [B, T, Hq, D], up to 16 query heads for each of k.
+      k: [B, N, Hkv, D], padded to a multiple of 8 keys.
+      v: [B, N, Hkv, D].
+      start: int32 [B, T], the first key that is seen.
+      end: int32 [B, T], the one after the last.
+      key_bias: f32 [B, Hkv, N], or None; -inf hides a key.
+      num_keys: N before it was padded.
+      length: keys of a piece, a multiple of 64.
+      scale: of the logits.
+
+    Returns:
+      out, like q, and lse, f32 [B, T, Hq].
+    """
+    # A piece begins at a multiple of 8 keys, so a range may take one more.
+    sizes = _Sizes(*_shape(q, k), num_keys, (num_keys + 6) // length + 1, length, scale)
+    span = {"start": start.ravel(), "end": end.ravel()}
+    return _join(*_attend_pieces(q, k, v, sizes, bias=key_bias, **span), None, q)
+
+
+def _shape(q, k):
+    """Tokens, heads of keys, query heads for each, and width, of `_Sizes`."""
+    groups = q.shape[2] // k.shape[2]
+    return q.shape[1], k.shape[2], 8 if groups <= 8 else 16, q.shape[3]
+
+
+def _attend_pieces(q, k, v, sizes: _Sizes, block=None, start=None, end=None, bias=None):
+    """out f32 [B, Hkv, T, P, G, D], not set where a piece has no keys, and lse f32 [..., G]."""
+    batch, tokens, heads, groups, dim = len(q), *dataclasses.astuple(sizes)[:4]
+    programs = batch * heads * tokens * sizes.pieces
+    q = shapes.pad(q.reshape(batch, tokens, heads, -1, dim), 3, groups)
+    keys = hopper.operand_tile((sizes.length, dim))
     results = hopper.launch(
         "attend_pieces",
         lambda at: _Piece(sizes, at).run(),
-        programs=rows,
+        programs=programs,
         warpgroups=1,
         operands={
-            "q": rows_of_heads.reshape(batch, tokens, heads * groups, dim), "k": k, "v": v,
-            "pieces": pieces.reshape(rows, 3), "bias": key_bias,
+            "q": q.reshape(batch, tokens, heads * groups, dim), "k": k, "v": v,
+            "block": block, "start": start, "end": end, "bias": bias,
         },
         outputs={
-            "out": jax.ShapeDtypeStruct((rows, groups, dim), jnp.float32),
-            "lse": jax.ShapeDtypeStruct((rows, groups), jnp.float32),
+            "out": jax.ShapeDtypeStruct((programs, groups, dim), jnp.float32),
+            "lse": jax.ShapeDtypeStruct((programs, groups), jnp.float32),
         },
         scratch={
             "q_tile": hopper.operand_tile((HALF, dim)),
             "k_tile": keys,
             "v_tile": keys,
-            "bias_tile": None if key_bias is None else plgpu.SMEM((length,), jnp.float32),
+            "bias_tile": None if bias is None else plgpu.SMEM((sizes.length,), jnp.float32),
             "out_tile": plgpu.SMEM((HALF, dim), jnp.float32),
             "lse_tile": plgpu.SMEM((HALF,), jnp.float32),
-            "ready": plgpu.Barrier(num_arrivals=3 + (key_bias is not None)),
+            "ready": plgpu.Barrier(num_arrivals=3 + (bias is not None)),
         },
     )  # fmt: skip
-    shape = batch, heads, tokens, count, groups
-    out = results["out"].reshape(*shape, dim)[..., :own, :]
-    lse = results["lse"].reshape(shape)[..., :own]
+    shape = batch, heads, tokens, sizes.pieces, groups
+    return results["out"].reshape(*shape, dim), results["lse"].reshape(shape)
+
+
+def _join(out, lse, value, q):
+    """The results of pieces, with their biases, as those of the queries q."""
+    groups = q.shape[2] // out.shape[1]
+    out, lse = out[..., :groups, :], lse[..., :groups]
     if value is not None:
         lse = lse + value[..., None]
     seen = lse > -jnp.inf

@@ -152,16 +152,28 @@ def _wgmma(interpreter, eqn, token, values):
     return token, outs
 
 
-def _any_of_warp(interpreter, eqn, token, values):
-    """`hopper.any_of_warp`, the only code of Mosaic's own, for all warps of a warpgroup at once."""
-    (marks,) = values
-    return token, [jnp.any(marks)]
+def _of_warp(op, x):
+    """What op makes of the 16 rows of each warp, for each row."""
+    return jnp.repeat(op(x.reshape(4, -1), axis=1), 16)
+
+
+# The code of Mosaic's own, in `hopper`, by name; a vote is of all warps of a warpgroup at once.
+_INLINE = {
+    "vote": jnp.any,
+    "largest": functools.partial(_of_warp, jnp.max),
+    "lowest": functools.partial(_of_warp, jnp.min),
+}
+
+
+def _inline(interpreter, eqn, token, values):
+    (x,) = values
+    return token, [_INLINE[eqn.params["mgpu_fn"].__name__](x)]
 
 
 _RULES = {
     discharge.run_state_p: _run_state,
     primitives.wgmma_ref_p: _wgmma,
-    primitives.inline_mgpu_p: _any_of_warp,
+    primitives.inline_mgpu_p: _inline,
 }
 _stock_arrive = gpu_callbacks._barrier_arrive
 _stock_interpret = jaxpr_interpret.JaxprInterpreter.interpret

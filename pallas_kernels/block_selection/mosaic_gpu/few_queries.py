@@ -2,7 +2,8 @@
 
 One kernel takes the best of each part of the blocks, a second one the best of those, as often as
 needed. Each of their thread blocks has one warpgroup and one query, whose candidates lie in a
-matrix of 64 rows in registers, and takes out the best in order, K times.
+matrix of 64 rows in registers. Each warp takes out its K best in order, without waiting for the
+others; then these are ranked.
 """
 
 import functools
@@ -15,13 +16,13 @@ from jax import lax
 
 from pallas_kernels import hopper, shapes
 from pallas_kernels.block_selection.mosaic_gpu.lists import NOTHING
-from pallas_kernels.hopper import HALF
+from pallas_kernels.hopper import HALF, along_columns, along_rows
 
 FEW = 4  # queries of a sequence at most
 _COLUMNS = 8  # of a product: queries, here all the same
 _PART = HALF * _COLUMNS  # blocks of a thread block
-_WIDTH = 16  # results are padded to a multiple
-_CANDIDATES = 2048  # of a thread block of the second kernel, at most
+_LIST = 16  # rows of a warp, which hold a list of its best; results are padded to a multiple
+_CANDIDATES = 4096  # of a thread block of the second kernel, at most
 
 
 def _matrix(shape):
@@ -31,26 +32,77 @@ def _matrix(shape):
     )
 
 
-def _take_best(scores, numbers, at):
-    """Writes out the best of scores [64, N] in order; of equal ones the lowest number first."""
-    count = at.out_score.shape[1]
-    place = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=hopper.ROW)
+def _lists(scores, numbers, count: int):
+    """The best `count` of each warp's 16 rows of scores [64, N], in order: [(score, number)].
+
+    Each pair, f32 [64] both, has 16 candidates of each warp.
+    """
+    place = lax.rem(plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=hopper.ROW), _LIST)
 
     def take(n, state):
         scores, to_score, to_number = state
-        top = scores.max(axis=1).max()
-        first = jnp.where(scores == top, numbers, NOTHING).min(axis=1).min()
+        top = hopper.largest_of_warp(scores)
+        best = scores == along_rows(top, scores.shape)
+        first = hopper.lowest_of_warp(jnp.where(best, numbers, NOTHING))
         to_score = jnp.where(place == n, top, to_score)
         to_number = jnp.where(place == n, first, to_number)
-        return jnp.where(numbers == first, -jnp.inf, scores), to_score, to_number
+        taken = numbers == along_rows(first, scores.shape)
+        return jnp.where(taken, -jnp.inf, scores), to_score, to_number
 
-    empty = (hopper.full((HALF,), x, hopper.ROW) for x in (-jnp.inf, 0))
-    _, to_score, to_number = lax.fori_loop(0, count, take, (scores, *empty))
-    at.score_tile[...] = to_score
-    at.number_tile[...] = to_number
+    lists = []
+    for _ in range(count // _LIST):
+        empty = (hopper.full((HALF,), x, hopper.ROW) for x in (-jnp.inf, 0))
+        scores, *found = lax.fori_loop(0, _LIST, take, (scores, *empty))
+        lists.append(found)
+    return lists
+
+
+def _join(lists, at):
+    """Brings the lists of all warps into one order: (score, number), f32 [64] both, by column.
+
+    A candidate's place is the number of those that are better.
+    """
+    for n, found in enumerate(lists):
+        for tile, x in zip((at.score_tile, at.number_tile), found, strict=True):
+            tile[n] = x
     plgpu.commit_smem()
-    for tile, out in ((at.score_tile, at.out_score), (at.number_tile, at.out_number)):
-        plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, count)], out.at[at.program])
+    shape = HALF, HALF
+    place = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    joined = [hopper.full((HALF,), x, hopper.COLUMN) for x in (-jnp.inf, -1)]
+
+    for found in lists:
+        score, number = (along_rows(x, shape) for x in found)
+        better = hopper.full((HALF,), 0, hopper.ROW)
+        for n in range(len(lists)):
+            other, other_number = (
+                along_columns(plgpu.load(tile.at[n], layout=hopper.COLUMN), shape)
+                for tile in (at.score_tile, at.number_tile)
+            )
+            ahead = (other > score) | ((other == score) & (other_number < number))
+            better += jnp.where(ahead, 1.0, 0.0).sum(axis=1)
+        here = place.astype(jnp.float32) == along_rows(better, shape)
+        joined = [
+            jnp.maximum(x, jnp.where(here, y, -jnp.inf).max(axis=0))
+            for x, y in zip(joined, (score, number), strict=True)
+        ]
+    return joined
+
+
+def _take_best(scores, numbers, at):
+    """Writes out the best of scores [64, N] in order; of equal ones the lowest number first."""
+    score, number = _join(_lists(scores, numbers, at.out_score.shape[1]), at)
+    plgpu.commit_smem()  # All warps have read the lists.
+    at.score_tile[0] = score
+    at.number_tile[0] = number
+    _store(at, (at.score_tile, at.out_score), (at.number_tile, at.out_number))
+
+
+def _store(at, *results):
+    """Copies out the first places of tiles."""
+    plgpu.commit_smem()
+    for tile, out in results:
+        places = pl.ds(0, at.out_score.shape[1])
+        plgpu.copy_smem_to_gmem(tile.at[0, places], out.at[at.program])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -92,11 +144,8 @@ def _score(heads: int, tokens: int, parts: int, at):
 
     @pl.when((low >= _PART) | (high <= 0))
     def _():
-        at.score_tile[...] = hopper.full((HALF,), -jnp.inf, hopper.ROW)
-        plgpu.commit_smem()
-        tile = at.score_tile.at[pl.ds(0, at.out_score.shape[1])]
-        plgpu.copy_smem_to_gmem(tile, at.out_score.at[at.program])
-        plgpu.wait_smem_to_gmem(0)
+        at.score_tile[0] = hopper.full((HALF,), -jnp.inf, hopper.ROW)
+        _store(at, (at.score_tile, at.out_score))
 
 
 def _merge(at):
@@ -119,7 +168,9 @@ def _launch(name, run, programs, width, operands, scratch):
             ("out_score", "out_number"), jax.ShapeDtypeStruct((programs, width), jnp.float32)
         ),
         scratch=scratch
-        | dict.fromkeys(("score_tile", "number_tile"), plgpu.SMEM((HALF,), jnp.float32)),
+        | dict.fromkeys(
+            ("score_tile", "number_tile"), plgpu.SMEM((width // _LIST, HALF), jnp.float32)
+        ),
     )
     return results["out_score"], results["out_number"]
 
@@ -132,8 +183,10 @@ def select_few(u, c, limit, start, *, count: int):
     """
     batch, tokens, heads, dim = u.shape
     queries = batch * tokens * heads
-    width = -(-count // _WIDTH) * _WIDTH
+    width = -(-count // _LIST) * _LIST
     parts = -(-c.shape[1] // _PART)
+    if parts > 1:  # as many as fill the rows of the next kernel
+        parts = -(-parts * width // _PART) * _PART // width
     u = jnp.broadcast_to(u.reshape(queries, 1, dim), (queries, _COLUMNS, dim))
     score, number = _launch(
         "score_few", functools.partial(_score, heads, tokens, parts), queries * parts, width,

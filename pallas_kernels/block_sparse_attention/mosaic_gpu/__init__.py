@@ -31,7 +31,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.configs import KERNELS, co
 from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import forward, query_gradient
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunks
 from pallas_kernels.csr import BlockCSR
-from pallas_kernels.few_queries import attend_pieces, differentiated_as, takes
+from pallas_kernels.few_queries import attend_blocks, differentiated_as, takes
 from pallas_kernels.mesh_axes import vary_with
 
 # Entries of a chunk of queries. Partial results are held of all of them, so there should be few,
@@ -171,12 +171,10 @@ def _attend_few(q, k, v, indptr, indices, values, *, sizes: Sizes):
     sizes = dataclasses.replace(sizes, batch=len(q), chunk=q.shape[1])
     entries = find_entries(jnp.zeros(1, jnp.int32), indptr, indices, values, sizes)
     _, block, value, filled = (x[0] for x in entries)
-    first = jnp.where(filled, block, 0) * sizes.block_size
-    end = jnp.where(filled, jnp.minimum(first + sizes.block_size, sizes.num_keys), 0)
-    pieces = jnp.stack([first, first, end], axis=-1)
-    return attend_pieces(
-        q, k, v, pieces, value, None,
-        length=sizes.block_size, scale=sizes.scale, masks_values=False,
+    block = jnp.where(filled, block, -1)
+    return attend_blocks(
+        q, k, v, block, value,
+        num_keys=sizes.num_keys, block_size=sizes.block_size, scale=sizes.scale,
     )  # fmt: skip
 
 

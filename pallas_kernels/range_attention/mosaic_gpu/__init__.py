@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import shapes
-from pallas_kernels.few_queries import attend_pieces, differentiated_as, takes
+from pallas_kernels.few_queries import attend_ranges, differentiated_as, takes
 from pallas_kernels.hopper import LOG2E
 from pallas_kernels.range_attention import xla
 from pallas_kernels.range_attention.mosaic_gpu.configs import KERNELS, config_for
@@ -98,15 +98,9 @@ def _attend_few(q, k, v, start, end, key_bias, *, scale):
     if key_bias is not None:
         key_bias = shapes.pad(key_bias, 1, 8).swapaxes(1, 2)
     length = _PIECES[0] if num_keys <= _MANY_KEYS or q.shape[3] > 128 else _PIECES[1]
-    start, end = jnp.maximum(start, 0), jnp.minimum(end, num_keys)
-    # A piece begins at a multiple of 8 keys, so a range may take one more.
-    first = start[..., None] // 8 * 8 + length * jnp.arange((num_keys + 6) // length + 1)
-    pieces = jnp.stack(jnp.broadcast_arrays(first, start[..., None], end[..., None]), axis=-1)
-    pieces = jnp.broadcast_to(pieces[:, None], (len(q), k.shape[2], *pieces.shape[1:]))
-    return attend_pieces(
-        q, k, v, pieces.astype(jnp.int32), None, key_bias,
-        length=length, scale=scale, masks_values=True,
-    )  # fmt: skip
+    return attend_ranges(
+        q, k, v, start, end, key_bias, num_keys=num_keys, length=length, scale=scale
+    )
 
 
 def range_attention(q, k, v, start, end, key_bias, scale):
