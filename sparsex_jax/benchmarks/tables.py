@@ -21,6 +21,10 @@ PLAN_FIELDS = (
     "preset", "target", "devices", "tokens", "sequences", "parameters", "parameter_bytes",
     "optimizer_bytes", "temporary_bytes", "program_bytes", "total_bytes", "status",
 )  # fmt: skip
+PREFILL_FIELDS = (
+    "tokens", "layers", "chunk", "milliseconds", "tokens_per_second", "cache_bytes", "peak_bytes",
+    "status",
+)  # fmt: skip
 ADDED_PARTS = ("selection", "rotary", "local", "landmarks", "dynamic", "fusion")  # make up an op
 
 
@@ -217,4 +221,31 @@ def plan_table(rows: Sequence[Row], label: Label) -> str:
         for row in rows
     ]
     head = ("preset", "compiled for", "tokens of each", *names, "")
+    return markdown(head, lines)
+
+
+def prefill_table(rows: Sequence[Row], label: Label) -> str:
+    """Contexts that were read: tokens a second, and GiB."""
+
+    def size(value: int | None) -> str:
+        return "not known" if value is None else f"{value / 2**30:.2f}"
+
+    lines = []
+    for row in rows:
+        numbers = ["", "", "", row["status"].replace("_", " ")]
+        if row["status"] == "measured":
+            numbers = [
+                f"{row['tokens_per_second']:,.0f}",
+                format_number(row["milliseconds"] / 1e3),
+                size(row["cache_bytes"]),
+                size(row["peak_bytes"]),
+            ]
+        lines.append((
+            label(row["tokens"]), row["layers"], row.get("tier") or "device", label(row["chunk"]),
+            *numbers,
+        ))  # fmt: skip
+    head = (
+        "tokens", "layers", "tier", "chunk", "tokens a second", "seconds", "cache, GiB",
+        "peak of the device, GiB",
+    )  # fmt: skip
     return markdown(head, lines)
