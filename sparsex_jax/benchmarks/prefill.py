@@ -14,7 +14,8 @@ from sparsex_jax.benchmarks.decode import relative_error
 from sparsex_jax.benchmarks.runner import Row, require_positive, require_some
 from sparsex_jax.benchmarks.timing import measure
 from sparsex_jax.cache import Engine
-from sparsex_jax.cache.engine import empty_layers, extend
+from sparsex_jax.cache.engine import extend
+from sparsex_jax.cache.layer import empty_layers
 from sparsex_jax.config import ConfigError
 from sparsex_jax.modules import Transformer
 
@@ -115,12 +116,13 @@ class Benchmark(runner.Benchmark[Step]):
         expected = nnx.jit(lambda model: model.logits(model(tokens)[:, -1]))(self.model)
         chunk = max(1, length // 4)
         step = nnx.jit(extend)
-        layers = empty_layers(self.model, length, 1, chunk)
+        layers = empty_layers(self.model.config, length, 1, chunk)
         for begin in range(0, length, chunk):
             part = jnp.asarray(tokens[:, begin : begin + chunk])
             found, layers = step(
                 self.model, layers, part, jnp.int32(begin), jnp.int32(part.shape[1])
             )
+        assert found is not None
         self.error = relative_error(found, expected)
 
     def run(self, step: Step) -> Row:

@@ -54,8 +54,22 @@ class DeviceRemote(NamedTuple):
             pyramid=empty_pyramid(attention, batch_size, heads, capacity, chunk),
         )
 
+    def split(self) -> tuple[tuple, "DeviceRemote"]:
+        """What an answer must not change, and what it only writes behind the context."""
+        return (), self
+
+    @staticmethod
+    def join(kept: tuple, appended: "DeviceRemote") -> "DeviceRemote":
+        """The inverse of `split`."""
+        return appended
+
     def append(
-        self, keys: KeySide, features: jax.Array, length: jax.Array, config: AttentionConfig
+        self,
+        keys: KeySide,
+        features: jax.Array,
+        length: jax.Array,
+        valid: jax.Array,
+        config: AttentionConfig,
     ) -> "DeviceRemote":
         """Remembers new tokens.
 
@@ -63,15 +77,17 @@ class DeviceRemote(NamedTuple):
           keys: of the tokens [B, C, ...], as they are stored.
           features: of the blocks that they lie in, [B, blocks, Hkv, d_s].
           length: tokens before, int32 scalar.
+          valid: of the new tokens, how many count, int32 scalar.
           config: of the attention.
         """
         salience = write(self.salience, keys.salience, length)
+        leaves = touched_leaves(salience, length, keys.k.shape[1], config)
         return DeviceRemote(
             k=write(self.k, keys.k, length),
             v=write(self.v, keys.v, length),
             salience=salience,
             features=write(self.features, features, length // config.block_size),
-            pyramid=extend_pyramid(self.pyramid, salience, length, keys.k.shape[1], config),
+            pyramid=extend_pyramid(self.pyramid, leaves, length, keys.k.shape[1], config),
         )
 
     def attend(
@@ -140,9 +156,19 @@ def empty_pyramid(
     return tuple(levels)
 
 
+def touched_leaves(
+    salience: jax.Array, length: jax.Array, tokens: int, config: AttentionConfig
+) -> Nodes:
+    """Nodes of level 0 that `tokens` new tokens lie in, from salience f32 [B, N, Hkv] of all."""
+    width = config.segment_length
+    begin, size = length // width * width, touched(tokens, width) * width
+    part = jax.lax.dynamic_slice_in_dim(salience, begin, size, axis=1)
+    return leaf_nodes(part, begin, width, config.landmarks_per_segment)
+
+
 def extend_pyramid(
     pyramid: tuple[Nodes, ...],
-    salience: jax.Array,
+    leaves: Nodes,
     length: jax.Array,
     tokens: int,
     config: AttentionConfig,
@@ -152,11 +178,8 @@ def extend_pyramid(
     for level, nodes in enumerate(pyramid):
         width = config.segment_length << level
         first, count = length // width, touched(tokens, width)
-        if level == 0:
-            begin, size = first * width, count * width
-            part = jax.lax.dynamic_slice_in_dim(salience, begin, size, axis=1)
-            new = leaf_nodes(part, begin, width, config.landmarks_per_segment)
-        else:
+        new = leaves
+        if level:
             children = (
                 jax.lax.dynamic_slice_in_dim(x, 2 * first, 2 * count, axis=2) for x in levels[-1]
             )

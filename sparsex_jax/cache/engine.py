@@ -2,14 +2,18 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparsex_jax.cache.layer import LayerCache, empty_layer, extend_layer
+from sparsex_jax.cache.host import HostRemote, HostStore
+from sparsex_jax.cache.layer import CHUNK, Attends, LayerCache, empty_layers, extend_layer
+from sparsex_jax.cache.memory import Shape, check_fits
 from sparsex_jax.cache.sampling import GREEDY, Sampling
+from sparsex_jax.cache.tiers import TIERS, Tier
 from sparsex_jax.config import SEEDS, ConfigError
 from sparsex_jax.modules.transformer import Transformer
 
@@ -28,15 +32,22 @@ class Cache:
     Attributes:
       lengths: tokens of each sequence so far, int64 [B].
       layers: one cache a layer, in device memory.
+      stores: of sparse layers in the tier "host": what is in the host's.
     """
 
-    def __init__(self, lengths: np.ndarray, layers: Layers):
-        self.lengths, self.layers = lengths, layers
+    def __init__(self, lengths: np.ndarray, layers: Layers, stores: Sequence[HostStore] = ()):
+        self.lengths, self.layers, self.stores = lengths, layers, tuple(stores)
 
     @property
     def length(self) -> int:
         """Tokens of the longest sequence."""
         return int(self.lengths.max(initial=0))
+
+    @property
+    def block_hits(self) -> tuple[int, int]:
+        """In the tier "host": selected blocks that were on the device, and that were fetched."""
+        remotes = [x.remote for x in self.layers if isinstance(x.remote, HostRemote)]
+        return sum(int(x.hits) for x in remotes), sum(int(x.misses) for x in remotes)
 
     def block_until_ready(self) -> "Cache":
         """Waits for the device."""
@@ -44,23 +55,18 @@ class Cache:
         return self
 
 
-def empty_layers(model: Transformer, capacity: int, batch_size: int, chunk: int) -> Layers:
-    """Caches for up to `capacity` tokens a sequence, filled in chunks of up to `chunk`."""
-    return tuple(
-        empty_layer(
-            model.config, sparse=block.attention.sparse, batch_size=batch_size,
-            capacity=capacity, chunk=chunk,
-        )
-        for block in model.blocks
-    )  # fmt: skip
-
-
 def extend(
-    model: Transformer, layers: Layers, tokens: jax.Array, length: jax.Array, valid: jax.Array
-) -> tuple[jax.Array, Layers]:
+    model: Transformer,
+    layers: Layers,
+    tokens: jax.Array,
+    length: jax.Array,
+    valid: jax.Array,
+    logits: bool = True,
+) -> tuple[jax.Array | None, Layers]:
     """Reads new tokens.
 
-    In the last layer only the last valid token attends, for nobody reads the others' output.
+    In the last layer only the last valid token attends, for nobody reads the others' output; none
+    where logits are not wanted.
 
     Args:
       model: whose caches these are.
@@ -69,9 +75,10 @@ def extend(
       length: tokens before, int32: a scalar, or [B] where sequences differ.
       valid: how many of the C count, likewise; of a sequence with none nothing changes, and its
         logits mean nothing.
+      logits: whether they are wanted.
 
     Returns:
-      (logits after the last valid token, f32 [B, vocab]; the new caches).
+      (logits after the last valid token, f32 [B, vocab], or None; the new caches).
     """
     if jnp.ndim(length) or jnp.ndim(valid):
         length, valid = (jnp.broadcast_to(x, tokens.shape[:1]) for x in (length, valid))
@@ -79,15 +86,19 @@ def extend(
         def alone(*operands):
             layers, tokens, length, valid = operands
             layers, tokens = jax.tree.map(lambda x: x[None], (layers, tokens))
-            return jax.tree.map(lambda x: x[0], extend(model, layers, tokens, length, valid))
+            found = extend(model, layers, tokens, length, valid, logits)
+            return jax.tree.map(lambda x: x[0], found)
 
         return jax.vmap(alone)(layers, tokens, length, valid)
-    x, after = model.embed(tokens), []
+    x: jax.Array | None = model.embed(tokens)
+    after: list[LayerCache] = []
     for block, layer in zip(model.blocks, layers, strict=True):
-        last = len(after) == len(layers) - 1
-        x, layer = extend_layer(block, layer, x, length, valid, last_only=last)
+        attends: Attends = "all"
+        if len(after) == len(layers) - 1:
+            attends = "last" if logits else "none"
+        x, layer = extend_layer(block, layer, x, length, valid, attends=attends)
         after.append(layer)
-    return model.logits(model.final_norm(x[:, 0])), tuple(after)
+    return None if x is None else model.logits(model.final_norm(x[:, 0])), tuple(after)
 
 
 class Engine:
@@ -98,37 +109,55 @@ class Engine:
       capacity: most tokens of a sequence, answers included.
       batch_size: sequences read at the same time.
       chunk: tokens of each read in one step of a prefill.
+      tier: where keys and values of old blocks are: "device", "host" (one sequence) or
+        "compressed" (not exact); see docs/cache.md.
 
     Raises:
-      ValueError: a size is not positive, or the model has landmarks="all", which has no cache.
+      ValueError: a size is not positive, or the model has no cache in this tier.
+      CacheMemoryError: it does not fit into the memory of the device, or the host.
     """
 
-    def __init__(self, model: Transformer, capacity: int, batch_size: int = 1, chunk: int = 2048):
+    def __init__(
+        self,
+        model: Transformer,
+        capacity: int,
+        batch_size: int = 1,
+        chunk: int = 2048,
+        tier: Tier = "device",
+    ):
         for name, value in (("capacity", capacity), ("batch_size", batch_size), ("chunk", chunk)):
             _check_positive(name, value)
-        if model.config.attention.landmarks == "all":
-            raise ValueError(
-                "landmarks='all' is for ablation and has no cache: use 'pyramid' or 'off'"
-            )
-        self.capacity, self.batch_size, self.chunk = capacity, batch_size, min(chunk, capacity)
-        self.vocab_size = model.config.vocab_size
+        chunk = min(chunk, capacity)
+        _check_tier(model, tier, batch_size, chunk)
+        self.capacity, self.batch_size, self.chunk, self.tier = capacity, batch_size, chunk, tier
+        self.config, self.vocab_size = model.config, model.config.vocab_size
         self._graph, self._state = nnx.split(model)
+        weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state))
+        reads = chunk + SUFFIX_UNIT
+        check_fits(Shape(self.config, capacity, batch_size, reads, weights), tier)
 
         def read(state, layers, tokens, length, valid):
-            return extend(nnx.merge(self._graph, state), layers, tokens, length, valid)[1]
+            model = nnx.merge(self._graph, state)
+            return extend(model, layers, tokens, length, valid, logits=False)[1]
 
         self._read = jax.jit(read, donate_argnums=1)
         self._answer = jax.jit(
             functools.partial(_answer, self._graph),
-            donate_argnames="remote", static_argnames=("max_new_tokens", "sampling"),
+            donate_argnames="appended", static_argnames=("kinds", "max_new_tokens", "sampling"),
         )  # fmt: skip
-        self._empty = jax.jit(
-            lambda: empty_layers(model, capacity, batch_size, self.chunk + SUFFIX_UNIT)
-        )
+        self._empty = jax.jit(lambda: empty_layers(model.config, capacity, batch_size, reads, tier))
 
     def empty(self) -> Cache:
         """A cache of sequences without tokens."""
-        return Cache(np.zeros(self.batch_size, np.int64), self._empty())
+        layers, stores = list(self._empty()), []
+        for i, layer in enumerate(layers):
+            if isinstance(layer.remote, HostRemote):
+                _, tokens, heads = layer.remote.salience.shape
+                size, dtype = self.config.attention.block_size, layer.remote.mark_k.dtype
+                stores.append(HostStore(tokens, heads, self.config.head_dim, dtype, size))
+                number = jnp.int32(stores[-1].number)
+                layers[i] = layer._replace(remote=layer.remote._replace(number=number))
+        return Cache(np.zeros(self.batch_size, np.int64), tuple(layers), stores)
 
     def prefill(
         self,
@@ -201,13 +230,14 @@ class Engine:
                 )
         longest = max(map(len, rows))
         padded, valid = _padded(rows, longest + -longest % SUFFIX_UNIT)
-        recent, remote = zip(*cache.layers, strict=True)
-        out, remote = self._answer(
-            self._state, recent, _as_int32(cache.lengths), padded, _as_int32(valid),
+        kept, appended = split_layers(cache.layers)
+        out, appended = self._answer(
+            self._state, kept, _as_int32(cache.lengths), padded, _as_int32(valid),
             np.asarray(stop_tokens, np.int32), self._checked_seeds(seeds),
-            remote=remote, max_new_tokens=max_new_tokens, sampling=sampling,
+            appended=appended, kinds=_kinds(cache.layers), max_new_tokens=max_new_tokens,
+            sampling=sampling,
         )  # fmt: skip
-        cache.layers = tuple(map(LayerCache, recent, remote))
+        cache.layers = join_layers(_kinds(cache.layers), kept, appended)
         return np.asarray(out)
 
     def generate(
@@ -285,14 +315,56 @@ def _check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name}={value} must be positive: use at least 1")
 
 
+def _check_tier(model: Transformer, tier: Tier, batch_size: int, chunk: int) -> None:
+    attention = model.config.attention
+    if attention.landmarks == "all":
+        raise ValueError("landmarks='all' is for ablation and has no cache: use 'pyramid' or 'off'")
+    if tier not in TIERS:
+        raise ConfigError(f"tier={tier!r} must be one of {', '.join(TIERS)}: use device, say")
+    if tier == "host" and batch_size > 1:
+        raise ConfigError(
+            f"batch_size={batch_size} with tier='host', which takes one sequence: use 1, or"
+            " tier='device'"
+        )
+    if tier == "host" and chunk > CHUNK - SUFFIX_UNIT:
+        raise ConfigError(
+            f"chunk={chunk} with tier='host' must be at most {CHUNK - SUFFIX_UNIT}: use"
+            f" {CHUNK // 2}"
+        )
+    if tier == "compressed" and attention.fusion != "sum":
+        raise ConfigError(
+            "tier='compressed' averages keys without RoPE, and fusion='softmax' has it: use"
+            " tier='host'"
+        )
+
+
+def split_layers(layers: Layers) -> tuple[tuple, tuple]:
+    """What an answer must not change, layer by layer, and what it only adds to behind the end."""
+    parts = [((), ()) if x.remote is None else x.remote.split() for x in layers]
+    kept = tuple((x.recent, part[0]) for x, part in zip(layers, parts, strict=True))
+    return kept, tuple(part[1] for part in parts)
+
+
+def join_layers(kinds: tuple[Any, ...], kept: tuple, appended: tuple) -> Layers:
+    """The inverse of `split_layers`; `kinds` are the classes of the remote caches."""
+    return tuple(
+        LayerCache(recent, None if kind is type(None) else kind.join(part, rest))
+        for kind, (recent, part), rest in zip(kinds, kept, appended, strict=True)
+    )
+
+
+def _kinds(layers: Layers) -> tuple[Any, ...]:
+    return tuple(type(layer.remote) for layer in layers)
+
+
 def _answer(
-    graph, state, recent, length, tokens, valid, stop_tokens, seeds,
-    *, remote, max_new_tokens: int, sampling: Sampling,
+    graph, state, kept, length, tokens, valid, stop_tokens, seeds,
+    *, appended, kinds: tuple[Any, ...], max_new_tokens: int, sampling: Sampling,
 ):  # fmt: skip
-    """The generated tokens, and the remote caches, whose memory was written to."""
+    """The generated tokens, and the parts of the caches whose memory was written to."""
     model = nnx.merge(graph, state)
-    logits, layers = extend(model, tuple(map(LayerCache, recent, remote)), tokens, length, valid)
-    batch = logits.shape[0]
+    logits, layers = extend(model, join_layers(kinds, kept, appended), tokens, length, valid)
+    batch = len(seeds)
 
     def choose(step, logits, out, ended):
         token = sampling.choose(logits, seeds, step)
@@ -312,4 +384,4 @@ def _answer(
     out = jnp.full((batch, max_new_tokens), -1, jnp.int32)
     chosen = choose(jnp.int32(0), logits, out, jnp.zeros(batch, bool))
     carry = jax.lax.while_loop(running, generate, (jnp.int32(1), *chosen, layers))
-    return carry[2], tuple(layer.remote for layer in carry[4])
+    return carry[2], split_layers(carry[4])[1]

@@ -5,13 +5,14 @@ valid ones: what the others write lies beyond the length, is never read, and is 
 tokens that follow.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.range_attention import range_attention
-from sparsex_jax.cache.device import DeviceRemote, touched
+from sparsex_jax.cache.device import touched
+from sparsex_jax.cache.tiers import Remote, Tier, empty_remote
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.fusion import fuse
 from sparsex_jax.modules.attention import KeySide, QuerySide
@@ -21,7 +22,8 @@ from sparsex_jax.scoring import block_features
 from sparsex_jax.spans import remote_end
 from sparsex_jax.token_chunks import map_chunks
 
-_CHUNK = 2**15  # tokens that attend at a time: temporaries are theirs
+Attends = Literal["all", "last", "none"]
+CHUNK = 2**15  # tokens that attend at a time: temporaries are theirs
 
 
 class Recent(NamedTuple):
@@ -47,15 +49,16 @@ class LayerCache(NamedTuple):
 
     Attributes:
       recent: its last tokens; new arrays with each token.
-      remote: in a sparse layer, all tokens; see `DeviceRemote`.
+      remote: in a sparse layer, all tokens; see `DeviceRemote`, `HostRemote` and
+        `CompressedRemote`.
     """
 
     recent: Recent
-    remote: DeviceRemote | None
+    remote: Remote | None
 
 
 def empty_layer(
-    config: ModelConfig, *, sparse: bool, batch_size: int, capacity: int, chunk: int
+    config: ModelConfig, *, sparse: bool, batch_size: int, capacity: int, chunk: int, tier: Tier
 ) -> LayerCache:
     """A cache without tokens, for up to `capacity` of them in chunks of up to `chunk`."""
     attention, heads, dtype = config.attention, config.num_kv_heads, jnp.dtype(config.dtype)
@@ -74,7 +77,20 @@ def empty_layer(
     )
     if not sparse:
         return LayerCache(recent, None)
-    return LayerCache(recent, DeviceRemote.empty(config, batch_size, capacity, chunk))
+    return LayerCache(recent, empty_remote(tier, config, batch_size, capacity, chunk))
+
+
+def empty_layers(
+    config: ModelConfig, capacity: int, batch_size: int, chunk: int, tier: Tier = "device"
+) -> tuple[LayerCache, ...]:
+    """Caches of all layers for up to `capacity` tokens a sequence, in chunks of up to `chunk`."""
+    return tuple(
+        empty_layer(
+            config, sparse=kind == "s", batch_size=batch_size, capacity=capacity, chunk=chunk,
+            tier=tier,
+        )
+        for kind in config.layers
+    )  # fmt: skip
 
 
 def extend_layer(
@@ -84,8 +100,8 @@ def extend_layer(
     length: jax.Array,
     valid: jax.Array,
     *,
-    last_only: bool,
-) -> tuple[jax.Array, LayerCache]:
+    attends: Attends,
+) -> tuple[jax.Array | None, LayerCache]:
     """Applies a block to new tokens and remembers them.
 
     Args:
@@ -94,11 +110,11 @@ def extend_layer(
       x: [B, C, channels].
       length: tokens so far, int32 scalar.
       valid: of the new tokens, how many count, int32 scalar.
-      last_only: only the last valid token attends (the others are remembered all the same):
-        enough in the last layer of a prefill.
+      attends: which of them do; all are remembered. In the last layer the last valid one is enough,
+        and in a prefill none.
 
     Returns:
-      ([B, 1 or C, channels], the new cache).
+      ([B, 1 or C, channels], None if none attends; the new cache).
     """
     layer, recent, remote = block.attention, cache.recent, cache.remote
     config = layer.attention_config()
@@ -108,7 +124,8 @@ def extend_layer(
     turned_k = _turn(keys.k, length, config)
     if remote is not None:
         stored = keys._replace(k=turned_k) if config.fusion == "softmax" else keys
-        remote = remote.append(stored, _features(recent, keys, length, config), length, config)
+        features = _features(recent, keys, length, config)
+        remote = remote.append(stored, features, length, valid, config)
     near = _joined(recent.window_k, turned_k), _joined(recent.window_v, keys.v)
     recent = Recent(
         _newest(recent.history, normed, valid),
@@ -117,11 +134,13 @@ def extend_layer(
         _newest(recent.pool_inputs, keys.block_inputs, valid),
         _newest(recent.pool_logits, keys.block_logits, valid),
     )
+    if attends == "none":
+        return None, LayerCache(recent, remote)
     first = jnp.int32(0)
-    if last_only:
+    if attends == "last":
         first = valid - 1
         x, normed, mixed = (
-            jax.lax.dynamic_slice_in_dim(y, first, 1, 1) for y in (x, normed, mixed)
+            jax.lax.dynamic_slice_in_dim(y, first, 1, axis=1) for y in (x, normed, mixed)
         )
     queries = layer.query_side(normed, mixed)
     attended, remote = attend(queries, first, length, near, remote, config)
@@ -133,10 +152,10 @@ def attend(
     first: jax.Array,
     length: jax.Array,
     near: tuple[jax.Array, jax.Array],
-    remote: DeviceRemote | None,
+    remote: Remote | None,
     config: AttentionConfig,
     implementation: str | None = None,
-) -> tuple[jax.Array, DeviceRemote | None]:
+) -> tuple[jax.Array, Remote | None]:
     """Attention of new tokens to their window and to the remote past.
 
     Args:
@@ -161,7 +180,8 @@ def attend(
         local_start = remote_end(positions, 0, config)
         turned_q = _turn(part.q, position, config)
         local = _local(turned_q, near, begin, length, local_start, config, implementation)
-        landmarks = dynamic = after = None
+        landmarks = dynamic = None
+        after: Remote | None = None
         if remote is not None:
             far = part._replace(q=turned_q) if config.fusion == "softmax" else part
             landmarks, dynamic, after = remote.attend(
@@ -172,7 +192,7 @@ def attend(
 
     if queries.q.shape[1] == 1:
         return of_part(0, queries, ())
-    out = map_chunks(lambda *x: of_part(*x)[0], queries, (), size=_CHUNK, saved=())
+    out = map_chunks(lambda *x: of_part(*x)[0], queries, (), size=CHUNK, saved=())
     return out, remote
 
 
