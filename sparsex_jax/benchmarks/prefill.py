@@ -12,10 +12,11 @@ from flax import nnx
 from sparsex_jax.benchmarks import runner
 from sparsex_jax.benchmarks.decode import relative_error
 from sparsex_jax.benchmarks.runner import Row, require_positive, require_some
-from sparsex_jax.benchmarks.timing import measure
-from sparsex_jax.cache import Engine
-from sparsex_jax.cache.engine import extend
+from sparsex_jax.benchmarks.timing import OutOfMemory, measure
+from sparsex_jax.cache import CacheMemoryError, Engine, Tier
+from sparsex_jax.cache.engine import SUFFIX_UNIT, extend
 from sparsex_jax.cache.layer import empty_layers
+from sparsex_jax.cache.memory import Shape
 from sparsex_jax.config import ConfigError
 from sparsex_jax.modules import Transformer
 
@@ -29,6 +30,7 @@ class Settings:
     Attributes:
       lengths: tokens of the context, ascending.
       chunk: tokens read at a time.
+      tiers: of the cache; each length is measured in all of them.
       samples: times taken for a row, at most.
       seconds: time budget of a row; a prefill that takes longer is timed once.
       check_length: where chunked reading is compared with the forward pass; None for nowhere.
@@ -37,13 +39,14 @@ class Settings:
 
     lengths: tuple[int, ...]
     chunk: int
+    tiers: tuple[Tier, ...]
     samples: int
     seconds: float
     check_length: int | None
     seed: int
 
     def __post_init__(self):
-        require_some(self, "lengths")
+        require_some(self, "lengths", "tiers")
         require_positive(self, "chunk", "samples", "seconds")
         if self.lengths[-1] >= 2**31:
             raise ConfigError(f"length={self.lengths[-1]} must be below 2^31: use 1024M, say")
@@ -58,6 +61,7 @@ class Step(NamedTuple):
     """A row to measure."""
 
     length: int
+    tier: Tier
 
 
 class Benchmark(runner.Benchmark[Step]):
@@ -71,7 +75,7 @@ class Benchmark(runner.Benchmark[Step]):
     name = "prefill"
     fields = (
         "milliseconds", "milliseconds_q1", "milliseconds_q3", "samples", "tokens_per_second",
-        "cache_bytes", "peak_bytes", "max_error", "status", "note",
+        "cache_bytes", "host_bytes", "peak_bytes", "max_error", "status", "note",
     )  # fmt: skip
 
     def __init__(
@@ -85,14 +89,16 @@ class Benchmark(runner.Benchmark[Step]):
         resume: bool = False,
     ):
         config = describe | dataclasses.asdict(settings)
-        del config["lengths"], config["chunk"]
+        for name in ("lengths", "chunk", "tiers"):  # they stand in the rows
+            del config[name]
         super().__init__(config, path, command, resume=resume)
         self.model, self.settings = model, settings
         self.error: float | None = None
 
     def all_steps(self) -> list[Step]:
-        """A step for each row, in order."""
-        return [Step(length) for length in self.settings.lengths]
+        """A step for each row, in order: peaks of the device's memory only rise."""
+        small_first = [x for x in ("compressed", "host", "device") if x in self.settings.tiers]
+        return [Step(length, tier) for length in self.settings.lengths for tier in small_first]
 
     def identity(self, step: Step) -> Row:
         """The fields that tell rows apart."""
@@ -106,6 +112,7 @@ class Benchmark(runner.Benchmark[Step]):
             "kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "chunk": self.settings.chunk,
+            "tier": step.tier,
         }
 
     def check(self) -> None:
@@ -134,7 +141,10 @@ class Benchmark(runner.Benchmark[Step]):
                 f" {self.error:.3g}, over {TOLERANCE:g}"
             )
             return {"status": "wrong", "note": note}
-        engine = Engine(self.model, step.length, chunk=settings.chunk)
+        try:
+            engine = Engine(self.model, step.length, chunk=settings.chunk, tier=step.tier)
+        except CacheMemoryError as error:
+            raise OutOfMemory(str(error)) from error
         tokens = settings.tokens(step.length, engine.vocab_size)
         before = _peak_bytes()
         engine.prefill(tokens[:, : settings.chunk]).block_until_ready()  # compiles
@@ -150,14 +160,15 @@ class Benchmark(runner.Benchmark[Step]):
             notes.append("an earlier part of this process took as much memory or more")
         if self.model.config.layers.count("s") == 1 and self.model.config.layers[-1] == "s":
             notes.append("in the only sparse layer, the last, no token of a prefill attends")
-        cache = jax.eval_shape(lambda: engine.empty().layers)
+        cache = Shape(engine.config, step.length, 1, settings.chunk + SUFFIX_UNIT)
         return {
             "milliseconds": median,
             "milliseconds_q1": q1,
             "milliseconds_q3": q3,
             "samples": len(timing.seconds),
             "tokens_per_second": step.length / median * 1e3,
-            "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)),
+            "cache_bytes": cache.cache_bytes(step.tier),
+            "host_bytes": cache.needed(step.tier).host,
             "peak_bytes": peak,
             "max_error": self.error,
             "status": "measured",

@@ -128,11 +128,17 @@ def compiled_table(rows: Sequence[Row], label: Label) -> str:
 
 
 def accuracy_table(rows: Sequence[Row], label: Label) -> str:
-    """Accuracy in per cent by task and length, with 95 % intervals in brackets."""
+    """Accuracy in per cent by task, tier and length, with 95 % intervals in brackets."""
+
+    def name(row: Row) -> tuple[str, str]:
+        tier = row.get("tier")
+        tiered = len({other.get("tier") for other in rows}) > 1
+        return row["system"] + (f", tier {tier}" if tiered else ""), row["task"]
+
     lengths = sorted({row["tokens"] for row in rows})
-    several = len({row["system"] for row in rows}) > 1
-    names = list(dict.fromkeys((row["system"], row["task"]) for row in rows))
-    found = {(row["system"], row["task"], row["tokens"]): row for row in rows}
+    names = list(dict.fromkeys(map(name, rows)))
+    several = len({system for system, _ in names}) > 1
+    found = {(*name(row), row["tokens"]): row for row in rows}
     lines = [
         [f"{system}: {task}" if several else task]
         + [_accuracy(found.get((system, task, length))) for length in lengths]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sparsex_jax.benchmarks.names import DECODE_PARTS, DecodePart
 from sparsex_jax.benchmarks.tables import format_number
@@ -65,7 +65,8 @@ class PrefillArguments:
       preset: a Python file like configs/nano.py, whose model is taken with random weights instead.
       layers: letters of the preset's layers, "lsls" say, instead of its own.
       lengths: tokens; 4096, 16K and 1M are understood.
-      chunk: tokens read at a time.
+      chunk: tokens read at a time; in the tier host at most 32704.
+      tiers: where keys and values of old blocks are kept: device, host or compressed.
       samples: times taken for a row, at most.
       seconds: time budget of a row; a prefill that takes longer is timed once.
       check_length: where the comparison is made; 0 for nowhere.
@@ -78,7 +79,8 @@ class PrefillArguments:
     preset: Path | None = None
     layers: str | None = None
     lengths: tuple[str, ...] = ("1M", "4M", "16M", "64M")
-    chunk: str = "32K"
+    chunk: str = "16K"
+    tiers: tuple[Literal["device", "host", "compressed"], ...] = ("device",)
     samples: int = 5
     seconds: float = 60.0
     check_length: str = "4K"
