@@ -263,10 +263,8 @@ def landmark_branch(
         return _no_keys(q)
     batch, tokens = q.shape[:2]
     group = config.segment_length if document_start is None else config.block_size
-    shift = (1 - config.window) % group  # a(t) changes between groups of t + shift, not within
-    first_group = (first_position + shift) // group
-    groups = 1 if tokens == 1 else (tokens - 2) // group + 2
-    leader = (first_group + jnp.arange(groups, dtype=jnp.int32)) * group - shift
+    leader, number = landmark_groups(first_position, tokens, group, config)
+    groups = len(leader)
     positions = first_position + jnp.arange(tokens, dtype=jnp.int32)
     if document_start is None:
         leader_start, first_block = jnp.zeros((batch, groups), jnp.int32), None
@@ -277,7 +275,7 @@ def landmark_branch(
     listed = visible_landmarks(pyramid, past // config.segment_length, first_block, config)
     length = listed.shape[-1]
     keys, values, bias = gather_keys(k, v, salience, listed.reshape(*listed.shape[:2], -1))
-    begin = ((positions + shift) // group - first_group) * length
+    begin = number * length
     end = begin + length
     if document_start is not None:  # a group's later tokens may begin a document: no remote past
         document_start = document_start.at[:, positions].get(mode="clip")
@@ -287,6 +285,28 @@ def landmark_branch(
     return range_attention(
         q, keys, values, begin, end, key_bias=bias, implementation=implementation
     )
+
+
+def landmark_groups(
+    first_position: jax.Array | int, tokens: int, size: int, config: AttentionConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Queries that see the same landmarks.
+
+    Args:
+      first_position: of the queries, int32.
+      tokens: how many there are.
+      size: tokens of a group: L, or S where documents are packed.
+      config: window and block size.
+
+    Returns:
+      A position with the group's remote past, int32 [groups]; the group of each query, int32 [T].
+    """
+    shift = (1 - config.window) % size  # a(t) changes between groups of t + shift, not within
+    first_group = (first_position + shift) // size
+    groups = 1 if tokens == 1 else (tokens - 2) // size + 2
+    leader = (first_group + jnp.arange(groups, dtype=jnp.int32)) * size - shift
+    positions = first_position + jnp.arange(tokens, dtype=jnp.int32)
+    return leader, (positions + shift) // size - first_group
 
 
 def _no_keys(q: jax.Array) -> Branch:

@@ -85,7 +85,7 @@ def find_needles(
     engine = Engine(model, capacity=length, chunk=chunk)
     began = time.perf_counter()
     cache = engine.prefill(context.tokens[None], progress)
-    cache.length.block_until_ready()
+    cache.block_until_ready()
     prefill_seconds = time.perf_counter() - began
     findings = []
     for needle in context.needles:

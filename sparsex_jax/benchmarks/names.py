@@ -3,11 +3,13 @@
 from typing import Literal, get_args
 
 Part = Literal["op", "scoring", "selection", "rotary", "local", "landmarks", "dynamic", "fusion"]
+DecodePart = Literal["op", "selection", "local", "landmarks", "dynamic"]
 Direction = Literal["forward", "forward_backward"]
 Selection = Literal["random", "correlated"]
 Logits = Literal["normal", "peaked", "large"]
 Precision = Literal["f32", "f32_merged", "f32_summed", "bf16"]
 PARTS: tuple[Part, ...] = get_args(Part)
+DECODE_PARTS: tuple[DecodePart, ...] = get_args(DecodePart)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 LOGITS: tuple[Logits, ...] = get_args(Logits)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -21,6 +21,10 @@ PLAN_FIELDS = (
     "preset", "target", "devices", "tokens", "sequences", "parameters", "parameter_bytes",
     "optimizer_bytes", "temporary_bytes", "program_bytes", "total_bytes", "status",
 )  # fmt: skip
+PREFILL_FIELDS = (
+    "tokens", "layers", "chunk", "milliseconds", "tokens_per_second", "cache_bytes", "peak_bytes",
+    "status",
+)  # fmt: skip
 ADDED_PARTS = ("selection", "rotary", "local", "landmarks", "dynamic", "fusion")  # make up an op
 
 
@@ -124,11 +128,17 @@ def compiled_table(rows: Sequence[Row], label: Label) -> str:
 
 
 def accuracy_table(rows: Sequence[Row], label: Label) -> str:
-    """Accuracy in per cent by task and length, with 95 % intervals in brackets."""
+    """Accuracy in per cent by task, tier and length, with 95 % intervals in brackets."""
+
+    def name(row: Row) -> tuple[str, str]:
+        tier = row.get("tier")
+        tiered = len({other.get("tier") for other in rows}) > 1
+        return row["system"] + (f", tier {tier}" if tiered else ""), row["task"]
+
     lengths = sorted({row["tokens"] for row in rows})
-    several = len({row["system"] for row in rows}) > 1
-    names = list(dict.fromkeys((row["system"], row["task"]) for row in rows))
-    found = {(row["system"], row["task"], row["tokens"]): row for row in rows}
+    names = list(dict.fromkeys(map(name, rows)))
+    several = len({system for system, _ in names}) > 1
+    found = {(*name(row), row["tokens"]): row for row in rows}
     lines = [
         [f"{system}: {task}" if several else task]
         + [_accuracy(found.get((system, task, length))) for length in lengths]
@@ -217,4 +227,31 @@ def plan_table(rows: Sequence[Row], label: Label) -> str:
         for row in rows
     ]
     head = ("preset", "compiled for", "tokens of each", *names, "")
+    return markdown(head, lines)
+
+
+def prefill_table(rows: Sequence[Row], label: Label) -> str:
+    """Contexts that were read: tokens a second, and GiB."""
+
+    def size(value: int | None) -> str:
+        return "not known" if value is None else f"{value / 2**30:.2f}"
+
+    lines = []
+    for row in rows:
+        numbers = ["", "", "", row["status"].replace("_", " ")]
+        if row["status"] == "measured":
+            numbers = [
+                f"{row['tokens_per_second']:,.0f}",
+                format_number(row["milliseconds"] / 1e3),
+                size(row["cache_bytes"]),
+                size(row["peak_bytes"]),
+            ]
+        lines.append((
+            label(row["tokens"]), row["layers"], row.get("tier") or "device", label(row["chunk"]),
+            *numbers,
+        ))  # fmt: skip
+    head = (
+        "tokens", "layers", "tier", "chunk", "tokens a second", "seconds", "cache, GiB",
+        "peak of the device, GiB",
+    )  # fmt: skip
     return markdown(head, lines)

@@ -1,67 +1,104 @@
-"""Chunked prefill and greedy decoding over a cache of fixed capacity."""
+"""Chunked prefill and generation over a cache of fixed capacity."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparsex_jax.cache.layer import LayerCache, empty_layer, extend_layer
+from sparsex_jax.cache.host import HostRemote, HostStore
+from sparsex_jax.cache.layer import CHUNK, Attends, LayerCache, empty_layers, extend_layer
+from sparsex_jax.cache.memory import Shape, check_fits
+from sparsex_jax.cache.sampling import GREEDY, Sampling
+from sparsex_jax.cache.tiers import TIERS, Tier
+from sparsex_jax.config import SEEDS, ConfigError
 from sparsex_jax.modules.transformer import Transformer
 
 SUFFIX_UNIT = 64  # suffixes are padded to a multiple, so that few shapes are compiled
+Layers = tuple[LayerCache, ...]
+# Sequences of one length as int [B, T], or one array of tokens each.
+Tokens = np.ndarray | Sequence[np.ndarray]
 
 
-class Cache(NamedTuple):
-    """The past of a batch of sequences of equal length.
+class Cache:
+    """The past of a batch of sequences.
+
+    An answer writes its own tokens behind the context, in place, so that nothing is copied: the
+    cache stays valid and can be used again, but not by two threads at the same time.
 
     Attributes:
-      length: tokens so far, int32 scalar.
-      layers: one cache a layer.
+      lengths: tokens of each sequence so far, int64 [B].
+      layers: one cache a layer, in device memory.
+      stores: of sparse layers in the tier "host": what is in the host's.
     """
 
-    length: jax.Array
-    layers: tuple[LayerCache, ...]
+    def __init__(self, lengths: np.ndarray, layers: Layers, stores: Sequence[HostStore] = ()):
+        self.lengths, self.layers, self.stores = lengths, layers, tuple(stores)
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.lengths.max(initial=0))
 
-def empty_cache(model: Transformer, capacity: int, batch_size: int, chunk: int) -> Cache:
-    """A cache for up to `capacity` tokens a sequence, filled in chunks of up to `chunk`."""
-    layers = tuple(
-        empty_layer(
-            model.config, sparse=block.attention.sparse, batch_size=batch_size,
-            capacity=capacity, chunk=chunk,
-        )
-        for block in model.blocks
-    )  # fmt: skip
-    return Cache(jnp.int32(0), layers)
+    @property
+    def block_hits(self) -> tuple[int, int]:
+        """In the tier "host": selected blocks that were on the device, and that were fetched."""
+        remotes = [x.remote for x in self.layers if isinstance(x.remote, HostRemote)]
+        return sum(int(x.hits) for x in remotes), sum(int(x.misses) for x in remotes)
+
+    def block_until_ready(self) -> "Cache":
+        """Waits for the device."""
+        jax.block_until_ready(self.layers)
+        return self
 
 
 def extend(
-    model: Transformer, cache: Cache, tokens: jax.Array, valid: jax.Array
-) -> tuple[jax.Array, Cache]:
+    model: Transformer,
+    layers: Layers,
+    tokens: jax.Array,
+    length: jax.Array,
+    valid: jax.Array,
+    logits: bool = True,
+) -> tuple[jax.Array | None, Layers]:
     """Reads new tokens.
 
-    In the last layer only the last valid token attends, for nobody reads the others' output.
+    In the last layer only the last valid token attends, for nobody reads the others' output; none
+    where logits are not wanted.
 
     Args:
-      model: whose cache it is.
-      cache: of the tokens before.
+      model: whose caches these are.
+      layers: of the tokens before.
       tokens: int32 [B, C].
-      valid: how many of the C count, int32 scalar, at least 1.
+      length: tokens before, int32: a scalar, or [B] where sequences differ.
+      valid: how many of the C count, likewise; of a sequence with none nothing changes, and its
+        logits mean nothing.
+      logits: whether they are wanted.
 
     Returns:
-      (logits after the last valid token, f32 [B, vocab]; the new cache).
+      (logits after the last valid token, f32 [B, vocab], or None; the new caches).
     """
-    x, layers = model.embed(tokens), []
-    for block, layer in zip(model.blocks, cache.layers, strict=True):
-        last = len(layers) == len(cache.layers) - 1
-        x, layer = extend_layer(block, layer, x, cache.length, valid, last_only=last)
-        layers.append(layer)
-    logits = model.logits(model.final_norm(x[:, 0]))
-    return logits, Cache(cache.length + valid, tuple(layers))
+    if jnp.ndim(length) or jnp.ndim(valid):
+        length, valid = (jnp.broadcast_to(x, tokens.shape[:1]) for x in (length, valid))
+
+        def alone(*operands):
+            layers, tokens, length, valid = operands
+            layers, tokens = jax.tree.map(lambda x: x[None], (layers, tokens))
+            found = extend(model, layers, tokens, length, valid, logits)
+            return jax.tree.map(lambda x: x[0], found)
+
+        return jax.vmap(alone)(layers, tokens, length, valid)
+    x: jax.Array | None = model.embed(tokens)
+    after: list[LayerCache] = []
+    for block, layer in zip(model.blocks, layers, strict=True):
+        attends: Attends = "all"
+        if len(after) == len(layers) - 1:
+            attends = "last" if logits else "none"
+        x, layer = extend_layer(block, layer, x, length, valid, attends=attends)
+        after.append(layer)
+    return None if x is None else model.logits(model.final_norm(x[:, 0])), tuple(after)
 
 
 class Engine:
@@ -70,129 +107,207 @@ class Engine:
     Args:
       model: a Transformer.
       capacity: most tokens of a sequence, answers included.
-      batch_size: sequences read at the same time, of equal length.
-      chunk: tokens read in one step of a prefill.
+      batch_size: sequences read at the same time.
+      chunk: tokens of each read in one step of a prefill.
+      tier: where keys and values of old blocks are: "device", "host" (one sequence) or
+        "compressed" (not exact); see docs/cache.md.
 
     Raises:
-      ValueError: a size is not positive, or the model has landmarks="all", which has no cache.
+      ValueError: a size is not positive, or the model has no cache in this tier.
+      CacheMemoryError: it does not fit into the memory of the device, or the host.
     """
 
-    def __init__(self, model: Transformer, capacity: int, batch_size: int = 1, chunk: int = 2048):
+    def __init__(
+        self,
+        model: Transformer,
+        capacity: int,
+        batch_size: int = 1,
+        chunk: int = 2048,
+        tier: Tier = "device",
+    ):
         for name, value in (("capacity", capacity), ("batch_size", batch_size), ("chunk", chunk)):
             _check_positive(name, value)
-        if model.config.attention.landmarks == "all":
-            raise ValueError(
-                "landmarks='all' is for ablation and has no cache: use 'pyramid' or 'off'"
-            )
-        self.capacity, self.batch_size, self.chunk = capacity, batch_size, min(chunk, capacity)
-        self.vocab_size = model.config.vocab_size
+        chunk = min(chunk, capacity)
+        _check_tier(model, tier, batch_size, chunk)
+        self.capacity, self.batch_size, self.chunk, self.tier = capacity, batch_size, chunk, tier
+        self.config, self.vocab_size = model.config, model.config.vocab_size
         self._graph, self._state = nnx.split(model)
+        weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self._state))
+        reads = chunk + SUFFIX_UNIT
+        check_fits(Shape(self.config, capacity, batch_size, reads, weights), tier)
 
-        def read(state, cache, tokens, valid):
-            return extend(nnx.merge(self._graph, state), cache, tokens, valid)[1]
+        def read(state, layers, tokens, length, valid):
+            model = nnx.merge(self._graph, state)
+            return extend(model, layers, tokens, length, valid, logits=False)[1]
 
         self._read = jax.jit(read, donate_argnums=1)
-        self._answer = jax.jit(functools.partial(_answer, self._graph), static_argnums=4)
-        self._empty = jax.jit(
-            lambda: empty_cache(model, capacity, batch_size, self.chunk + SUFFIX_UNIT)
-        )
+        self._answer = jax.jit(
+            functools.partial(_answer, self._graph),
+            donate_argnames="appended", static_argnames=("kinds", "max_new_tokens", "sampling"),
+        )  # fmt: skip
+        self._empty = jax.jit(lambda: empty_layers(model.config, capacity, batch_size, reads, tier))
 
-    def prefill(self, tokens: np.ndarray, progress: Callable[[int], None] | None = None) -> Cache:
+    def empty(self) -> Cache:
+        """A cache of sequences without tokens."""
+        layers, stores = list(self._empty()), []
+        for i, layer in enumerate(layers):
+            if isinstance(layer.remote, HostRemote):
+                _, tokens, heads = layer.remote.salience.shape
+                size, dtype = self.config.attention.block_size, layer.remote.mark_k.dtype
+                stores.append(HostStore(tokens, heads, self.config.head_dim, dtype, size))
+                number = jnp.int32(stores[-1].number)
+                layers[i] = layer._replace(remote=layer.remote._replace(number=number))
+        return Cache(np.zeros(self.batch_size, np.int64), tuple(layers), stores)
+
+    def prefill(
+        self,
+        tokens: Tokens,
+        progress: Callable[[int], None] | None = None,
+        cache: Cache | None = None,
+    ) -> Cache:
         """Reads a context.
 
         Args:
-          tokens: int [B, P].
-          progress: called with the number of tokens read so far.
+          tokens: int [B, P], or B arrays of any lengths.
+          progress: called with the number of tokens of a sequence read so far.
+          cache: what was read before, which is used up; None for nothing.
 
         Returns:
           A cache, which `answer` does not change.
 
         Raises:
-          ValueError: tokens are no integers within the vocabulary, not [batch_size, P], or more
-            than the capacity.
+          ValueError: tokens are no integers within the vocabulary, not of batch_size sequences, or
+            more than the capacity.
         """
-        tokens = self._checked(tokens, 0)
-        cache = self._empty()
-        for begin in range(0, tokens.shape[1], self.chunk):
-            part = tokens[:, begin : begin + self.chunk]
-            valid = part.shape[1]
-            part = np.pad(part, ((0, 0), (0, self.chunk - valid)))
-            cache = self._read(self._state, cache, part, jnp.int32(valid))
+        rows = self._checked(tokens, 0 if cache is None else cache.lengths)
+        cache = cache or self.empty()
+        for begin in range(0, max(map(len, rows)), self.chunk):
+            parts = [row[begin : begin + self.chunk] for row in rows]
+            padded, valid = _padded(parts, self.chunk)
+            cache.layers = self._read(
+                self._state, cache.layers, padded, _as_int32(cache.lengths), _as_int32(valid)
+            )
+            cache.lengths = cache.lengths + valid
             if progress is not None:
-                jax.block_until_ready(cache.length)
-                progress(begin + valid)
+                cache.block_until_ready()
+                progress(begin + int(valid.max()))
         return cache
 
     def answer(
         self,
         cache: Cache,
-        suffix: np.ndarray,
+        suffix: Tokens,
         max_new_tokens: int,
         stop_tokens: Sequence[int] = (),
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | int = 0,
     ) -> np.ndarray:
-        """Reads a suffix and continues it greedily.
+        """Reads a suffix and continues it.
 
         Args:
           cache: of `prefill`; it can be used again.
-          suffix: int [B, Q], Q >= 1.
+          suffix: int [B, Q], Q >= 1, or B arrays.
           max_new_tokens: most tokens generated.
           stop_tokens: a sequence ends with the first of these, which is kept.
+          sampling: how tokens are chosen.
+          seeds: one for each sequence, or one for all, from 0 to 2^32 - 1; a sequence's text
+            depends on its own only.
 
         Returns:
           int32 [B, max_new_tokens], -1 after the end of a sequence.
 
         Raises:
-          ValueError: the suffix is empty, not [batch_size, Q] or no integers within the vocabulary,
-            max_new_tokens is not positive, or the capacity is too small.
+          ValueError: a suffix is empty, not of batch_size sequences or no integers within the
+            vocabulary, max_new_tokens is not positive, or the capacity is too small.
         """
         _check_positive("max_new_tokens", max_new_tokens)
-        suffix = self._checked(suffix, int(cache.length) + max_new_tokens)
-        valid = suffix.shape[1]
-        if not 1 <= valid <= self.chunk:
-            raise ValueError(
-                f"suffix has {valid} tokens but must have 1 to chunk={self.chunk}:"
-                " prefill what comes before"
-            )
-        padded = np.pad(suffix, ((0, 0), (0, -valid % SUFFIX_UNIT)))
-        stops = np.asarray(stop_tokens, np.int32)
-        out = self._answer(self._state, cache, (padded, jnp.int32(valid)), stops, max_new_tokens)
+        rows = self._checked(suffix, cache.lengths + max_new_tokens)
+        for row in rows:
+            if not 1 <= len(row) <= self.chunk:
+                raise ValueError(
+                    f"suffix has {len(row)} tokens but must have 1 to chunk={self.chunk}:"
+                    " prefill what comes before"
+                )
+        longest = max(map(len, rows))
+        padded, valid = _padded(rows, longest + -longest % SUFFIX_UNIT)
+        kept, appended = split_layers(cache.layers)
+        out, appended = self._answer(
+            self._state, kept, _as_int32(cache.lengths), padded, _as_int32(valid),
+            np.asarray(stop_tokens, np.int32), self._checked_seeds(seeds),
+            appended=appended, kinds=_kinds(cache.layers), max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )  # fmt: skip
+        cache.layers = join_layers(_kinds(cache.layers), kept, appended)
         return np.asarray(out)
 
     def generate(
         self,
-        prompt: np.ndarray,
+        prompt: Tokens,
         max_new_tokens: int,
         stop_tokens: Sequence[int] = (),
         progress: Callable[[int], None] | None = None,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | int = 0,
     ) -> np.ndarray:
-        """`prefill` of all but the end of the prompt, then `answer`; arguments as there."""
+        """`prefill` of all but the end of each prompt, then `answer`; arguments as there."""
         _check_positive("max_new_tokens", max_new_tokens)
-        prompt = self._checked(prompt, max_new_tokens)
-        split = max(prompt.shape[1] - 1, 0) // self.chunk * self.chunk
-        cache = self.prefill(prompt[:, :split], progress)
-        return self.answer(cache, prompt[:, split:], max_new_tokens, stop_tokens)
+        rows = self._checked(prompt, max_new_tokens)
+        splits = [max(len(row) - 1, 0) // self.chunk * self.chunk for row in rows]
+        before = [row[:split] for row, split in zip(rows, splits, strict=True)]
+        cache = self.prefill(before, progress)
+        after = [row[split:] for row, split in zip(rows, splits, strict=True)]
+        return self.answer(cache, after, max_new_tokens, stop_tokens, sampling, seeds)
 
-    def _checked(self, tokens: np.ndarray, used: int) -> np.ndarray:
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or tokens.shape[0] != self.batch_size:
+    def _checked(self, tokens: Tokens, used: np.ndarray | int) -> list[np.ndarray]:
+        """The tokens of each sequence, int32; `used` more are needed beside them."""
+        rows = [np.asarray(row) for row in tokens]
+        if len(rows) != self.batch_size or any(row.ndim != 1 for row in rows):
             raise ValueError(
-                f"tokens have shape {tokens.shape} but must be"
-                f" [batch_size={self.batch_size}, tokens]"
+                f"tokens have shape {[row.shape for row in rows]} but must be of"
+                f" batch_size={self.batch_size} sequences: use [batch_size, tokens]"
             )
-        if not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"tokens have dtype {tokens.dtype}: use an integer type")
-        wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
-        if wrong.size:
-            raise ValueError(
-                f"tokens hold {wrong[0]} but must lie within the vocabulary: use 0 to"
-                f" {self.vocab_size - 1}"
+        for row, more in zip(rows, np.broadcast_to(used, self.batch_size), strict=True):
+            if not np.issubdtype(row.dtype, np.integer):
+                raise ValueError(f"tokens have dtype {row.dtype}: use an integer type")
+            wrong = row[(row < 0) | (row >= self.vocab_size)]
+            if wrong.size:
+                raise ValueError(
+                    f"tokens hold {wrong[0]} but must lie within the vocabulary: use 0 to"
+                    f" {self.vocab_size - 1}"
+                )
+            if len(row) + more > self.capacity:
+                raise ValueError(
+                    f"{len(row) + more} tokens are more than capacity={self.capacity}:"
+                    " use a larger capacity"
+                )
+        return [row.astype(np.int32) for row in rows]
+
+    def _checked_seeds(self, seeds: Sequence[int] | int) -> np.ndarray:
+        given = np.asarray(seeds)
+        if (
+            given.shape not in ((), (self.batch_size,))
+            or (given < 0).any()
+            or (given >= SEEDS).any()
+        ):
+            raise ConfigError(
+                f"seeds={seeds} must be one for each of {self.batch_size} sequences, or one for"
+                " all, in [0, 2^32): use 0, say"
             )
-        if tokens.shape[1] + used > self.capacity:
-            raise ValueError(
-                f"{tokens.shape[1] + used} tokens are more than capacity={self.capacity}:"
-                " use a larger capacity"
-            )
-        return tokens.astype(np.int32)
+        return np.broadcast_to(given, self.batch_size).astype(np.uint32)
+
+
+def _padded(rows: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows filled up with zeros, int32 [B, size], and their lengths, int64 [B]."""
+    padded = np.zeros((len(rows), size), np.int32)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded, np.array([len(row) for row in rows], np.int64)
+
+
+def _as_int32(x: np.ndarray) -> np.ndarray:
+    """Numbers of sequences as int32: a scalar if all agree, which takes no vmap of the model."""
+    x = x.astype(np.int32)
+    return x[0] if (x == x[0]).all() else x
 
 
 def _check_positive(name: str, value: int) -> None:
@@ -200,13 +315,59 @@ def _check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name}={value} must be positive: use at least 1")
 
 
-def _answer(graph, state, cache, suffix, stop_tokens, max_new_tokens: int) -> jax.Array:
+def _check_tier(model: Transformer, tier: Tier, batch_size: int, chunk: int) -> None:
+    attention = model.config.attention
+    if attention.landmarks == "all":
+        raise ValueError("landmarks='all' is for ablation and has no cache: use 'pyramid' or 'off'")
+    if tier not in TIERS:
+        raise ConfigError(f"tier={tier!r} must be one of {', '.join(TIERS)}: use device, say")
+    if tier == "host" and batch_size > 1:
+        raise ConfigError(
+            f"batch_size={batch_size} with tier='host', which takes one sequence: use 1, or"
+            " tier='device'"
+        )
+    if tier == "host" and chunk > CHUNK - SUFFIX_UNIT:
+        raise ConfigError(
+            f"chunk={chunk} with tier='host' must be at most {CHUNK - SUFFIX_UNIT}: use"
+            f" {CHUNK // 2}"
+        )
+    if tier == "compressed" and attention.fusion != "sum":
+        raise ConfigError(
+            "tier='compressed' averages keys without RoPE, and fusion='softmax' has it: use"
+            " tier='host'"
+        )
+
+
+def split_layers(layers: Layers) -> tuple[tuple, tuple]:
+    """What an answer must not change, layer by layer, and what it only adds to behind the end."""
+    parts = [((), ()) if x.remote is None else x.remote.split() for x in layers]
+    kept = tuple((x.recent, part[0]) for x, part in zip(layers, parts, strict=True))
+    return kept, tuple(part[1] for part in parts)
+
+
+def join_layers(kinds: tuple[Any, ...], kept: tuple, appended: tuple) -> Layers:
+    """The inverse of `split_layers`; `kinds` are the classes of the remote caches."""
+    return tuple(
+        LayerCache(recent, None if kind is type(None) else kind.join(part, rest))
+        for kind, (recent, part), rest in zip(kinds, kept, appended, strict=True)
+    )
+
+
+def _kinds(layers: Layers) -> tuple[Any, ...]:
+    return tuple(type(layer.remote) for layer in layers)
+
+
+def _answer(
+    graph, state, kept, length, tokens, valid, stop_tokens, seeds,
+    *, appended, kinds: tuple[Any, ...], max_new_tokens: int, sampling: Sampling,
+):  # fmt: skip
+    """The generated tokens, and the parts of the caches whose memory was written to."""
     model = nnx.merge(graph, state)
-    logits, cache = extend(model, cache, *suffix)
-    batch = logits.shape[0]
+    logits, layers = extend(model, join_layers(kinds, kept, appended), tokens, length, valid)
+    batch = len(seeds)
 
     def choose(step, logits, out, ended):
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = sampling.choose(logits, seeds, step)
         out = out.at[:, step].set(jnp.where(ended, -1, token))
         return token, out, ended | (token[:, None] == stop_tokens).any(axis=1)
 
@@ -215,11 +376,12 @@ def _answer(graph, state, cache, suffix, stop_tokens, max_new_tokens: int) -> ja
         return (step < max_new_tokens) & ~ended.all()
 
     def generate(carry):
-        step, token, out, ended, cache = carry
-        logits, cache = extend(model, cache, token[:, None], jnp.int32(1))
-        return step + 1, *choose(step, logits, out, ended), cache
+        step, token, out, ended, layers = carry
+        before = length + valid + step - 1
+        logits, layers = extend(model, layers, token[:, None], before, jnp.int32(1))
+        return step + 1, *choose(step, logits, out, ended), layers
 
     out = jnp.full((batch, max_new_tokens), -1, jnp.int32)
-    chosen = choose(0, logits, out, jnp.zeros(batch, bool))
-    _, _, out, _, _ = jax.lax.while_loop(running, generate, (jnp.int32(1), *chosen, cache))
-    return out
+    chosen = choose(jnp.int32(0), logits, out, jnp.zeros(batch, bool))
+    carry = jax.lax.while_loop(running, generate, (jnp.int32(1), *chosen, layers))
+    return carry[2], split_layers(carry[4])[1]

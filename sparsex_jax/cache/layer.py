@@ -1,90 +1,96 @@
 """What one layer remembers of the past, and attention of new tokens to it.
 
-Every array has a fixed capacity; `length`, the number of tokens so far, is kept by the caller.
-A chunk of C new tokens may hold fewer valid ones: what the others write lies beyond the length,
-is never read, and is overwritten by the tokens that follow.
+`length`, the number of tokens so far, is kept by the caller. A chunk of C new tokens may hold fewer
+valid ones: what the others write lies beyond the length, is never read, and is overwritten by the
+tokens that follow.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.range_attention import range_attention
-from sparsex_jax.attention import dynamic_branch, landmark_branch
+from sparsex_jax.cache.device import touched
+from sparsex_jax.cache.tiers import Remote, Tier, empty_remote
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.fusion import fuse
-from sparsex_jax.landmarks import Nodes, leaf_nodes, merge_pairs, num_levels
 from sparsex_jax.modules.attention import KeySide, QuerySide
 from sparsex_jax.modules.transformer import Block
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.scoring import block_features
 from sparsex_jax.spans import remote_end
+from sparsex_jax.token_chunks import map_chunks
+
+Attends = Literal["all", "last", "none"]
+CHUNK = 2**15  # tokens that attend at a time: temporaries are theirs
 
 
-class RemoteCache(NamedTuple):
-    """The past of a sparse layer; N is the capacity.
+class Recent(NamedTuple):
+    """What a layer keeps of its last tokens, of any number of them the same amount.
 
     Attributes:
-      k: [B, N, Hkv, D], with RoPE exactly if the fusion is "softmax".
-      v: [B, N, Hkv, D].
-      salience: f32 [B, N, Hkv].
-      pool_inputs: of the last S tokens, [B, S, Hkv, d_s].
-      pool_logits: of the last S tokens, f32 [B, S, Hkv].
-      features: of complete blocks, [B, N / S, Hkv, d_s].
-      pyramid: aligned nodes, level by level.
+      history: the last inputs of the convolution, [B, conv_width - 1, C].
+      window_k: keys of the last W + S tokens, with RoPE, [B, W + S, Hkv, D].
+      window_v: their values, [B, W + S, Hkv, D].
+      pool_inputs: of the last S tokens, [B, S, Hkv, d_s]; None in a local layer.
+      pool_logits: of the last S tokens, f32 [B, S, Hkv]; likewise.
     """
 
-    k: jax.Array
-    v: jax.Array
-    salience: jax.Array
-    pool_inputs: jax.Array
-    pool_logits: jax.Array
-    features: jax.Array
-    pyramid: tuple[Nodes, ...]
+    history: jax.Array
+    window_k: jax.Array
+    window_v: jax.Array
+    pool_inputs: jax.Array | None
+    pool_logits: jax.Array | None
 
 
 class LayerCache(NamedTuple):
     """The past of a layer.
 
     Attributes:
-      history: the last inputs of the convolution, [B, conv_width - 1, C].
-      window_k: keys of the last W + S tokens, with RoPE, [B, W + S, Hkv, D].
-      window_v: their values, [B, W + S, Hkv, D].
-      remote: in a sparse layer.
+      recent: its last tokens; new arrays with each token.
+      remote: in a sparse layer, all tokens; see `DeviceRemote`, `HostRemote` and
+        `CompressedRemote`.
     """
 
-    history: jax.Array
-    window_k: jax.Array
-    window_v: jax.Array
-    remote: RemoteCache | None
+    recent: Recent
+    remote: Remote | None
 
 
 def empty_layer(
-    config: ModelConfig, *, sparse: bool, batch_size: int, capacity: int, chunk: int
+    config: ModelConfig, *, sparse: bool, batch_size: int, capacity: int, chunk: int, tier: Tier
 ) -> LayerCache:
     """A cache without tokens, for up to `capacity` of them in chunks of up to `chunk`."""
-    attention, dtype = config.attention, jnp.dtype(config.dtype)
-    heads, dim = config.num_kv_heads, config.head_dim
+    attention, heads, dtype = config.attention, config.num_kv_heads, jnp.dtype(config.dtype)
 
     def zeros(*shape, dtype=dtype):
         return jnp.zeros((batch_size, *shape), dtype)
 
-    window = attention.window + attention.block_size
-    remote = None
-    if sparse:
-        tokens = capacity + chunk + 2 * attention.segment_length
-        remote = RemoteCache(
-            k=zeros(tokens, heads, dim),
-            v=zeros(tokens, heads, dim),
-            salience=zeros(tokens, heads, dtype=jnp.float32),
-            pool_inputs=zeros(attention.block_size, heads, attention.score_dim),
-            pool_logits=zeros(attention.block_size, heads, dtype=jnp.float32),
-            features=zeros(tokens // attention.block_size + 2, heads, attention.score_dim),
-            pyramid=tuple(_empty_pyramid(attention, batch_size, heads, capacity, chunk)),
+    size = attention.block_size
+    window = attention.window + size, heads, config.head_dim
+    recent = Recent(
+        history=zeros(max(config.conv_width - 1, 0), config.model_dim),
+        window_k=zeros(*window),
+        window_v=zeros(*window),
+        pool_inputs=zeros(size, heads, attention.score_dim) if sparse else None,
+        pool_logits=zeros(size, heads, dtype=jnp.float32) if sparse else None,
+    )
+    if not sparse:
+        return LayerCache(recent, None)
+    return LayerCache(recent, empty_remote(tier, config, batch_size, capacity, chunk))
+
+
+def empty_layers(
+    config: ModelConfig, capacity: int, batch_size: int, chunk: int, tier: Tier = "device"
+) -> tuple[LayerCache, ...]:
+    """Caches of all layers for up to `capacity` tokens a sequence, in chunks of up to `chunk`."""
+    return tuple(
+        empty_layer(
+            config, sparse=kind == "s", batch_size=batch_size, capacity=capacity, chunk=chunk,
+            tier=tier,
         )
-    history = zeros(max(config.conv_width - 1, 0), config.model_dim)
-    return LayerCache(history, zeros(window, heads, dim), zeros(window, heads, dim), remote)
+        for kind in config.layers
+    )  # fmt: skip
 
 
 def extend_layer(
@@ -94,8 +100,8 @@ def extend_layer(
     length: jax.Array,
     valid: jax.Array,
     *,
-    last_only: bool,
-) -> tuple[jax.Array, LayerCache]:
+    attends: Attends,
+) -> tuple[jax.Array | None, LayerCache]:
     """Applies a block to new tokens and remembers them.
 
     Args:
@@ -104,151 +110,137 @@ def extend_layer(
       x: [B, C, channels].
       length: tokens so far, int32 scalar.
       valid: of the new tokens, how many count, int32 scalar.
-      last_only: only the last valid token attends (the others are remembered all the same):
-        enough in the last layer of a prefill.
+      attends: which of them do; all are remembered. In the last layer the last valid one is enough,
+        and in a prefill none.
 
     Returns:
-      ([B, 1 or C, channels], the new cache).
+      ([B, 1 or C, channels], None if none attends; the new cache).
     """
-    layer = block.attention
+    layer, recent, remote = block.attention, cache.recent, cache.remote
     config = layer.attention_config()
     normed = block.attention_norm(x)
-    mixed = layer.mix(normed, cache.history)
+    mixed = layer.mix(normed, recent.history)
     keys = layer.key_side(normed, mixed)
-    positions = length + jnp.arange(x.shape[1], dtype=jnp.int32)
-    turned_k = apply_rotary(keys.k, positions, config.rope_base)
-    remote = cache.remote
+    turned_k = _turn(keys.k, length, config)
     if remote is not None:
         stored = keys._replace(k=turned_k) if config.fusion == "softmax" else keys
-        remote = _append_remote(remote, stored, length, valid, config)
-    after = LayerCache(
-        _newest(cache.history, normed, valid),
-        _newest(cache.window_k, turned_k, valid),
-        _newest(cache.window_v, keys.v, valid),
-        remote,
+        features = _features(recent, keys, length, config)
+        remote = remote.append(stored, features, length, valid, config)
+    near = _joined(recent.window_k, turned_k), _joined(recent.window_v, keys.v)
+    recent = Recent(
+        _newest(recent.history, normed, valid),
+        _newest(recent.window_k, turned_k, valid),
+        _newest(recent.window_v, keys.v, valid),
+        _newest(recent.pool_inputs, keys.block_inputs, valid),
+        _newest(recent.pool_logits, keys.block_logits, valid),
     )
-    if last_only:
-        positions = (length + valid - 1)[None]
+    if attends == "none":
+        return None, LayerCache(recent, remote)
+    first = jnp.int32(0)
+    if attends == "last":
+        first = valid - 1
         x, normed, mixed = (
-            jax.lax.dynamic_slice_in_dim(y, valid - 1, 1, axis=1) for y in (x, normed, mixed)
+            jax.lax.dynamic_slice_in_dim(y, first, 1, axis=1) for y in (x, normed, mixed)
         )
-    near = (
-        jnp.concatenate((cache.window_k, turned_k), axis=1),
-        jnp.concatenate((cache.window_v, keys.v), axis=1),
-    )
-    first = length - cache.window_k.shape[1]
-    attended = _attend(layer.query_side(normed, mixed), positions, near, first, remote, config)
-    return block.feed_forward(x + layer.project_out(attended)), after
+    queries = layer.query_side(normed, mixed)
+    attended, remote = attend(queries, first, length, near, remote, config)
+    return block.feed_forward(x + layer.project_out(attended)), LayerCache(recent, remote)
 
 
-def _attend(
+def attend(
     queries: QuerySide,
-    positions: jax.Array,
-    near: tuple[jax.Array, jax.Array],
     first: jax.Array,
-    remote: RemoteCache | None,
+    length: jax.Array,
+    near: tuple[jax.Array, jax.Array],
+    remote: Remote | None,
     config: AttentionConfig,
-) -> jax.Array:
-    """Attention of queries at `positions` to a window of keys and values, and to the remote past.
+    implementation: str | None = None,
+) -> tuple[jax.Array, Remote | None]:
+    """Attention of new tokens to their window and to the remote past.
 
-    Key n of the window, which has RoPE, stands at position `first` + n.
+    Args:
+      queries: of T neighbouring ones of the new tokens.
+      first: number of the first of them among the new tokens, int32 scalar.
+      length: tokens before the new ones, int32 scalar.
+      near: keys, with RoPE, and values of the W + S tokens before and of the C new ones,
+        [B, W + S + C, Hkv, D].
+      remote: of all tokens, the new ones included; None in a local layer.
+      config: of the attention.
+      implementation: of the primitives.
+
+    Returns:
+      ([B, T, Hq, D], the remote past, which a tier may change as it reads).
     """
-    turned_q = apply_rotary(queries.q, positions, config.rope_base)
-    local_start = remote_end(positions, 0, config)
-    local = range_attention(turned_q, *near, local_start - first, positions + 1 - first)
-    landmarks = dynamic = None
-    if remote is not None and config.landmarks != "off":
-        landmarks = landmark_branch(
-            queries.q, remote.k, remote.v, remote.salience, list(remote.pyramid), positions[0],
-            None, config=config,
-        )  # fmt: skip
-    if remote is not None and config.top_k:
-        dynamic = dynamic_branch(
-            turned_q if config.fusion == "softmax" else queries.q, remote.k, remote.v,
-            queries.features, remote.features, local_start, None, config=config,
-        )  # fmt: skip
-    return fuse(local, landmarks, dynamic, queries.landmark_gate, queries.dynamic_gate, config)
+
+    def of_part(begin, part: QuerySide, _):
+        begin = first + begin
+        position = length + begin
+        tokens = part.q.shape[1]
+        positions = position + jnp.arange(tokens, dtype=jnp.int32)
+        local_start = remote_end(positions, 0, config)
+        turned_q = _turn(part.q, position, config)
+        local = _local(turned_q, near, begin, length, local_start, config, implementation)
+        landmarks = dynamic = None
+        after: Remote | None = None
+        if remote is not None:
+            far = part._replace(q=turned_q) if config.fusion == "softmax" else part
+            landmarks, dynamic, after = remote.attend(
+                far, position, local_start, config, implementation
+            )
+        gates = part.landmark_gate, part.dynamic_gate
+        return fuse(local, landmarks, dynamic, *gates, config), after
+
+    if queries.q.shape[1] == 1:
+        return of_part(0, queries, ())
+    out = map_chunks(lambda *x: of_part(*x)[0], queries, (), size=CHUNK, saved=())
+    return out, remote
 
 
-def _newest(old: jax.Array, new: jax.Array, valid: jax.Array) -> jax.Array:
-    """The newest tokens of `old` and the valid ones of `new`, as many as `old` holds."""
-    both = jnp.concatenate((old, new), axis=1)
-    return jax.lax.dynamic_slice_in_dim(both, valid, old.shape[1], axis=1)
-
-
-def _touched(tokens: int, unit: int) -> int:
-    """Most units of `unit` tokens that `tokens` tokens in a row can lie in."""
-    return (tokens + unit - 2) // unit + 1
-
-
-def _empty_pyramid(config: AttentionConfig, batch_size, heads, capacity, chunk):
-    if config.landmarks == "off":
-        return
-    for level in range(num_levels(capacity // config.segment_length, config)):
-        width = config.segment_length << level
-        # Slices of whole pairs are read and written; room behind the end keeps them in place.
-        nodes = capacity // width + _touched(chunk, width) + 6
-        shape = (batch_size, heads, nodes, config.landmarks_per_segment)
-        yield Nodes(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
-
-
-def _append_remote(
-    cache: RemoteCache, keys: KeySide, length: jax.Array, valid: jax.Array, config: AttentionConfig
-) -> RemoteCache:
-    def write(old, new, place, axis=1):
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), place, axis)
-
-    size, tokens = config.block_size, keys.k.shape[1]
-    blocks = _touched(tokens, size)
-    first = length // size
-    recent = []
-    for old, new in (
-        (cache.pool_inputs, keys.block_inputs),
-        (cache.pool_logits, keys.block_logits),
-    ):
-        both = jnp.concatenate((old, new), axis=1)
-        padded = jnp.pad(both, ((0, 0), (0, 2 * size)) + ((0, 0),) * (both.ndim - 2))
-        begin = first * size - (length - size)
-        recent.append(jax.lax.dynamic_slice_in_dim(padded, begin, blocks * size, axis=1))
-    salience = write(cache.salience, keys.salience, length)
-    return RemoteCache(
-        k=write(cache.k, keys.k, length),
-        v=write(cache.v, keys.v, length),
-        salience=salience,
-        pool_inputs=_newest(cache.pool_inputs, keys.block_inputs, valid),
-        pool_logits=_newest(cache.pool_logits, keys.block_logits, valid),
-        features=write(cache.features, block_features(*recent, size), first),
-        pyramid=_extend_pyramid(cache.pyramid, salience, length, tokens, config),
+def _local(turned_q, near, begin, length, local_start, config: AttentionConfig, implementation):
+    """The branch of the window, for queries that are the new tokens `begin` and on."""
+    tokens, reach = turned_q.shape[1], config.window + config.block_size
+    end = length + begin + 1 + jnp.arange(tokens, dtype=jnp.int32)
+    begin = jnp.clip(begin, 0, near[0].shape[1] - reach - tokens)
+    near = tuple(jax.lax.dynamic_slice_in_dim(x, begin, tokens + reach, axis=1) for x in near)
+    first_key = length - reach + begin
+    return range_attention(
+        turned_q, *near, local_start - first_key, end - first_key, implementation=implementation
     )
 
 
-def _extend_pyramid(
-    pyramid: tuple[Nodes, ...],
-    salience: jax.Array,
-    length: jax.Array,
-    tokens: int,
-    config: AttentionConfig,
-) -> tuple[Nodes, ...]:
-    """Rebuilds the nodes that new tokens lie in; those not yet complete are never visible."""
-    levels = []
-    for level, nodes in enumerate(pyramid):
-        width = config.segment_length << level
-        first, count = length // width, _touched(tokens, width)
-        if level == 0:
-            begin, size = first * width, count * width
-            part = jax.lax.dynamic_slice_in_dim(salience, begin, size, axis=1)
-            new = leaf_nodes(part, begin, width, config.landmarks_per_segment)
-        else:
-            children = (
-                jax.lax.dynamic_slice_in_dim(x, 2 * first, 2 * count, axis=2) for x in levels[-1]
-            )
-            new = merge_pairs(Nodes(*children))
-        levels.append(
-            Nodes(
-                *(
-                    jax.lax.dynamic_update_slice_in_dim(old, update, first, axis=2)
-                    for old, update in zip(nodes, new, strict=True)
-                )
-            )
-        )
-    return tuple(levels)
+def _turn(x: jax.Array, position: jax.Array, config: AttentionConfig) -> jax.Array:
+    """RoPE of tokens [B, T, H, D] from a position on."""
+    positions = position + jnp.arange(x.shape[1], dtype=jnp.int32)
+    return apply_rotary(x, positions, config.rope_base)
+
+
+def _joined(old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.concatenate((old, new), axis=1)
+
+
+def _newest(old: jax.Array | None, new: jax.Array | None, valid: jax.Array) -> jax.Array | None:
+    """The newest tokens of `old` and the valid ones of `new`, as many as `old` holds."""
+    if old is None or new is None:
+        return None
+    return jax.lax.dynamic_slice_in_dim(_joined(old, new), valid, old.shape[1], axis=1)
+
+
+def _features(
+    recent: Recent, keys: KeySide, length: jax.Array, config: AttentionConfig
+) -> jax.Array:
+    """Features of the blocks that new tokens lie in, [B, blocks, Hkv, d_s].
+
+    Those of blocks that are not yet complete are never used, and made again later.
+    """
+    size, tokens = config.block_size, keys.k.shape[1]
+    blocks = touched(tokens, size)
+    begin = length // size * size - (length - size)
+    parts = []
+    for old, new in (
+        (recent.pool_inputs, keys.block_inputs),
+        (recent.pool_logits, keys.block_logits),
+    ):
+        both = _joined(old, new)
+        padded = jnp.pad(both, ((0, 0), (0, 2 * size)) + ((0, 0),) * (both.ndim - 2))
+        parts.append(jax.lax.dynamic_slice_in_dim(padded, begin, blocks * size, axis=1))
+    return block_features(*parts, size)

@@ -4,9 +4,8 @@ import dataclasses
 import functools
 import os
 import shlex
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsex_jax.benchmarks.names import (
     DIRECTIONS,
@@ -20,18 +19,20 @@ from sparsex_jax.benchmarks.names import (
     Selection,
 )
 from sparsex_jax.benchmarks.tables import format_number
-from sparsex_jax.commands.arguments import (
-    format_length,
-    make_console,
-    make_progress,
-    parse,
-    parse_length,
-    parse_lengths,
+from sparsex_jax.commands.arguments import parse, parse_length
+from sparsex_jax.commands.bench_cache import (
+    DecodeArguments,
+    PrefillArguments,
+    decode,
+    prefill,
 )
+from sparsex_jax.commands.running import given_settings, run_benchmark
 from sparsex_jax.config import ConfigError
 
 if TYPE_CHECKING:
-    from sparsex_jax.benchmarks.runner import Benchmark, Row
+    from sparsex_jax.benchmarks.runner import Row
+
+WHAT = ("attention", "numerics", "decode", "prefill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +130,22 @@ def main(arguments: list[str]) -> int:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     command = shlex.join(["sparsex", "bench", *arguments])
     if name in ("-h", "--help"):
-        print("usage: sparsex bench attention [arguments]")
-        print("       sparsex bench numerics [arguments]\n")
-        print("`sparsex bench attention --help` and `sparsex bench numerics --help` tell more.")
+        for begin, each in zip(("usage:", *[" " * 6] * 3), WHAT, strict=True):
+            print(f"{begin} sparsex bench {each} [arguments]")
+        print("\n`sparsex bench attention --help`, say, tells more.")
         return 0
     if name == "attention":
         return attention(parse(AttentionArguments, "bench attention", rest), command)
     if name == "numerics":
         return numerics(parse(NumericsArguments, "bench numerics", rest), command)
+    if name == "decode":
+        return decode(parse(DecodeArguments, "bench decode", rest), command)
+    if name == "prefill":
+        return prefill(parse(PrefillArguments, "bench prefill", rest), command)
     given = f"{name!r}" if arguments else "nothing"
     raise ConfigError(
-        f"bench must be followed by what to measure, not {given}: use attention or numerics"
+        f"bench must be followed by what to measure, not {given}: use {', '.join(WHAT[:-1])} or"
+        f" {WHAT[-1]}"
     )
 
 
@@ -153,7 +159,7 @@ def attention(arguments: AttentionArguments, command: str) -> int:
     path = arguments.out or default_path("attention")
     check = arguments.check_length
     short = None if check == "0" else parse_length(check, "check_length")
-    given = _given(arguments)
+    given = given_settings(arguments)
     del given["target"]
     settings = Settings(**given | {"check_length": short})
     check_writable(path)
@@ -162,7 +168,7 @@ def attention(arguments: AttentionArguments, command: str) -> int:
         (f"comparing {step.case.part}, {step.direction}", functools.partial(benchmark.check, step))
         for step in benchmark.checks()
     ]
-    return _run(benchmark, _describe_times, checks)
+    return run_benchmark(benchmark, _describe_times, checks)
 
 
 def _compile(arguments: AttentionArguments, command: str) -> int:
@@ -172,7 +178,7 @@ def _compile(arguments: AttentionArguments, command: str) -> int:
     from sparsex_jax.benchmarks.compiled import DEFAULT, PATH, Benchmark, Settings
     from sparsex_jax.benchmarks.results import check_writable
 
-    given = _given(arguments)
+    given = given_settings(arguments)
     for name in ("selection", "samples", "seconds", "dense_seconds", "check_length", "seed"):
         usual = getattr(AttentionArguments, name)
         if (value := given.pop(name)) != usual:
@@ -184,7 +190,9 @@ def _compile(arguments: AttentionArguments, command: str) -> int:
         given["target"] = DEFAULT
     settings, path = Settings(**given), arguments.out or PATH
     check_writable(path)
-    return _run(Benchmark(settings, path, command, resume=arguments.resume), _describe_compiled)
+    return run_benchmark(
+        Benchmark(settings, path, command, resume=arguments.resume), _describe_compiled
+    )
 
 
 def numerics(arguments: NumericsArguments, command: str) -> int:
@@ -193,65 +201,13 @@ def numerics(arguments: NumericsArguments, command: str) -> int:
     from sparsex_jax.benchmarks.results import check_writable, default_path
 
     path = arguments.out or default_path("numerics")
-    settings = Settings(**_given(arguments) | {"block": parse_length(arguments.block, "block")})
+    settings = Settings(
+        **given_settings(arguments) | {"block": parse_length(arguments.block, "block")}
+    )
     check_writable(path)
-    return _run(Benchmark(settings, path, command, resume=arguments.resume), _describe_errors)
-
-
-def _given(arguments: AttentionArguments | NumericsArguments) -> dict[str, Any]:
-    """The arguments that are settings, lengths as numbers."""
-    given = dataclasses.asdict(arguments)
-    del given["out"], given["resume"]
-    return given | {"lengths": tuple(parse_lengths(arguments.lengths))}
-
-
-def _run[Step](
-    benchmark: "Benchmark[Step]",
-    describe: Callable[["Row"], str],
-    checks: Sequence[tuple[str, Callable[[], None]]] = (),
-) -> int:
-    """Measures what is missing, tells of each row; 1 if one is wrong or failed.
-
-    Args:
-      benchmark: what to measure.
-      describe: a measured row in words.
-      checks: what to call before, with names.
-    """
-    from sparsex_jax.benchmarks.runner import BAD
-
-    console = make_console()
-    say = functools.partial(console.print, markup=False, soft_wrap=True)
-    steps, bad = benchmark.steps(), False
-    if benchmark.rows:
-        say(f"{len(benchmark.rows)} rows are in {benchmark.path} already")
-    with make_progress(console) as bar:
-        shown = bar.add_task("", total=len(checks) + len(steps))
-        for name, check in checks:
-            bar.update(shown, description=name)
-            check()
-            bar.advance(shown)
-        for step in steps:
-            name = _name(benchmark.identity(step))
-            bar.update(shown, description=name)
-            row = benchmark.measure(step)
-            bad |= row["status"] in BAD
-            say(f"{name}: {_outcome(row, describe)}")
-            bar.advance(shown)
-    say(f"results: {benchmark.path} (`sparsex report` shows them)")
-    return int(bad)
-
-
-def _name(row: "Row") -> str:
-    """What a row measures, in words."""
-    details = [row[name] for name in ("part", "direction", "logits") if name in row]
-    return f"{format_length(row['tokens'])} {row['system']} {', '.join(details)}"
-
-
-def _outcome(row: "Row", describe: Callable[["Row"], str]) -> str:
-    """A row in words."""
-    if row["status"] not in ("measured", "compiled"):
-        return f"{row['status'].replace('_', ' ')}: {row['note']}"
-    return describe(row) + (f" ({row['note']})" if row["note"] else "")
+    return run_benchmark(
+        Benchmark(settings, path, command, resume=arguments.resume), _describe_errors
+    )
 
 
 def _describe_times(row: "Row") -> str:

@@ -1,6 +1,8 @@
 """`sparsex eval`."""
 
 import dataclasses
+import functools
+import itertools
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from sparsex_jax.config import ConfigError
 from sparsex_jax.errors import is_memory_full
 
 if TYPE_CHECKING:
+    from sparsex_jax.cache import Engine, Tier
     from sparsex_jax.modules import Transformer
 
 Task = Literal[
@@ -37,7 +40,10 @@ class NeedleArguments:
       tasks: which ones.
       lengths: tokens of a prompt with its answer; 4096, 16K and 1M are understood.
       samples: questions for each task and length.
-      batch_size: questions answered at the same time; auto fits them to the device.
+      tiers: where the cache keeps keys and values of old blocks: device and host are exact,
+        compressed forgets; each gets rows of its own.
+      batch_size: questions answered at the same time; auto fits them to the device. In the tier
+        host it is 1.
       haystack: folder of text files; by default the held-out split of the sources of Python's
         standard library.
       seed: decides the questions.
@@ -48,6 +54,7 @@ class NeedleArguments:
     tasks: tuple[Task, ...] = ("single_2", "single_3")
     lengths: tuple[str, ...] = ("16K", "128K")
     samples: int = 100
+    tiers: tuple[Literal["device", "host", "compressed"], ...] = ("device",)
     batch_size: int | Literal["auto"] = "auto"
     haystack: Path | None = None
     seed: int = 0
@@ -78,6 +85,8 @@ def needle(arguments: NeedleArguments, command: str) -> None:
     lengths = parse_lengths(arguments.lengths)
     if not arguments.tasks:
         raise ConfigError("tasks must name at least one: use single_2, say")
+    if not arguments.tiers:
+        raise ConfigError("tiers must name at least one: use device, say")
     for name in ("samples", "batch_size"):
         value = getattr(arguments, name)
         if value != "auto" and value < 1:
@@ -96,14 +105,15 @@ def needle(arguments: NeedleArguments, command: str) -> None:
     config = describe_run(arguments.checkpoint, model.config, description, arguments.seed)
     config["batch_size"] = arguments.batch_size
     rows: list[dict[str, Any]] = []
-    for length in lengths:
-        ask = _Questions(arguments, model, length, tokenizer, haystack)
+    for length, tier in itertools.product(lengths, arguments.tiers):
+        ask = _Questions(arguments, model, length, tier, tokenizer, haystack)
         for task in arguments.tasks:
             with make_progress(console) as bar:
-                rows.append(ask(task, bar))
+                rows.append(ask(task, bar) | {"tier": tier})
             # After each task, since a later one may fail.
             write_results(path, "needle", command, config, rows, crc32)
-            console.print(f"{task} at {format_length(length)}: {_outcome(rows[-1])}")
+            where = "" if arguments.tiers == ("device",) else f", tier {tier}"
+            console.print(f"{task} at {format_length(length)}{where}: {_outcome(rows[-1])}")
     console.print(_table(rows))
     console.print(f"results: {path}", markup=False, soft_wrap=True)
 
@@ -111,21 +121,31 @@ def needle(arguments: NeedleArguments, command: str) -> None:
 class _Questions:
     """Asks the questions of any task at one length, with one compiled engine."""
 
-    def __init__(self, arguments, model: "Transformer", length: int, tokenizer, haystack):
-        from sparsex_jax.cache import Engine
-        from sparsex_jax.commands.model import chunk_size, fitting_batch_size
+    def __init__(
+        self, arguments, model: "Transformer", length: int, tier: "Tier", tokenizer, haystack
+    ):
+        from sparsex_jax.commands.model import fitting_batch_size
 
         size = arguments.batch_size
         if size == "auto":
             size = fitting_batch_size(length, arguments.samples)
-        self.arguments, self.length, self.batch_size = arguments, length, size
+        self.arguments, self.model, self.length, self.tier = arguments, model, length, tier
+        self.batch_size = 1 if tier == "host" else size
         self.tokenizer, self.haystack = tokenizer, haystack
-        self.engine = Engine(model, length, size, chunk_size())
+
+    @functools.cached_property
+    def engine(self) -> "Engine":
+        """Reads and answers; raises CacheMemoryError where its cache does not fit."""
+        from sparsex_jax.cache import Engine
+        from sparsex_jax.commands.model import chunk_size
+
+        return Engine(self.model, self.length, self.batch_size, chunk_size(), self.tier)
 
     def __call__(self, task: str, bar) -> dict[str, Any]:
         """The row of a task, without numbers if the device's memory is too small for it."""
         from jax.errors import JaxRuntimeError
 
+        from sparsex_jax.cache import CacheMemoryError
         from sparsex_jax.tasks import evaluate, make_row
 
         name = f"{task}, {format_length(self.length)}"
@@ -137,6 +157,8 @@ class _Questions:
                 haystack=self.haystack, batch_size=self.batch_size, seed=self.arguments.seed,
                 on_answer=lambda answer: bar.advance(shown),
             ).row  # fmt: skip
+        except CacheMemoryError:
+            return make_row("sparsex", task, self.length, [], status="out_of_memory")
         except JaxRuntimeError as error:
             if not is_memory_full(error):
                 raise
@@ -151,10 +173,18 @@ def _outcome(row: dict[str, Any]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     table = rich.table.Table()
-    for name in ("task", "length", "samples", "correct", "accuracy", "95 % interval (Wilson)"):
+    for name in (
+        "task",
+        "length",
+        "tier",
+        "samples",
+        "correct",
+        "accuracy",
+        "95 % interval (Wilson)",
+    ):
         table.add_column(name)
     for row in rows:
-        cells = [row["task"], format_length(row["tokens"]), str(row["samples"])]
+        cells = [row["task"], format_length(row["tokens"]), row["tier"], str(row["samples"])]
         if row["status"] == "measured":
             interval = f"{row['low']:.1%} to {row['high']:.1%}"
             cells += [f"{row['correct']:g}", f"{row['accuracy']:.1%}", interval]

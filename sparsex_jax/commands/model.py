@@ -13,7 +13,7 @@ from sparsex_jax.config import ModelConfig
 from sparsex_jax.modules import Transformer
 from sparsex_jax.tasks import Corpus, Tokenizer
 from sparsex_jax.tasks import load as load_tokenizer
-from sparsex_jax.training import CheckpointError, load_model
+from sparsex_jax.training import CheckpointError, load_model, model_crc32
 from sparsex_jax.training.checkpoints import to_json
 
 LARGEST_BATCH = 16
@@ -65,6 +65,15 @@ def load(checkpoint: Path) -> tuple[Transformer, Tokenizer, str]:
 def name_of(checkpoint: Path) -> str:
     """A name for people and results files, the same on every machine for the shipped model."""
     return "nano (shipped)" if checkpoint == SHIPPED_MODEL else str(checkpoint)
+
+
+def fingerprint(checkpoint: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str, object]:
+    """What decides the numbers in a cache, by names that a message can use."""
+    return {
+        "model": to_json(model.config),
+        "weights": model_crc32(checkpoint),
+        "tokenizer": tokenizer.fingerprint,
+    }
 
 
 def describe_run(

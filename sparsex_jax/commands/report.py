@@ -14,6 +14,8 @@ ATTENTION = ("attention", "attention_peers")
 ACCURACY = ("needle",)
 NUMERICS = ("numerics",)
 PLANS = ("plan",)
+DECODE = ("decode",)
+PREFILL = ("prefill",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +94,12 @@ def _check(path: Path, results: dict[str, Any]) -> None:
         fields = tables.NUMERICS_FIELDS
     elif name in PLANS:
         fields = tables.PLAN_FIELDS
+    elif name in DECODE:
+        fields = tables.ATTENTION_FIELDS
+    elif name in PREFILL:
+        fields = tables.PREFILL_FIELDS
     else:
-        known = ", ".join(ATTENTION + ACCURACY + NUMERICS + PLANS)
+        known = ", ".join(ATTENTION + ACCURACY + NUMERICS + PLANS + DECODE + PREFILL)
         raise ConfigError(f"{path} has benchmark={name!r}, not {known}")
     for number, row in enumerate(results["rows"]):
         more = of_targets if row.get("target") else ()
@@ -120,6 +126,13 @@ def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
     elif results["benchmark"] in PLANS:
         print("A training step, compiled and not run; GiB on each chip.\n")
         print(tables.plan_table(results["rows"], format_length), end="\n\n")
+    elif results["benchmark"] in DECODE:
+        print("Milliseconds of one decoding step of one layer over a full cache.\n")
+        _print_attention(results["rows"])
+    elif results["benchmark"] in PREFILL:
+        model = (results.get("config") or {}).get("model_name")
+        print(f"A context read in chunks by {model}.\n")
+        print(tables.prefill_table(results["rows"], format_length), end="\n\n")
     else:
         _print_attention([row for row in results["rows"] if not row.get("target")])
         compiled = [row for row in results["rows"] if row.get("target")]

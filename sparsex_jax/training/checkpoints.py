@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import sparsex_jax
+from sparsex_jax import manifest
 from sparsex_jax.config import AttentionConfig, ConfigError, ModelConfig
-from sparsex_jax.training import manifest
 from sparsex_jax.training.errors import CheckpointError, first_line, is_disk_full
 
 

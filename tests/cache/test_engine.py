@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from sparsex_jax.cache import Engine
-from sparsex_jax.cache.engine import empty_cache, extend
+from sparsex_jax.cache.engine import extend
+from sparsex_jax.cache.layer import empty_layers
 from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
 
 CONFIGS = {
@@ -28,9 +29,10 @@ def test_any_chunking_equals_the_forward_pass(name):
     expected = np.asarray(model.logits(model(tokens)))
     step = nnx.jit(extend)
     for chunks in ((150,), (1,) * 3 + (29,) * 5 + (1,) * 2, (64, 64, 22)):
-        cache, read = empty_cache(model, 150, 2, 150), 0
+        layers, read = empty_layers(model.config, 150, 2, 150), 0
         for chunk in chunks:
-            logits, cache = step(model, cache, tokens[:, read : read + chunk], jnp.int32(chunk))
+            part = tokens[:, read : read + chunk]
+            logits, layers = step(model, layers, part, jnp.int32(read), jnp.int32(chunk))
             read += chunk
             np.testing.assert_allclose(logits, expected[:, read - 1], rtol=2e-4, atol=2e-4)
 
@@ -38,11 +40,11 @@ def test_any_chunking_equals_the_forward_pass(name):
 def test_padding_of_a_chunk_is_forgotten():
     model, tokens = make(), make_tokens(1, 120)
     expected = np.asarray(model.logits(model(tokens)))[:, -1]
-    cache, read, step = empty_cache(model, 120, 1, 32), 0, nnx.jit(extend)
+    layers, read, step = empty_layers(model.config, 120, 1, 32), 0, nnx.jit(extend)
     for valid in (32, 7, 32, 1, 19, 29):
         chunk = np.full((1, 32), 63, np.int32)
         chunk[:, :valid] = tokens[:, read : read + valid]
-        logits, cache = step(model, cache, chunk, jnp.int32(valid))
+        logits, layers = step(model, layers, chunk, jnp.int32(read), jnp.int32(valid))
         read += valid
     np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
 
@@ -79,9 +81,9 @@ def test_no_step_is_wasted(monkeypatch):
 
     read = []
 
-    def counted(model, cache, tokens, valid):
+    def counted(model, layers, tokens, *rest, **more):
         jax.debug.callback(lambda size=tokens.shape[1]: read.append(size))
-        return extend(model, cache, tokens, valid)
+        return extend(model, layers, tokens, *rest, **more)
 
     monkeypatch.setattr(module, "extend", counted)
     engine = Engine(make(), capacity=64, chunk=16)

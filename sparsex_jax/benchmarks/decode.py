@@ -1,0 +1,344 @@
+"""Times of one decoding step's attention over a full cache, against dense attention over it.
+
+A sample is many steps in one jitted loop, each of which needs the one before, so that the host's
+time to launch a step does not count. Each step has its own query and features, so that it selects
+its own blocks. Nothing gets a time whose output differs from a reference in float32.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import dispatch
+from pallas_kernels.block_selection import select_blocks
+from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.csr import BlockCSR
+from pallas_kernels.range_attention import range_attention
+from sparsex_jax.attention import landmark_branch
+from sparsex_jax.benchmarks import runner
+from sparsex_jax.benchmarks.names import DecodePart
+from sparsex_jax.benchmarks.runner import Row, require_positive, require_some
+from sparsex_jax.benchmarks.timing import compile_program, measure
+from sparsex_jax.benchmarks.workload import Workload
+from sparsex_jax.cache.device import DeviceRemote
+from sparsex_jax.cache.layer import attend
+from sparsex_jax.landmarks import build_pyramid, leaf_nodes
+from sparsex_jax.modules.attention import QuerySide
+from sparsex_jax.rotary import apply_rotary
+
+TOLERANCE = 0.02  # relative error in norm: outputs and weights are rounded to bfloat16
+SCORE_TOLERANCE = 1e-4
+_PRIMITIVES = {
+    "op": dispatch.PRIMITIVES,
+    "selection": ("block_selection",),
+    "local": ("range_attention",),
+    "landmarks": ("range_attention",),
+    "dynamic": ("block_sparse_attention",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+      lengths: tokens in the cache, ascending.
+      parts: of the op.
+      query_heads: Hq.
+      kv_heads: Hkv.
+      head_dim: D.
+      implementation: of the primitives; None picks by platform.
+      steps: decoding steps of one sample.
+      samples: taken for each row, at most.
+      seconds: time budget of a row.
+      seed: of the inputs.
+    """
+
+    lengths: tuple[int, ...]
+    parts: tuple[DecodePart, ...]
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    implementation: str | None
+    steps: int
+    samples: int
+    seconds: float
+    seed: int
+
+    def __post_init__(self):
+        require_some(self, "lengths", "parts")
+        require_positive(self, "steps", "samples", "seconds")
+        for length in self.lengths:
+            self.workload(length)
+
+    def workload(self, length: int) -> Workload:
+        """The shapes at a length."""
+        return Workload(
+            length, self.query_heads, self.kv_heads, self.head_dim,
+            implementation=self.implementation, seed=self.seed,
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """What the rows have in common, for the results file; the rest stands in them."""
+        return {
+            "attention": dataclasses.asdict(self.workload(self.lengths[0]).config),
+            "dtype": "bfloat16",
+            "method": "times are of one step; a sample is a jitted loop of `steps` of them",
+            "steps": self.steps,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "seed": self.seed,
+        }
+
+
+class Step(NamedTuple):
+    """A row to measure."""
+
+    system: str
+    part: DecodePart
+    length: int
+
+
+class Queries(NamedTuple):
+    """What the steps attend with, [steps, 1, 1, ...]."""
+
+    q: jax.Array
+    features: jax.Array
+    landmark_gate: jax.Array
+    dynamic_gate: jax.Array
+    selected: jax.Array
+    score: jax.Array
+
+
+class Past(NamedTuple):
+    """A full cache: the keys and values of the window, with RoPE, and the remote past."""
+
+    near: tuple[jax.Array, jax.Array]
+    remote: DeviceRemote
+
+
+def make_past(work: Workload) -> Past:
+    """A full cache of random keys, the last of which is the query's own."""
+    made = work.make(("k", "v", "salience", "block_features"))
+    config, reach = work.config, work.config.window + work.config.block_size + 1
+    first = work.tokens - reach
+    near_k, near_v = (made[name][:, first:] for name in "kv")
+    near_k = apply_rotary(near_k, first + jnp.arange(reach, dtype=jnp.int32), config.rope_base)
+    leaves = leaf_nodes(made["salience"], 0, config.segment_length, config.landmarks_per_segment)
+    pyramid = tuple(build_pyramid(leaves, config, sliding=False))
+    remote = DeviceRemote(made["k"], made["v"], made["salience"], made["block_features"], pyramid)
+    return Past((near_k, near_v), remote)
+
+
+def make_queries(work: Workload, past: Past, steps: int) -> Queries:
+    """Random queries of all steps, and what they select."""
+    config, key = work.config, jax.random.key(work.seed + 1)
+    heads, kv_heads = work.query_heads, work.kv_heads
+    keys = jax.random.split(key, 4)
+    q = jax.random.normal(keys[0], (steps, 1, 1, heads, work.head_dim), jnp.bfloat16)
+    features = jax.random.normal(keys[1], (steps, 1, 1, kv_heads, config.score_dim))
+    features = (features * config.score_dim**-0.5).astype(jnp.bfloat16)
+    landmark_gate, dynamic_gate = (
+        2 * jax.nn.sigmoid(jax.random.normal(k, (steps, 1, 1, heads))) for k in keys[2:]
+    )
+    limit = jnp.full(1, _local_start(work) // config.block_size, jnp.int32)
+    select = jax.jit(functools.partial(select_blocks, count=config.top_k))
+    found = [select(u, past.remote.features, limit) for u in features]
+    index, score = (jnp.stack(x) for x in zip(*found, strict=True))
+    return Queries(q, features, landmark_gate, dynamic_gate, index, score)
+
+
+def _local_start(work: Workload) -> int:
+    """a(t) of the last token; the window is shorter than the sequence."""
+    size = work.config.block_size
+    return (work.tokens - work.config.window) // size * size
+
+
+def _attend(work: Workload, part: str, implementation: str | None, past: Past, queries: Queries):
+    """The output of one step, [1, 1, heads, ...]; `queries` are those of the step."""
+    config, remote = work.config, past.remote
+    position = jnp.int32(work.tokens - 1)
+    start = jnp.full(1, _local_start(work), jnp.int32)
+    if part == "op":
+        side = QuerySide(queries.q, queries.features, queries.landmark_gate, queries.dynamic_gate)
+        return attend(side, jnp.int32(0), position, past.near, remote, config, implementation)[0]
+    if part == "selection":
+        limit = start // config.block_size
+        return select_blocks(
+            queries.features, remote.features, limit, config.top_k, implementation=implementation
+        )[1]
+    if part == "local":
+        first = work.tokens - past.near[0].shape[1]
+        end = jnp.full(1, work.tokens - first, jnp.int32)
+        return range_attention(
+            queries.q, *past.near, start - first, end, implementation=implementation
+        )[0]
+    if part == "landmarks":
+        return landmark_branch(
+            queries.q, remote.k, remote.v, remote.salience, list(remote.pyramid), position, None,
+            config=config, implementation=implementation,
+        )[0]  # fmt: skip
+    blocks = BlockCSR.from_selection(queries.selected, queries.score, work.blocks)
+    size = config.block_size
+    return block_sparse_attention(
+        queries.q, remote.k, remote.v, blocks, block_size=size, implementation=implementation
+    )[0]
+
+
+def _dense(library: Literal["cudnn", "xla"], past: Past, queries: Queries):
+    return jax.nn.dot_product_attention(
+        queries.q, past.remote.k, past.remote.v, implementation=library
+    )
+
+
+def _loop(step: Callable, past: Past, queries: Queries) -> jax.Array:
+    """Runs all steps; the queries of each depend on the output of the one before."""
+
+    def body(last, queries: Queries):
+        # Too little to change what is selected, but nothing that could be left out.
+        shift = (last * 1e-6).astype(queries.q.dtype)
+        queries = queries._replace(q=queries.q + shift, features=queries.features + shift)
+        return jnp.max(step(past, queries).astype(jnp.float32)), None
+
+    return jax.lax.scan(body, jnp.float32(0), queries)[0]
+
+
+class Benchmark(runner.Benchmark[Step]):
+    """Times the parts of `settings` and dense attention; see `runner.Benchmark`."""
+
+    name = "decode"
+    fields = (
+        "milliseconds", "milliseconds_q1", "milliseconds_q3", "samples", "steps",
+        "speedup_over_dense", "peak_bytes", "max_error", "status", "note",
+    )  # fmt: skip
+
+    def __init__(self, settings: Settings, path: Path, command: str, *, resume: bool = False):
+        super().__init__(settings.describe(), path, command, resume=resume)
+        self.settings = settings
+        self._inputs: tuple[int, Past, Queries] | None = None
+
+    def all_steps(self) -> list[Step]:
+        """A step for each row, in order; dense attention comes with the op, and first."""
+        libraries = ["xla"] if jax.default_backend() != "gpu" else ["cudnn", "xla"]
+        dense = [f"dense_{library}" for library in libraries]
+        steps = []
+        for length in self.settings.lengths:
+            for part in self.settings.parts:
+                systems = [*dense, "sparsex"] if part == "op" else ["sparsex"]
+                steps += [Step(system, part, length) for system in systems]
+        return steps
+
+    def identity(self, step: Step) -> Row:
+        """The fields that tell rows apart."""
+        settings = self.settings
+        return {
+            "system": step.system,
+            "part": step.part,
+            "direction": "forward",
+            "tokens": step.length,
+            "query_heads": settings.query_heads,
+            "kv_heads": settings.kv_heads,
+            "head_dim": settings.head_dim,
+            "implementation": self._implementation(step),
+        }
+
+    def _implementation(self, step: Step) -> str:
+        if step.system != "sparsex":
+            return step.system.removeprefix("dense_")
+        if self.settings.implementation is not None:
+            for primitive in _PRIMITIVES[step.part]:
+                dispatch.select(primitive, self.settings.implementation)
+            return self.settings.implementation
+        taken = {primitive: name for primitive, name, _ in dispatch.explain()}
+        return ", ".join(dict.fromkeys(taken[name] for name in _PRIMITIVES[step.part]))
+
+    def inputs(self, length: int) -> tuple[Past, Queries]:
+        """Those of a length, which all its rows share."""
+        if self._inputs is None or self._inputs[0] != length:
+            self._inputs = None  # gone before others are made
+            work = self.settings.workload(length)
+            past = make_past(work)
+            self._inputs = length, past, make_queries(work, past, self.settings.steps)
+        return self._inputs[1:]
+
+    def run(self, step: Step) -> Row:
+        """The fields beyond `identity`."""
+        settings, work = self.settings, self.settings.workload(step.length)
+        past, queries = self.inputs(step.length)
+        attend = self._function(step, work)
+        one = jax.tree.map(lambda x: x[0], queries)
+        error = relative_error(
+            jax.jit(attend)(past, one), jax.jit(_reference(step, work))(past, one)
+        )
+        tolerance = SCORE_TOLERANCE if step.part == "selection" else TOLERANCE
+        if not error <= tolerance:
+            note = f"the output differs from the reference by {error:.3g}, over {tolerance:g}"
+            return {"max_error": _finite(error), "status": "wrong", "note": note}
+        program, temporaries = compile_program(functools.partial(_loop, attend), past, queries)
+        timing = measure(lambda: program(past, queries), settings.samples, settings.seconds)
+        q1, median, q3 = (x / settings.steps for x in timing.quartiles())
+        return {
+            "milliseconds": median,
+            "milliseconds_q1": q1,
+            "milliseconds_q3": q3,
+            "samples": len(timing.seconds),
+            "steps": settings.steps,
+            "speedup_over_dense": self._speedup(step, median),
+            "peak_bytes": temporaries,
+            "max_error": error,
+            "status": "measured",
+        }
+
+    def _function(self, step: Step, work: Workload) -> Callable:
+        if step.system == "sparsex":
+            given = self.settings.implementation
+            return functools.partial(_attend, work, step.part, given)
+        return functools.partial(_dense, "cudnn" if step.system == "dense_cudnn" else "xla")
+
+    def _speedup(self, step: Step, milliseconds: float) -> float | None:
+        """Over the fastest dense attention of this length; its parts have none."""
+        if step.part != "op":
+            return None
+        dense = [
+            row["milliseconds"]
+            for row in self.rows
+            if row["system"].startswith("dense_")
+            and row["tokens"] == step.length
+            and row["status"] == "measured"
+        ]
+        if step.system == "sparsex":
+            return min(dense) / milliseconds if dense else None
+        return 1.0
+
+
+def _reference(step: Step, work: Workload) -> Callable:
+    """The same step in plain JAX and float32."""
+
+    def compute(past: Past, queries: Queries):
+        with jax.default_matmul_precision("highest"):
+            past, queries = jax.tree.map(_widened, (past, queries))
+            if step.system == "sparsex":
+                return _attend(work, step.part, "reference", past, queries)
+            return _dense("xla", past, queries)
+
+    return compute
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+
+
+def relative_error(found: jax.Array, wanted: jax.Array) -> float:
+    """Norm of the difference over the norm of what is right, in f64."""
+    a, b = (np.asarray(x, np.float64) for x in (found, wanted))
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+
+
+def _finite(x: float) -> float | None:
+    return x if np.isfinite(x) else None

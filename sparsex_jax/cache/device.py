@@ -1,0 +1,188 @@
+"""The remote past of a sparse layer with all keys and values in the device's memory.
+
+Every array is append-only: what lies beyond the length is never read, and is overwritten by the
+tokens that follow. So one copy serves any number of answers to the same context.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sparsex_jax.attention import dynamic_branch, landmark_branch
+from sparsex_jax.config import AttentionConfig, ModelConfig
+from sparsex_jax.fusion import Branch
+from sparsex_jax.landmarks import Nodes, leaf_nodes, merge_pairs, num_levels
+from sparsex_jax.modules.attention import KeySide, QuerySide
+
+# Kernels take keys in multiples of 8 and features in multiples of 8 blocks: padding the whole
+# cache for them would be a copy of it.
+_WHOLE_BLOCKS = 8
+
+
+class DeviceRemote(NamedTuple):
+    """The past of a sparse layer; N is the capacity, rounded up.
+
+    Attributes:
+      k: [B, N, Hkv, D], with RoPE exactly if the fusion is "softmax".
+      v: [B, N, Hkv, D].
+      salience: f32 [B, N, Hkv].
+      features: of complete blocks, [B, N / S, Hkv, d_s].
+      pyramid: aligned nodes, level by level.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    salience: jax.Array
+    features: jax.Array
+    pyramid: tuple[Nodes, ...]
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, batch_size: int, capacity: int, chunk: int
+    ) -> "DeviceRemote":
+        """For up to `capacity` tokens a sequence, which come in chunks of up to `chunk`."""
+        attention, heads, dtype = config.attention, config.num_kv_heads, jnp.dtype(config.dtype)
+        tokens = room(capacity, chunk, attention)
+        keys = batch_size, tokens, heads, config.head_dim
+        blocks = batch_size, tokens // attention.block_size, heads, attention.score_dim
+        return cls(
+            k=jnp.zeros(keys, dtype),
+            v=jnp.zeros(keys, dtype),
+            salience=jnp.zeros(keys[:3], jnp.float32),
+            features=jnp.zeros(blocks, dtype),
+            pyramid=empty_pyramid(attention, batch_size, heads, capacity, chunk),
+        )
+
+    def split(self) -> tuple[tuple, "DeviceRemote"]:
+        """What an answer must not change, and what it only writes behind the context."""
+        return (), self
+
+    @staticmethod
+    def join(kept: tuple, appended: "DeviceRemote") -> "DeviceRemote":
+        """The inverse of `split`."""
+        return appended
+
+    def append(
+        self,
+        keys: KeySide,
+        features: jax.Array,
+        length: jax.Array,
+        valid: jax.Array,
+        config: AttentionConfig,
+    ) -> "DeviceRemote":
+        """Remembers new tokens.
+
+        Args:
+          keys: of the tokens [B, C, ...], as they are stored.
+          features: of the blocks that they lie in, [B, blocks, Hkv, d_s].
+          length: tokens before, int32 scalar.
+          valid: of the new tokens, how many count, int32 scalar.
+          config: of the attention.
+        """
+        salience = write(self.salience, keys.salience, length)
+        leaves = touched_leaves(salience, length, keys.k.shape[1], config)
+        return DeviceRemote(
+            k=write(self.k, keys.k, length),
+            v=write(self.v, keys.v, length),
+            salience=salience,
+            features=write(self.features, features, length // config.block_size),
+            pyramid=extend_pyramid(self.pyramid, leaves, length, keys.k.shape[1], config),
+        )
+
+    def attend(
+        self,
+        queries: QuerySide,
+        first_position: jax.Array,
+        local_start: jax.Array,
+        config: AttentionConfig,
+        implementation: str | None = None,
+    ) -> tuple[Branch | None, Branch | None, "DeviceRemote"]:
+        """The branches of landmarks and of selected blocks, None where the config has none.
+
+        Args:
+          queries: of neighbouring tokens; q with RoPE exactly if the fusion is "softmax".
+          first_position: of the first of them, int32 scalar.
+          local_start: a(t), int32 [T].
+          config: of the attention.
+          implementation: of the primitives.
+
+        Returns:
+          (landmarks, dynamic, the cache, which a tier may change as it reads).
+        """
+        landmarks = dynamic = None
+        if config.landmarks != "off":
+            landmarks = landmark_branch(
+                queries.q, self.k, self.v, self.salience, list(self.pyramid), first_position, None,
+                config=config, implementation=implementation,
+            )  # fmt: skip
+        if config.top_k:
+            dynamic = dynamic_branch(
+                queries.q, self.k, self.v, queries.features, self.features, local_start, None,
+                config=config, implementation=implementation,
+            )  # fmt: skip
+        return landmarks, dynamic, self
+
+
+def room(capacity: int, chunk: int, config: AttentionConfig) -> int:
+    """Tokens that the arrays of a cache hold: whole blocks, and a chunk beyond the capacity."""
+    unit = config.block_size * _WHOLE_BLOCKS
+    return -(-(capacity + chunk + 2 * config.segment_length) // unit) * unit
+
+
+def write(old: jax.Array, new: jax.Array, place: jax.Array, axis: int = 1) -> jax.Array:
+    """`old` with `new` from `place` on."""
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), place, axis)
+
+
+def touched(tokens: int, unit: int) -> int:
+    """Most units of `unit` tokens that `tokens` tokens in a row can lie in."""
+    return (tokens + unit - 2) // unit + 1
+
+
+def empty_pyramid(
+    config: AttentionConfig, batch_size: int, heads: int, capacity: int, chunk: int
+) -> tuple[Nodes, ...]:
+    """Nodes of all levels that `capacity` tokens need."""
+    if config.landmarks == "off":
+        return ()
+    levels = []
+    for level in range(num_levels(capacity // config.segment_length, config)):
+        width = config.segment_length << level
+        # Slices of whole pairs are read and written; room behind the end keeps them in place.
+        nodes = capacity // width + touched(chunk, width) + 6
+        shape = (batch_size, heads, nodes, config.landmarks_per_segment)
+        levels.append(Nodes(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)))
+    return tuple(levels)
+
+
+def touched_leaves(
+    salience: jax.Array, length: jax.Array, tokens: int, config: AttentionConfig
+) -> Nodes:
+    """Nodes of level 0 that `tokens` new tokens lie in, from salience f32 [B, N, Hkv] of all."""
+    width = config.segment_length
+    begin, size = length // width * width, touched(tokens, width) * width
+    part = jax.lax.dynamic_slice_in_dim(salience, begin, size, axis=1)
+    return leaf_nodes(part, begin, width, config.landmarks_per_segment)
+
+
+def extend_pyramid(
+    pyramid: tuple[Nodes, ...],
+    leaves: Nodes,
+    length: jax.Array,
+    tokens: int,
+    config: AttentionConfig,
+) -> tuple[Nodes, ...]:
+    """Rebuilds the nodes that new tokens lie in; those not yet complete are never visible."""
+    levels: list[Nodes] = []
+    for level, nodes in enumerate(pyramid):
+        width = config.segment_length << level
+        first, count = length // width, touched(tokens, width)
+        new = leaves
+        if level:
+            children = (
+                jax.lax.dynamic_slice_in_dim(x, 2 * first, 2 * count, axis=2) for x in levels[-1]
+            )
+            new = merge_pairs(Nodes(*children))
+        levels.append(Nodes(*(write(*x, first, axis=2) for x in zip(nodes, new, strict=True))))
+    return tuple(levels)

@@ -1,0 +1,79 @@
+"""`sparsex ask`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from sparsex_jax.commands.arguments import SHIPPED_MODEL, make_console, make_progress, parse
+from sparsex_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Answers questions from a cache that `sparsex ingest` made, without reading the text again.
+
+    Attributes:
+      directory: of the cache.
+      question: what the model reads after the text; several are answered one by one.
+      model: directory of the model that made the cache; by default the one that comes with sparsex.
+      tier: where keys and values are while it is asked, "device" or "host"; by default as ingested.
+      max_new_tokens: most tokens of an answer.
+      temperature: of the softmax that tokens are drawn from; 0 takes the most likely one.
+      top_p: tokens are drawn from the fewest likely ones that have this probability together.
+      seed: decides what is drawn.
+    """
+
+    directory: tyro.conf.Positional[Path]
+    question: tyro.conf.Positional[tuple[str, ...]]
+    model: Path = SHIPPED_MODEL
+    tier: Literal["device", "host", "compressed"] | None = None
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def main(arguments: list[str]) -> None:
+    """Parses the arguments and runs the command."""
+    ask(parse(Arguments, "ask", arguments))
+
+
+def ask(arguments: Arguments) -> None:
+    """Runs the command."""
+    from sparsex_jax.cache import Engine, Sampling
+    from sparsex_jax.cache.store import CacheDirectory, CacheError
+    from sparsex_jax.cache.tiers import EXACT
+    from sparsex_jax.commands.model import fingerprint, load
+    from sparsex_jax.tasks import decode_answer
+
+    sampling = Sampling(arguments.temperature, arguments.top_p)
+    if not arguments.directory.is_dir():
+        raise FileNotFoundError(f"{arguments.directory} does not exist: run `sparsex ingest` first")
+    model, tokenizer, _ = load(arguments.model)
+    directory = CacheDirectory(arguments.directory, fingerprint(arguments.model, model, tokenizer))
+    if directory.tier is None or directory.capacity is None or directory.chunk is None:
+        raise CacheError(f"{arguments.directory} holds no cache: run `sparsex ingest` first")
+    questions = tokenizer.encode_batch(arguments.question)
+    if not questions or not all(map(len, questions)):
+        raise ConfigError("a question has no tokens: give a text in quotes")
+    tier = arguments.tier or directory.tier
+    length = directory.length
+    capacity = directory.capacity
+    if tier in EXACT:
+        capacity = length + max(map(len, questions)) + arguments.max_new_tokens
+    engine = Engine(model, capacity, chunk=directory.chunk, tier=tier)
+    console = make_console()
+    with make_progress(console) as bar:
+        task = bar.add_task("loading", total=length)
+        cache = directory.load(engine, lambda tokens: bar.update(task, completed=tokens))
+    for question in questions:
+        found = engine.answer(
+            cache, [question], arguments.max_new_tokens, tokenizer.stop_ids, sampling,
+            arguments.seed,
+        )  # fmt: skip
+        console.print(decode_answer(found[0], tokenizer), markup=False, soft_wrap=True)
+    if tier == "host":
+        hits, misses = cache.block_hits
+        console.print(f"{hits} of {hits + misses} selected blocks were on the device")
