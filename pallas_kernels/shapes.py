@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def pad(x, axis: int, multiple: int, mode: str = "constant", fill=0):
     """Pads an axis to a multiple of a number: by `jnp.pad`, "constant" with `fill`."""
     missing = -x.shape[axis] % multiple
-    widths = [(0, missing if each == axis else 0) for each in range(x.ndim)]
+    widths = [(0, missing if each == axis % x.ndim else 0) for each in range(x.ndim)]
     if not missing:
         return x
     return jnp.pad(x, widths, mode, **({"constant_values": fill} if mode == "constant" else {}))

@@ -13,6 +13,7 @@ from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
+from pallas_kernels.shapes import pad
 from sparsex_jax.config import AttentionConfig
 from sparsex_jax.fusion import Branch, fuse
 from sparsex_jax.landmarks import (
@@ -29,6 +30,7 @@ from sparsex_jax.token_chunks import map_chunks
 # Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys.
 _CHUNK = 2**15
 _MAX_CHUNKS = 8
+_TOGETHER = 8  # keys, of which kernels take multiples: lists of landmarks are filled up to one
 
 
 def sparse_attention(
@@ -273,6 +275,7 @@ def landmark_branch(
         first_block = leader_start // config.block_size
     past = remote_end(leader[None], leader_start, config) - leader_start
     listed = visible_landmarks(pyramid, past // config.segment_length, first_block, config)
+    listed = pad(listed, -1, _TOGETHER, fill=-1)
     length = listed.shape[-1]
     keys, values, bias = gather_keys(k, v, salience, listed.reshape(*listed.shape[:2], -1))
     begin = number * length
