@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from sparsex_jax.config import TrainConfig
+from sparsex_jax.parallel import distributed
 from sparsex_jax.training import checkpoints as ckpt
 from sparsex_jax.training.data import BatchStream, corpus_fingerprint
 from sparsex_jax.training.errors import TrainingError
@@ -22,7 +23,7 @@ from sparsex_jax.training.metrics import Metrics, Progress
 from sparsex_jax.training.models import save_model
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
-from sparsex_jax.training.run_directory import lock, prepare
+from sparsex_jax.training.run_directory import last_complete, lock, prepare
 from sparsex_jax.training.step import (
     check_divisible,
     fetch,
@@ -109,7 +110,12 @@ def train(
             config, run_dir, model_class, make_dataset, tokenizer_fingerprint, data_fingerprint
         )
         stack.callback(trainer.close)
-        return trainer.run(stop)
+        distributed.resume_from(lambda: last_complete(run_dir / "checkpoints"))
+        try:
+            return trainer.run(stop)
+        except BaseException as error:
+            distributed.failed(error)  # before closing, which may wait for the others
+            raise
 
 
 class Trainer:
@@ -175,7 +181,7 @@ class Trainer:
             if self.step:
                 self.progress.say(f"resuming {self.run_dir} after step {self.step}")
         self.clock, self.clock_tokens = time.monotonic(), self._tokens(self.step)
-        while self.step < total and not stop.requested():
+        while self.step < total and not stop.requested(self.step):
             self._take_step()
             if self.step % self.config.checkpoint_every == 0 or self.step == total:
                 self._save()

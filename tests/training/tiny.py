@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from sparsex_jax.config import DataConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
+from sparsex_jax.parallel import distributed
 from sparsex_jax.training import train
 
 VOCAB = 32
@@ -95,13 +96,11 @@ def run(run_dir, config=CONFIG, tokenizer_fingerprint="tiny", **options):
 
 
 def main() -> None:
-    """Options, as JSON: "slow" (seconds a batch takes), "process" (arguments of
-    jax.distributed.initialize) and fields of the config.
+    """Options, as JSON: "slow" (seconds a batch takes), "process" (fields of
+    DistributedConfig) and fields of the config.
     """
     options = json.loads(sys.argv[2])
-    slow, process = options.pop("slow", 0), options.pop("process", None)
-    if process is not None:
-        jax.distributed.initialize(**process)
+    slow, process = options.pop("slow", 0), options.pop("process", {})
     config = dataclasses.replace(CONFIG, **options)
 
     def make_slow_dataset(*arguments, **options):
@@ -109,13 +108,14 @@ def main() -> None:
         # One batch after the other: many threads together would not be slow.
         return dataset.to_iter_dataset(grain.ReadOptions(num_threads=0))
 
-    result = train(
-        config,
-        sys.argv[1],
-        model_class=TinyModel,
-        make_dataset=make_slow_dataset,
-        tokenizer_fingerprint="tiny",
-    )
+    with distributed.processes(distributed.DistributedConfig(**process)):
+        result = train(
+            config,
+            sys.argv[1],
+            model_class=TinyModel,
+            make_dataset=make_slow_dataset,
+            tokenizer_fingerprint="tiny",
+        )
     print(result.status, result.step, result.message)
 
 
