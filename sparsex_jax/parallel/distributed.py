@@ -1,5 +1,6 @@
 """Several processes that train together: how they find each other, begin and end."""
 
+import collections
 import dataclasses
 import importlib.util
 import os
@@ -15,9 +16,10 @@ from jax._src import clusters
 from jax._src import distributed as runtime
 
 from sparsex_jax.config import ConfigError
-from sparsex_jax.parallel.watch import Group, Watch
+from sparsex_jax.parallel.watch import DAY_MS, Group, Watch
 
 _watch: Watch | None = None
+_asked: collections.Counter[str] = collections.Counter()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +249,16 @@ def resume_from(last_step: Callable[[], int | None]) -> None:
 
 
 def of_process_0(name: str, value: str) -> str:
-    """The value that process 0 gives under a name; each name serves once.
+    """The value that process 0 has for something; the own one where there is one process.
 
-    All processes have to ask for it. Returns the own value where there is one process.
+    All processes have to ask for it, and as often; they wait for each other, without a collective.
     """
-    return value if _watch is None else _watch.of_process_0(name, value)
+    client = runtime.global_state.client
+    if client is None:
+        return value
+    _asked[name] += 1
+    key = f"sparsex/given/{name}/{_asked[name]}"
+    if runtime.global_state.process_id == 0:
+        client.key_value_set(key, value)
+    client.wait_at_barrier(key, DAY_MS)
+    return client.blocking_key_value_get(key, DAY_MS)

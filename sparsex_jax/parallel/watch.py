@@ -16,10 +16,10 @@ from typing import Any
 
 # Exit status of a process that ends because of another (EX_TEMPFAIL: try again).
 LOST = 75
+DAY_MS = 86_400_000  # to wait for others as long as the watch lets us
 # How long JAX's own runtime, which words it less clearly, waits longer than we.
 _RUNTIME_SECONDS = 15
-_ALIVE, _FAILED, _GIVEN = "sparsex/state/alive/", "sparsex/state/failed", "sparsex/given/"
-_DAY_MS = 86_400_000  # the watch ends what would wait for nobody
+_ALIVE, _FAILED = "sparsex/state/alive/", "sparsex/state/failed"
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
@@ -222,18 +222,11 @@ class Watch:
 
     def finish(self) -> None:
         """Returns when all processes are done; ends this one when one is lost before."""
-        self._client.wait_at_barrier("sparsex/end", _DAY_MS)
+        self._client.wait_at_barrier("sparsex/end", DAY_MS)
         self._stopped.set()
         for thread in self._threads:
             thread.join()
         faulthandler.cancel_dump_traceback_later()
-
-    def of_process_0(self, name: str, value: str) -> str:
-        """Gives a value to the other processes or takes that of process 0."""
-        if self.group.number == 0:
-            self._client.key_value_set(f"{_GIVEN}{name}", value)
-            return value
-        return self._client.blocking_key_value_get(f"{_GIVEN}{name}", _DAY_MS)
 
     def _on_abort(self, _: int) -> None:
         """Says why JAX's runtime ends this process; returns where something else does."""

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import math
 import os
 import time
@@ -23,7 +24,7 @@ from sparsex_jax.training.metrics import Metrics, Progress
 from sparsex_jax.training.models import save_model
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
-from sparsex_jax.training.run_directory import last_complete, lock, prepare
+from sparsex_jax.training.run_directory import check_shared, last_complete, lock, prepare
 from sparsex_jax.training.step import (
     check_divisible,
     fetch,
@@ -106,6 +107,8 @@ def train(
         run_dir = prepare(Path(run_dir))
         if jax.process_index() == 0:
             stack.enter_context(lock(run_dir))
+        check_shared(run_dir)
+        check_same_command(config, tokenizer_fingerprint, data_fingerprint)
         trainer = Trainer(
             config, run_dir, model_class, make_dataset, tokenizer_fingerprint, data_fingerprint
         )
@@ -116,6 +119,23 @@ def train(
         except BaseException as error:
             distributed.failed(error)  # before closing, which may wait for the others
             raise
+
+
+def check_same_command(config: TrainConfig, tokenizer: str | None, data: str | None) -> None:
+    """Raises TrainingError unless all processes train with the same config, data and versions."""
+    own = {
+        "config": ckpt.to_json(config),
+        "tokenizer": tokenizer,
+        "data": data,
+        "versions": ckpt.versions(),
+    }
+    first = json.loads(distributed.of_process_0("command", json.dumps(own)))
+    if found := ckpt.differences(first, own):
+        raise TrainingError(
+            f"process {jax.process_index()} does not train what process 0 does:"
+            f" {ckpt.describe(found)}: start all processes with the same command, the same text"
+            " and the same versions"
+        )
 
 
 class Trainer:
@@ -154,7 +174,8 @@ class Trainer:
         self.metrics: Metrics | None = None
         self.progress: Progress | None = None
         self.checkpoints = ckpt.RunCheckpoints(run_dir / "checkpoints", config.keep)
-        self.saved_step = self.checkpoints.latest
+        latest = distributed.of_process_0("latest", json.dumps(self.checkpoints.latest))
+        self.saved_step = json.loads(latest)
         # Stages as (first step, step after the last, tokens before it).
         self.bounds = []
         steps = tokens = 0
