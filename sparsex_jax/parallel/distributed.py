@@ -8,7 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import jax
@@ -35,6 +35,7 @@ class DistributedConfig:
         process; "off" makes it a run of its own.
       start_seconds: how long a process waits at the start for the others.
       silent_seconds: a process that does not answer for so long ends the run.
+      stall_seconds: so does a batch, or the result of a step, that does not come for so long.
     """
 
     coordinator: str | None = None
@@ -43,9 +44,10 @@ class DistributedConfig:
     cluster: Literal["auto", "off"] = "auto"
     start_seconds: int = 300
     silent_seconds: int = 40
+    stall_seconds: int = 1800
 
     def __post_init__(self):
-        for name in ("start_seconds", "silent_seconds"):
+        for name in ("start_seconds", "silent_seconds", "stall_seconds"):
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name}={value} must be positive: use at least 1")
@@ -161,7 +163,7 @@ def processes(config: DistributedConfig) -> Iterator[None]:
     # What processes on CPUs talk to each other by, and what makes them stop at the same step.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", True)
-    _watch = Watch(group, config.start_seconds, config.silent_seconds)
+    _watch = Watch(group, config.start_seconds, config.silent_seconds, config.stall_seconds)
     deadline = time.monotonic() + config.start_seconds
     _wait_for_address(group, config.start_seconds)
     try:
@@ -246,6 +248,11 @@ def resume_from(last_step: Callable[[], int | None]) -> None:
     """Says how to find the step that a restarted run goes on from, for messages."""
     if _watch is not None:
         _watch.last_step = last_step
+
+
+def waiting_for(what: str) -> AbstractContextManager[None]:
+    """A context in which the main thread waits for something that may never come."""
+    return nullcontext() if _watch is None else _watch.waiting_for(what)
 
 
 def of_process_0(name: str, value: str) -> str:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Exit status of a process that ends because of another (EX_TEMPFAIL: try again).
@@ -53,14 +53,17 @@ class Watch:
       group: the processes.
       start_seconds: how long JAX waits at the start for all of them.
       silent_seconds: a process without a sign of life for so long counts as lost.
+      stall_seconds: so long may the main thread wait for one thing (`waiting_for`).
     """
 
-    def __init__(self, group: Group, start_seconds: int, silent_seconds: int):
+    def __init__(self, group: Group, start_seconds: int, silent_seconds: int, stall_seconds: int):
         self.group, self.start_seconds, self.silent_seconds = group, start_seconds, silent_seconds
+        self.stall_seconds = stall_seconds
         self.runtime_seconds = silent_seconds + _RUNTIME_SECONDS
         self.period = min(2.0, silent_seconds / 10)
         self.last_step: Callable[[], int | None] | None = None
         self._client: Any = None
+        self._waiting: tuple[str, float] | None = None  # for what, since when
         self._stopped = threading.Event()
         self._ending = threading.Lock()
         self._failing, self._own_error = False, ""
@@ -134,9 +137,29 @@ class Watch:
             silent = self._silent(self.silent_seconds)
             if silent is not None and self.group.number != silent:
                 self.end(self._lost(silent))
+            waiting = self._waiting
+            if waiting is not None and now - waiting[1] > self.stall_seconds:
+                self._stalled(waiting[0])
             grace = self.period + 1  # in which this process may fail in the same way
             if self._failure is not None and not self._failing and now - self._failure[1] > grace:
                 self.end(self._failure[0])
+
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Says that the main thread waits for something."""
+        self._waiting = what, time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting = None
+
+    def _stalled(self, what: str) -> None:
+        """Ends all processes because this one waits too long; shows where."""
+        name = f"process {self.group.number} of {self.group.size}"
+        message = f"{name} has waited {self.stall_seconds} s for {what}: {self._advice()}"
+        self._publish(message)
+        faulthandler.dump_traceback()
+        self.end(message)
 
     def _silent(self, seconds: float) -> int | None:
         """A process that gave no sign for so long; None if there is none, or nobody can know."""

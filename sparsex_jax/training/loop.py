@@ -18,13 +18,14 @@ from flax import nnx
 from sparsex_jax.config import TrainConfig
 from sparsex_jax.parallel import distributed
 from sparsex_jax.training import checkpoints as ckpt
+from sparsex_jax.training.agreement import check_same_command, check_shared
 from sparsex_jax.training.data import BatchStream, corpus_fingerprint
 from sparsex_jax.training.errors import TrainingError
 from sparsex_jax.training.metrics import Metrics, Progress
 from sparsex_jax.training.models import save_model
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
-from sparsex_jax.training.run_directory import check_shared, last_complete, lock, prepare
+from sparsex_jax.training.run_directory import last_complete, lock, prepare
 from sparsex_jax.training.step import (
     check_divisible,
     fetch,
@@ -119,23 +120,6 @@ def train(
         except BaseException as error:
             distributed.failed(error)  # before closing, which may wait for the others
             raise
-
-
-def check_same_command(config: TrainConfig, tokenizer: str | None, data: str | None) -> None:
-    """Raises TrainingError unless all processes train with the same config, data and versions."""
-    own = {
-        "config": ckpt.to_json(config),
-        "tokenizer": tokenizer,
-        "data": data,
-        "versions": ckpt.versions(),
-    }
-    first = json.loads(distributed.of_process_0("command", json.dumps(own)))
-    if found := ckpt.differences(first, own):
-        raise TrainingError(
-            f"process {jax.process_index()} does not train what process 0 does:"
-            f" {ckpt.describe(found)}: start all processes with the same command, the same text"
-            " and the same versions"
-        )
 
 
 class Trainer:
@@ -250,7 +234,9 @@ class Trainer:
                 self.config.model.vocab_size, self.restored_data,
             )  # fmt: skip
             self.restored_data = None
-        batch = place_batch(self.stream.next(), self.config.accumulation, self.mesh)
+        with distributed.waiting_for(f"the batch of step {self.step + 1}"):
+            rows = self.stream.next()
+        batch = place_batch(rows, self.config.accumulation, self.mesh)
         if stage.top_k not in self.steps_by_top_k:
             self.steps_by_top_k[stage.top_k] = make_step(
                 self.skeleton, self.optimizer, self.schedule, stage.top_k, self.mesh,
@@ -265,7 +251,8 @@ class Trainer:
         """Fetches metrics of all but the last `keep` steps; writes the rows they complete."""
         while len(self.pending) > keep:
             step, metrics, finite = self.pending.popleft()
-            self.window.append(np.asarray(metrics).tolist())
+            with distributed.waiting_for(f"the result of step {step}"):
+                self.window.append(np.asarray(metrics).tolist())
             loss = self.window[-1][0]
             if not (math.isfinite(loss) and finite):
                 what = f"the state after step {step} is not finite"

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -202,33 +201,4 @@ def test_devices_share_a_batch(start, whole, tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     process = start(tmp_path, environment=flags)
     assert process.wait() == 0, process.communicate()[1]
-    assert_close_run(tmp_path, whole)
-
-
-def start_two(start, run_dir, **options):
-    """Starts a run of two processes with a device each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    return [
-        start(
-            run_dir,
-            process={"coordinator": address, "num_processes": 2, "process_id": index},
-            **options,
-        )
-        for index in range(2)
-    ]
-
-
-def test_processes_share_a_batch_and_stop_together(start, whole, tmp_path):
-    first, second = start_two(start, tmp_path, slow=0.1)
-    wait_for(first, (tmp_path / "checkpoints" / "4").is_dir)
-    second.send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60) for process in (first, second)]
-    assert first.returncode == second.returncode == 0, outputs
-    assert all("interrupted" in output and "saved" in output for output, _ in outputs)
-    assert all("stopped by a signal to" in output for output, _ in outputs)
-    for process in start_two(start, tmp_path):
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
     assert_close_run(tmp_path, whole)

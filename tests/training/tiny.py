@@ -95,13 +95,22 @@ def run(run_dir, config=CONFIG, tokenizer_fingerprint="tiny", **options):
     )
 
 
+def with_batch_size(batch_size: int | None) -> TrainConfig:
+    """The config with another batch size in all stages."""
+    if batch_size is None:
+        return CONFIG
+    stages = [dataclasses.replace(stage, batch_size=batch_size) for stage in CONFIG.stages]
+    return dataclasses.replace(CONFIG, stages=tuple(stages))
+
+
 def main() -> None:
-    """Options, as JSON: "slow" (seconds a batch takes), "process" (fields of
-    DistributedConfig) and fields of the config.
+    """Options, as JSON: "slow" (seconds a batch takes), "process" (fields of DistributedConfig),
+    "batch_size" (of all stages) and fields of the config.
     """
     options = json.loads(sys.argv[2])
     slow, process = options.pop("slow", 0), options.pop("process", {})
-    config = dataclasses.replace(CONFIG, **options)
+    config = with_batch_size(options.pop("batch_size", None))
+    config = dataclasses.replace(config, **options)
 
     def make_slow_dataset(*arguments, **options):
         dataset = make_dataset(*arguments, **options).map(lambda batch: time.sleep(slow) or batch)
