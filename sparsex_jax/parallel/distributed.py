@@ -34,8 +34,8 @@ class DistributedConfig:
       cluster: "auto" asks Slurm, Open MPI, Cloud TPU or Kubernetes where one of them started this
         process; "off" makes it a run of its own.
       start_seconds: how long a process waits at the start for the others.
-      silent_seconds: a process that does not answer for so long ends the run.
-      stall_seconds: so does a batch, or the result of a step, that does not come for so long.
+      silent_seconds: how long a process may give no sign of life before all others end.
+      stall_seconds: how long a batch, or the result of a step, may take before all end.
     """
 
     coordinator: str | None = None
@@ -97,10 +97,10 @@ def find_group(config: DistributedConfig) -> Group | None:
     if config.coordinator is not None:
         assert config.num_processes is not None and config.process_id is not None
         group = Group(config.coordinator, config.num_processes, config.process_id)
-    elif config.cluster == "off" or (cluster := _find_cluster()) is None:
+    elif config.cluster == "off" or (found := _ask_cluster(config.start_seconds)) is None:
         return None
     else:
-        group = _ask(cluster, config.start_seconds)
+        group = found
     return group if group.size > 1 else None
 
 
@@ -123,24 +123,28 @@ def _find_cluster() -> Any:
     return None
 
 
-def _ask(cluster: Any, seconds: int) -> Group:
-    """What a cluster knows about this process."""
+def _ask_cluster(seconds: int) -> Group | None:
+    """What the cluster that started this process knows about it; None where none did."""
+    cluster = None
     try:
-        size = cluster.get_process_count()
-        if size == 1:
-            return Group("", 1, 0)
+        cluster = _find_cluster()
+        if cluster is None or (size := cluster.get_process_count()) == 1:
+            return None
         port = os.environ.get("JAX_COORDINATOR_PORT")
         address = cluster.get_coordinator_address(
             timeout_secs=seconds, override_coordinator_port=port
         )
-        local = None
-        if not issubclass(cluster, clusters.cloud_tpu_cluster.BaseTpuCluster):
-            local = cluster.get_local_process_id()
+        # On TPUs a process has all devices of its host.
+        on_tpu = issubclass(cluster, clusters.cloud_tpu_cluster.BaseTpuCluster)
+        local = None if on_tpu else cluster.get_local_process_id()
         return Group(address, size, cluster.get_process_id(), local)
+    except ConfigError:
+        raise
     except Exception as error:  # each cluster has its own ways to fail
+        name = "the cluster" if cluster is None else cluster.__name__
         raise ConfigError(
-            f"{cluster.__name__} started this process, but did not tell its place among the others"
-            f" ({error}): give --coordinator, --num-processes and --process-id, or --cluster off"
+            f"{name} that started this process does not tell its place among the others ({error}):"
+            " give --coordinator, --num-processes and --process-id, or --cluster off"
         ) from error
 
 

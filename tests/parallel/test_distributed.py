@@ -232,6 +232,9 @@ def test_tpu_on_gke_tells_the_processes(bare):
     bare.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", True)
     bare.setenv("TPU_WORKER_HOSTNAMES", "localhost,host-1,host-2")
     bare.setenv("TPU_WORKER_ID", "2")
+    bare.setenv("TPU_SKIP_MDS_QUERY", "true")  # as GKE does
+    bare.setenv("MEGASCALE_NUM_SLICES", "1")
+    bare.setenv("MEGASCALE_SLICE_ID", "0")
     bare.setenv("MEGASCALE_COORDINATOR_ADDRESS", "localhost")
     group = distributed.find_group(DistributedConfig())
     assert group == Group("localhost:8482", 3, 2)
