@@ -15,8 +15,8 @@ class StopRequest:
     """Context in which SIGTERM and SIGINT ask to stop instead of ending the process.
 
     A second signal acts as usual. Outside the main thread only the time limit counts. Of several
-    processes all stop after the same step, whichever of them is asked to: SIGTERM is noticed by
-    JAX's preemption service, which agrees on the step.
+    processes all stop after the same step, whichever of them is asked to: SIGTERM, the first and
+    any other, is noticed by JAX's preemption service, which agrees on the step.
 
     Args:
       max_minutes: wall-clock limit in minutes from construction; None for none.

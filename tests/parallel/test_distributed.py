@@ -19,13 +19,13 @@ from tests.training import tiny
 from tests.training.test_interruption import (
     assert_close_run,
     assert_same_run,
-    cache,
     complete,
     start,
     wait_for,
+    zygote,
 )
 
-__all__ = ["cache", "fail", "preset", "start", "text"]  # fixtures
+__all__ = ["fail", "preset", "start", "text", "zygote"]  # fixtures
 SILENT_SECONDS = 5
 
 
@@ -109,7 +109,7 @@ def test_processes_train_as_one_does_and_go_on_after_every_end(start, whole, tmp
     assert_close_run(several, whole)
 
 
-def test_one_of_four_hangs_and_other_numbers_of_devices_go_on(start, cache, tmp_path):
+def test_one_of_four_hangs_and_other_numbers_of_devices_go_on(start, tmp_path):
     run_dir, options = tmp_path / "run", {"batch_size": 8, "checkpoint_every": 2}
     processes = start_processes(start, run_dir, 4, slow=0.1, **options)
     outputs, seconds = interrupt(processes, run_dir, 2, signal.SIGSTOP)

@@ -5,11 +5,8 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,14 +14,23 @@ import pytest
 
 from sparsex_jax.training.metrics import TIME_FIELDS
 from tests.training import tiny
+from tests.training.zygote import Zygote
 
-ROOT = Path(__file__).parents[2]
 LAST = tiny.CONFIG.total_steps
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compilation")
+def zygote(tmp_path_factory):
+    zygote = Zygote(
+        tmp_path_factory.mktemp("output"),
+        {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilation")),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+    )
+    yield zygote
+    zygote.close()
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +42,13 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def start(cache):
+def start(zygote):
     """Starts runs as processes, in a process group of their own."""
     processes = []
 
     def start(run_dir, environment=(), **options):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.tiny", str(run_dir), json.dumps(options)],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                **dict(environment),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        processes.append(process)
-        return process
+        processes.append(zygote.start([str(run_dir), json.dumps(options)], dict(environment)))
+        return processes[-1]
 
     yield start
     for process in processes:
