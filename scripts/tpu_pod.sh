@@ -12,7 +12,7 @@
 # --worker=all, as below); /mnt/shared is a file system that all hosts mount, Filestore, say. What
 # follows ZONE goes to `sparsex train`; JAX finds the other hosts by itself. To save and stop:
 #
-#   gcloud compute tpus tpu-vm ssh NAME --zone ZONE --worker=0 --command "pkill -TERM sparsex"
+#   gcloud compute tpus tpu-vm ssh NAME --zone ZONE --worker=0 --command "pkill -TERM -x sparsex"
 #
 set -euo pipefail
 

@@ -192,8 +192,7 @@ def processes(config: DistributedConfig) -> Iterator[None]:
     except BaseException as error:
         _watch.failed(error)
         raise
-    _watch.finish()
-    jax.distributed.shutdown()
+    _watch.finish(jax.distributed.shutdown)
     _watch = None
 
 

@@ -74,10 +74,10 @@ class Watch:
         self._failure: tuple[str, float] | None = None  # of another process, and since when known
         self._threads: list[threading.Thread] = []
         self._last_words = _Handler(self._on_abort)
-        libc = ctypes.CDLL(None)
-        libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, _Handler], ctypes.c_void_p
         # From C, for abort() ends the process before a handler of Python's would be called.
-        libc.signal(signal.SIGABRT, self._last_words)
+        self._libc = ctypes.CDLL(None)
+        self._libc.signal.restype = ctypes.c_void_p
+        self._libc.signal(signal.SIGABRT, self._last_words)
 
     def begin(self, client: Any) -> None:
         """Starts to watch; all processes have met.
@@ -243,13 +243,19 @@ class Watch:
         # JAX would wait for the others, which end in their own ways.
         atexit.register(lambda: _leave(1 if hasattr(sys, "last_exc") else status))
 
-    def finish(self) -> None:
-        """Returns when all processes are done; ends this one when one is lost before."""
+    def finish(self, shutdown: Callable[[], None]) -> None:
+        """Returns when all processes are done; ends this one when one is lost before.
+
+        Args:
+          shutdown: ends JAX's part.
+        """
         self._client.wait_at_barrier("sparsex/end", DAY_MS)
         self._stopped.set()
         for thread in self._threads:
             thread.join()
         faulthandler.cancel_dump_traceback_later()
+        shutdown()
+        self._libc.signal(signal.SIGABRT, None)
 
     def _on_abort(self, _: int) -> None:
         """Says why JAX's runtime ends this process; returns where something else does."""
