@@ -138,7 +138,8 @@ class Watch:
             if silent is not None and self.group.number != silent:
                 self.end(self._lost(silent))
             waiting = self._waiting
-            if waiting is not None and now - waiting[1] > self.stall_seconds:
+            stalled = waiting is not None and now - waiting[1] > self.stall_seconds
+            if waiting is not None and stalled and self._failure is None:
                 self._stalled(waiting[0])
             grace = self.period + 1  # in which this process may fail in the same way
             if self._failure is not None and not self._failing and now - self._failure[1] > grace:

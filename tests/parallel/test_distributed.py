@@ -35,12 +35,13 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start_processes(start, run_dir, count=2, each=None, **options):
+def start_processes(start, run_dir, count=2, each=None, limits=(), **options):
     """Starts a run of several processes with a device each; `each` has more options for each."""
     process = {
         "coordinator": f"localhost:{free_port()}",
         "num_processes": count,
         "silent_seconds": SILENT_SECONDS,
+        **dict(limits),
     }
     return [
         start(run_dir, process={**process, "process_id": index}, **options, **more)
@@ -50,7 +51,7 @@ def start_processes(start, run_dir, count=2, each=None, **options):
 
 def finish(processes, status=0):
     """Outputs (stdout, stderr) of processes that end with a status."""
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate() for process in processes]
     assert all(process.returncode == status for process in processes), outputs
     return outputs
 
@@ -137,6 +138,15 @@ def test_an_error_of_one_ends_the_other(start, tmp_path):
     assert_tells(told, f"process 1 of 2 stopped: {why}")
     assert f"TrainingError: {why}" in own[1]
     assert not complete(tmp_path)[0]
+
+
+def test_a_batch_that_does_not_come_ends_all(start, tmp_path):
+    processes = start_processes(
+        start, tmp_path, each=({}, {"slow": 60}), limits={"stall_seconds": 2}
+    )
+    for output in finish(processes, LOST):
+        assert_tells(output, "process 1 of 2 has waited 2 s for the batch of step 1: restart all")
+        assert "begins anew, for it has no checkpoint" in output[1]
 
 
 CONFIGS = [

@@ -57,7 +57,7 @@ def start(zygote):
         process.communicate()
 
 
-def wait_for(process, condition, seconds=60):
+def wait_for(process, condition, seconds=120):
     """Polls until the condition holds; fails if the process ends before."""
     deadline = time.monotonic() + seconds
     while not condition():

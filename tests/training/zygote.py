@@ -65,7 +65,7 @@ class Run:
             self.returncode = int(self._paths["status"].read_text())
         return self.returncode
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=120):
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
@@ -76,7 +76,7 @@ class Run:
     def _output(self):
         return [self._paths[name].read_text() for name in ("stdout", "stderr")]
 
-    def communicate(self, timeout=60):
+    def communicate(self, timeout=120):
         self.wait(timeout)
         return tuple(self._output())
 
