@@ -43,7 +43,7 @@ class DistributedConfig:
     process_id: int | None = None
     cluster: Literal["auto", "off"] = "auto"
     start_seconds: int = 300
-    silent_seconds: int = 40
+    silent_seconds: int = 35
     stall_seconds: int = 1800
 
     def __post_init__(self):
@@ -153,7 +153,7 @@ def processes(config: DistributedConfig) -> Iterator[None]:
     """Joins the processes of a run for as long as the context lasts.
 
     Within it no process is left alone: one that dies, hangs or fails ends all others, with a line
-    on stderr and exit status `watch.LOST`, at most `silent_seconds` + 15 s later. Where there is
+    on stderr and exit status `watch.LOST`, at most 1.7 times `silent_seconds` later. Where there is
     one process only, nothing is done. Before it, JAX must not have computed anything.
 
     Raises:

@@ -17,8 +17,6 @@ from typing import Any
 # Exit status of a process that ends because of another (EX_TEMPFAIL: try again).
 LOST = 75
 DAY_MS = 86_400_000  # to wait for others as long as the watch lets us
-# How long JAX's own runtime, which words it less clearly, waits longer than we.
-_RUNTIME_SECONDS = 15
 _ALIVE, _FAILED = "sparsex/state/alive/", "sparsex/state/failed"
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
@@ -59,8 +57,10 @@ class Watch:
     def __init__(self, group: Group, start_seconds: int, silent_seconds: int, stall_seconds: int):
         self.group, self.start_seconds, self.silent_seconds = group, start_seconds, silent_seconds
         self.stall_seconds = stall_seconds
-        self.runtime_seconds = silent_seconds + _RUNTIME_SECONDS
         self.period = min(2.0, silent_seconds / 10)
+        # Of JAX's heartbeats, the last of which is up to a fifth older than the end: later
+        # than our own message and the time in which process 0 lets the others read it.
+        self.runtime_seconds = round(1.25 * (silent_seconds + 5 * self.period))
         self.last_step: Callable[[], int | None] | None = None
         self._client: Any = None
         self._waiting: tuple[str, float] | None = None  # for what, since when
