@@ -61,8 +61,8 @@ def main() -> None:
     """Runs the program and exits.
 
     With 0, also where a training was stopped and saved; with 1 if a benchmark's results are wrong
-    or failed in part; with 2 after a mistake in the input; with 130 after an interruption that
-    lost work.
+    or failed in part; with 2 after a mistake in the input; with 75 where another process of a
+    training was lost; with 130 after an interruption that lost work.
     """
     sys.exit(run(sys.argv[1:]))
 

@@ -9,6 +9,7 @@ import tyro
 
 from sparsex_jax.commands.arguments import parse
 from sparsex_jax.config import ConfigError, TrainConfig
+from sparsex_jax.parallel.distributed import DistributedConfig, processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Arguments:
       preset: a Python file that defines `config`, a TrainConfig (see configs/).
       run_dir: directory of the run: checkpoints, metrics, and at the end the model.
       max_minutes: minutes after which to save and stop.
+      distributed: the processes that train together (docs/launching.md).
       config: the preset's.
     """
 
     preset: tyro.conf.Positional[Path]
     run_dir: Path
     max_minutes: float | None = None
+    distributed: Annotated[DistributedConfig, tyro.conf.arg(name="")] = DistributedConfig()
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
 
 
@@ -65,7 +68,11 @@ def load_preset(path: Path) -> TrainConfig:
 
 def train(arguments: Arguments) -> None:
     """Runs the command."""
+    import jax
+
     from sparsex_jax.training import train
 
-    result = train(arguments.config, arguments.run_dir, max_minutes=arguments.max_minutes)
-    print(result.message)
+    with processes(arguments.distributed):
+        result = train(arguments.config, arguments.run_dir, max_minutes=arguments.max_minutes)
+        if jax.process_index() == 0:
+            print(result.message)

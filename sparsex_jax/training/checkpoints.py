@@ -93,6 +93,17 @@ def _is_news(record: logging.LogRecord) -> bool:
     )
 
 
+class _Manager(ocp.CheckpointManager):
+    """orbax's, which does not look for requests to stop: `StopRequest` does.
+
+    Its own look, from a thread and at a step that is past, would set back the counter by which
+    JAX finds the step that all processes stop at.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 # What orbax adds to the name of a checkpoint that is not complete.
 TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -117,7 +128,7 @@ class RunCheckpoints:
                 # orbax would do this in a thread that a process that ends early leaves behind.
                 for unfinished in directory.glob(f"*{TEMPORARY}*"):
                     shutil.rmtree(unfinished)
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 directory.absolute(),
                 options=ocp.CheckpointManagerOptions(
                     read_only=True, save_interval_steps=0, create=False

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import math
 import os
 import time
@@ -15,14 +16,16 @@ import numpy as np
 from flax import nnx
 
 from sparsex_jax.config import TrainConfig
+from sparsex_jax.parallel import distributed
 from sparsex_jax.training import checkpoints as ckpt
+from sparsex_jax.training.agreement import check_same_command, check_shared
 from sparsex_jax.training.data import BatchStream, corpus_fingerprint
 from sparsex_jax.training.errors import TrainingError
 from sparsex_jax.training.metrics import Metrics, Progress
 from sparsex_jax.training.models import save_model
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
-from sparsex_jax.training.run_directory import lock, prepare
+from sparsex_jax.training.run_directory import last_complete, lock, prepare
 from sparsex_jax.training.step import (
     check_divisible,
     fetch,
@@ -105,11 +108,18 @@ def train(
         run_dir = prepare(Path(run_dir))
         if jax.process_index() == 0:
             stack.enter_context(lock(run_dir))
+        check_shared(run_dir)
+        check_same_command(config, tokenizer_fingerprint, data_fingerprint)
         trainer = Trainer(
             config, run_dir, model_class, make_dataset, tokenizer_fingerprint, data_fingerprint
         )
         stack.callback(trainer.close)
-        return trainer.run(stop)
+        distributed.resume_from(lambda: last_complete(run_dir / "checkpoints"))
+        try:
+            return trainer.run(stop)
+        except BaseException as error:
+            distributed.failed(error)  # before closing, which may wait for the others
+            raise
 
 
 class Trainer:
@@ -148,7 +158,8 @@ class Trainer:
         self.metrics: Metrics | None = None
         self.progress: Progress | None = None
         self.checkpoints = ckpt.RunCheckpoints(run_dir / "checkpoints", config.keep)
-        self.saved_step = self.checkpoints.latest
+        latest = distributed.of_process_0("latest", json.dumps(self.checkpoints.latest))
+        self.saved_step = json.loads(latest)
         # Stages as (first step, step after the last, tokens before it).
         self.bounds = []
         steps = tokens = 0
@@ -175,7 +186,7 @@ class Trainer:
             if self.step:
                 self.progress.say(f"resuming {self.run_dir} after step {self.step}")
         self.clock, self.clock_tokens = time.monotonic(), self._tokens(self.step)
-        while self.step < total and not stop.requested():
+        while self.step < total and not stop.requested(self.step):
             self._take_step()
             if self.step % self.config.checkpoint_every == 0 or self.step == total:
                 self._save()
@@ -223,7 +234,9 @@ class Trainer:
                 self.config.model.vocab_size, self.restored_data,
             )  # fmt: skip
             self.restored_data = None
-        batch = place_batch(self.stream.next(), self.config.accumulation, self.mesh)
+        with distributed.waiting_for(f"the batch of step {self.step + 1}"):
+            rows = self.stream.next()
+        batch = place_batch(rows, self.config.accumulation, self.mesh)
         if stage.top_k not in self.steps_by_top_k:
             self.steps_by_top_k[stage.top_k] = make_step(
                 self.skeleton, self.optimizer, self.schedule, stage.top_k, self.mesh,
@@ -238,7 +251,8 @@ class Trainer:
         """Fetches metrics of all but the last `keep` steps; writes the rows they complete."""
         while len(self.pending) > keep:
             step, metrics, finite = self.pending.popleft()
-            self.window.append(np.asarray(metrics).tolist())
+            with distributed.waiting_for(f"the result of step {step}"):
+                self.window.append(np.asarray(metrics).tolist())
             loss = self.window[-1][0]
             if not (math.isfinite(loss) and finite):
                 what = f"the state after step {step} is not finite"

@@ -24,7 +24,7 @@ def prepare(run_dir: Path) -> Path:
 @contextmanager
 def lock(run_dir: Path) -> Iterator[None]:
     """Keeps other processes out of the run directory; the lock ends with this process."""
-    with (run_dir / "lock").open("w") as file:
+    with (run_dir / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -32,3 +32,9 @@ def lock(run_dir: Path) -> Iterator[None]:
                 f"another process is training in run_dir={run_dir}: stop it, or use another one"
             ) from error
         yield
+
+
+def last_complete(checkpoints: Path) -> int | None:
+    """Step of the last complete checkpoint of a run, by the names in its folder."""
+    steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
+    return max(steps, default=None)

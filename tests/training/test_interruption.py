@@ -5,12 +5,8 @@ import json
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
 import types
-from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -18,14 +14,23 @@ import pytest
 
 from sparsex_jax.training.metrics import TIME_FIELDS
 from tests.training import tiny
+from tests.training.zygote import Zygote
 
-ROOT = Path(__file__).parents[2]
 LAST = tiny.CONFIG.total_steps
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compilation")
+def zygote(tmp_path_factory):
+    zygote = Zygote(
+        tmp_path_factory.mktemp("output"),
+        {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compilation")),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+    )
+    yield zygote
+    zygote.close()
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +42,13 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def start(cache):
+def start(zygote):
     """Starts runs as processes, in a process group of their own."""
     processes = []
 
     def start(run_dir, environment=(), **options):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.training.tiny", str(run_dir), json.dumps(options)],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                **dict(environment),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        processes.append(process)
-        return process
+        processes.append(zygote.start([str(run_dir), json.dumps(options)], dict(environment)))
+        return processes[-1]
 
     yield start
     for process in processes:
@@ -67,7 +57,7 @@ def start(cache):
         process.communicate()
 
 
-def wait_for(process, condition, seconds=60):
+def wait_for(process, condition, seconds=120):
     """Polls until the condition holds; fails if the process ends before."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -202,33 +192,4 @@ def test_devices_share_a_batch(start, whole, tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     process = start(tmp_path, environment=flags)
     assert process.wait() == 0, process.communicate()[1]
-    assert_close_run(tmp_path, whole)
-
-
-def start_two(start, run_dir, **options):
-    """Starts a run of two processes with a device each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    return [
-        start(
-            run_dir,
-            process={"coordinator_address": address, "num_processes": 2, "process_id": index},
-            **options,
-        )
-        for index in range(2)
-    ]
-
-
-def test_processes_share_a_batch_and_stop_together(start, whole, tmp_path):
-    first, second = start_two(start, tmp_path, slow=0.1)
-    wait_for(first, (tmp_path / "checkpoints" / "4").is_dir)
-    second.send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60) for process in (first, second)]
-    assert first.returncode == second.returncode == 0, outputs
-    assert all("interrupted" in output and "saved" in output for output, _ in outputs)
-    assert "stopped by process 1" in outputs[0][0] and "SIGTERM" in outputs[1][0]
-    for process in start_two(start, tmp_path):
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
     assert_close_run(tmp_path, whole)

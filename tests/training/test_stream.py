@@ -82,10 +82,10 @@ def test_time_limit_that_is_none(minutes, tmp_path):
 
 def test_a_signal_asks_to_stop_and_a_second_one_acts_as_usual():
     with StopRequest() as stop:
-        assert not stop.requested()
+        assert not stop.requested(0)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested() and stop.reason == "SIGINT"
+        assert stop.requested(0) and stop.reason == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             signal.sigtimedwait([], 1)
-    assert StopRequest(max_minutes=0).requested()
+    assert StopRequest(max_minutes=0).requested(0)

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from sparsex_jax.config import DataConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
+from sparsex_jax.parallel import distributed
 from sparsex_jax.training import train
 
 VOCAB = 32
@@ -94,28 +95,36 @@ def run(run_dir, config=CONFIG, tokenizer_fingerprint="tiny", **options):
     )
 
 
+def with_batch_size(batch_size: int | None) -> TrainConfig:
+    """The config with another batch size in all stages."""
+    if batch_size is None:
+        return CONFIG
+    stages = [dataclasses.replace(stage, batch_size=batch_size) for stage in CONFIG.stages]
+    return dataclasses.replace(CONFIG, stages=tuple(stages))
+
+
 def main() -> None:
-    """Options, as JSON: "slow" (seconds a batch takes), "process" (arguments of
-    jax.distributed.initialize) and fields of the config.
+    """Options, as JSON: "slow" (seconds a batch takes), "process" (fields of DistributedConfig),
+    "batch_size" (of all stages) and fields of the config.
     """
     options = json.loads(sys.argv[2])
-    slow, process = options.pop("slow", 0), options.pop("process", None)
-    if process is not None:
-        jax.distributed.initialize(**process)
-    config = dataclasses.replace(CONFIG, **options)
+    slow, process = options.pop("slow", 0), options.pop("process", {})
+    config = with_batch_size(options.pop("batch_size", None))
+    config = dataclasses.replace(config, **options)
 
     def make_slow_dataset(*arguments, **options):
         dataset = make_dataset(*arguments, **options).map(lambda batch: time.sleep(slow) or batch)
         # One batch after the other: many threads together would not be slow.
         return dataset.to_iter_dataset(grain.ReadOptions(num_threads=0))
 
-    result = train(
-        config,
-        sys.argv[1],
-        model_class=TinyModel,
-        make_dataset=make_slow_dataset,
-        tokenizer_fingerprint="tiny",
-    )
+    with distributed.processes(distributed.DistributedConfig(**process)):
+        result = train(
+            config,
+            sys.argv[1],
+            model_class=TinyModel,
+            make_dataset=make_slow_dataset,
+            tokenizer_fingerprint="tiny",
+        )
     print(result.status, result.step, result.message)
 
 
