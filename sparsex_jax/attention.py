@@ -231,6 +231,24 @@ def dynamic_branch(
     return block_sparse_attention(q, k, v, blocks, block_size=size, implementation=implementation)
 
 
+class Ranges(NamedTuple):
+    """Keys and values, and the range of them that each query sees: as `range_attention` takes them.
+
+    Attributes:
+      k: [B, N, Hkv, D].
+      v: [B, N, Hkv, D].
+      start: int32 [T] or [B, T].
+      end: int32 [T] or [B, T].
+      bias: f32 [B, N, Hkv].
+    """
+
+    k: jax.Array
+    v: jax.Array
+    start: jax.Array
+    end: jax.Array
+    bias: jax.Array
+
+
 def landmark_branch(
     q: jax.Array,
     k: jax.Array,
@@ -243,33 +261,51 @@ def landmark_branch(
     config: AttentionConfig,
     implementation: str | None = None,
 ) -> Branch:
-    """Attention of each query to the landmarks of its remote past that the pyramid shows it.
+    """Attention of each query, q [B, T, Hq, D], to the landmarks that the pyramid shows it.
+
+    The other arguments are those of `landmark_ranges`, and the implementation of the primitive.
+    """
+    if not pyramid:
+        return _no_keys(q)
+    ranges = landmark_ranges(
+        k, v, salience, pyramid, first_position, q.shape[1], document_start, config
+    )
+    return range_attention(q, *ranges, implementation=implementation)
+
+
+def landmark_ranges(
+    k: jax.Array,
+    v: jax.Array,
+    salience: jax.Array,
+    pyramid: list[Nodes],
+    first_position: jax.Array | int,
+    tokens: int,
+    document_start: jax.Array | None,
+    config: AttentionConfig,
+) -> Ranges:
+    """The landmarks of the remote past of each of T queries.
 
     The set of landmarks changes only every L tokens (every S where documents are packed), so one
     list of keys serves a group of queries, and the lists of all groups, laid end to end, make the
     branch a range attention.
 
     Args:
-      q: [B, T, Hq, D].
       k: [B, M, Hkv, D], of which the pyramid's nodes name some.
       v: [B, M, Hkv, D].
       salience: f32 [B, M, Hkv].
-      pyramid: over the sequence; sliding if `document_start` is given.
+      pyramid: over the sequence, at least a level; sliding if `document_start` is given.
       first_position: of the queries, int32.
+      tokens: T.
       document_start: of the first whole block of the document of each token of the sequence, int32
         [B, N], or None.
       config: the pyramid's shape.
-      implementation: as in `sparse_attention`.
     """
-    if not pyramid:
-        return _no_keys(q)
-    batch, tokens = q.shape[:2]
     group = config.segment_length if document_start is None else config.block_size
     leader, number = landmark_groups(first_position, tokens, group, config)
     groups = len(leader)
     positions = first_position + jnp.arange(tokens, dtype=jnp.int32)
     if document_start is None:
-        leader_start, first_block = jnp.zeros((batch, groups), jnp.int32), None
+        leader_start, first_block = jnp.zeros((len(k), groups), jnp.int32), None
     else:
         leader_start = document_start[:, jnp.clip(leader, 0, document_start.shape[1] - 1)]
         first_block = leader_start // config.block_size
@@ -285,9 +321,7 @@ def landmark_branch(
         begin = jnp.where(
             remote_end(positions, document_start, config) > document_start, begin, end
         )
-    return range_attention(
-        q, keys, values, begin, end, key_bias=bias, implementation=implementation
-    )
+    return Ranges(keys, values, begin, end, bias)
 
 
 def landmark_groups(

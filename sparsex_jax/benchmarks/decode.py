@@ -27,7 +27,7 @@ from sparsex_jax.benchmarks.runner import Row, require_positive, require_some
 from sparsex_jax.benchmarks.timing import compile_program, measure
 from sparsex_jax.benchmarks.workload import Workload
 from sparsex_jax.cache.device import DeviceRemote
-from sparsex_jax.cache.layer import attend
+from sparsex_jax.cache.layer import attend, reach
 from sparsex_jax.landmarks import build_pyramid, leaf_nodes
 from sparsex_jax.modules.attention import QuerySide
 from sparsex_jax.rotary import apply_rotary
@@ -126,10 +126,12 @@ class Past(NamedTuple):
 def make_past(work: Workload) -> Past:
     """A full cache of random keys, the last of which is the query's own."""
     made = work.make(("k", "v", "salience", "block_features"))
-    config, reach = work.config, work.config.window + work.config.block_size + 1
-    first = work.tokens - reach
+    config = work.config
+    first = work.tokens - reach(config) - 1
     near_k, near_v = (made[name][:, first:] for name in "kv")
-    near_k = apply_rotary(near_k, first + jnp.arange(reach, dtype=jnp.int32), config.rope_base)
+    near_k = apply_rotary(
+        near_k, first + jnp.arange(reach(config) + 1, dtype=jnp.int32), config.rope_base
+    )
     leaves = leaf_nodes(made["salience"], 0, config.segment_length, config.landmarks_per_segment)
     pyramid = tuple(build_pyramid(leaves, config, sliding=False))
     remote = DeviceRemote(made["k"], made["v"], made["salience"], made["block_features"], pyramid)

@@ -315,6 +315,9 @@ class CompressedRemote(NamedTuple):
             levels.append(level.write(best, first))
         return tuple(levels)
 
+    def landmarks(self, first_position: jax.Array, tokens: int, config: AttentionConfig) -> None:
+        """None: they are attended beside the slots."""
+
     def attend(
         self,
         queries: QuerySide,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsex_jax.attention import dynamic_branch, landmark_branch
+from sparsex_jax.attention import Ranges, dynamic_branch, landmark_ranges
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.fusion import Branch
 from sparsex_jax.landmarks import Nodes, leaf_nodes, merge_pairs, num_levels
@@ -90,6 +90,22 @@ class DeviceRemote(NamedTuple):
             pyramid=extend_pyramid(self.pyramid, leaves, length, keys.k.shape[1], config),
         )
 
+    def landmarks(
+        self, first_position: jax.Array, tokens: int, config: AttentionConfig
+    ) -> Ranges | None:
+        """The landmarks of the remote past of neighbouring new tokens, None where there are none.
+
+        Args:
+          first_position: of the tokens, int32 scalar.
+          tokens: how many.
+          config: of the attention.
+        """
+        if not self.pyramid:
+            return None
+        return landmark_ranges(
+            self.k, self.v, self.salience, list(self.pyramid), first_position, tokens, None, config
+        )
+
     def attend(
         self,
         queries: QuerySide,
@@ -98,7 +114,7 @@ class DeviceRemote(NamedTuple):
         config: AttentionConfig,
         implementation: str | None = None,
     ) -> tuple[Branch | None, Branch | None, "DeviceRemote"]:
-        """The branches of landmarks and of selected blocks, None where the config has none.
+        """Attention to what else the tier has than `landmarks`, and to selected blocks.
 
         Args:
           queries: of neighbouring tokens; q with RoPE exactly if the fusion is "softmax".
@@ -108,20 +124,16 @@ class DeviceRemote(NamedTuple):
           implementation: of the primitives.
 
         Returns:
-          (landmarks, dynamic, the cache, which a tier may change as it reads).
+          (other, None where there is nothing; dynamic, None where the config has none; the cache,
+          which a tier may change as it reads).
         """
-        landmarks = dynamic = None
-        if config.landmarks != "off":
-            landmarks = landmark_branch(
-                queries.q, self.k, self.v, self.salience, list(self.pyramid), first_position, None,
-                config=config, implementation=implementation,
-            )  # fmt: skip
+        dynamic = None
         if config.top_k:
             dynamic = dynamic_branch(
                 queries.q, self.k, self.v, queries.features, self.features, local_start, None,
                 config=config, implementation=implementation,
             )  # fmt: skip
-        return landmarks, dynamic, self
+        return None, dynamic, self
 
 
 def room(capacity: int, chunk: int, config: AttentionConfig) -> int:

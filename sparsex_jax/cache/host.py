@@ -20,7 +20,7 @@ from jax.experimental import io_callback
 from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
-from sparsex_jax.attention import landmark_branch
+from sparsex_jax.attention import Ranges, landmark_ranges
 from sparsex_jax.cache.device import (
     empty_pyramid,
     extend_pyramid,
@@ -210,6 +210,23 @@ class HostRemote(NamedTuple):
             used=self.used.at[head, slot].set(0, mode="drop"),
         )
 
+    def landmarks(
+        self, first_position: jax.Array, tokens: int, config: AttentionConfig
+    ) -> Ranges | None:
+        """As `DeviceRemote.landmarks`."""
+        if not self.pyramid:
+            return None
+        return landmark_ranges(
+            self.mark_k,
+            self.mark_v,
+            self.mark_salience,
+            list(self.pyramid),
+            first_position,
+            tokens,
+            None,
+            config,
+        )
+
     def attend(
         self,
         queries: QuerySide,
@@ -219,12 +236,7 @@ class HostRemote(NamedTuple):
         implementation: str | None = None,
     ) -> tuple[Branch | None, Branch | None, "HostRemote"]:
         """As `DeviceRemote.attend`."""
-        landmarks, dynamic, after = None, None, self
-        if config.landmarks != "off":
-            landmarks = landmark_branch(
-                queries.q, self.mark_k, self.mark_v, self.mark_salience, list(self.pyramid),
-                first_position, None, config=config, implementation=implementation,
-            )  # fmt: skip
+        dynamic, after = None, self
         if config.top_k:
             size = config.block_size
             index, score = select_blocks(
@@ -242,7 +254,7 @@ class HostRemote(NamedTuple):
             else:
                 end = jnp.max(local_start)
                 dynamic = self._paged(queries.q, index, score, end, size, implementation)
-        return landmarks, dynamic, after
+        return None, dynamic, after
 
     def _fetch(self, wanted: jax.Array, size: int) -> tuple[jax.Array, "HostRemote"]:
         """Slots of blocks [Hkv, K], -1 for -1, and the cache in which the blocks are there."""

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.range_attention import range_attention
+from sparsex_jax.attention import Ranges
 from sparsex_jax.cache.device import touched
 from sparsex_jax.cache.tiers import Remote, Tier, empty_remote
 from sparsex_jax.config import AttentionConfig, ModelConfig
-from sparsex_jax.fusion import fuse
+from sparsex_jax.fusion import Branch, fuse
 from sparsex_jax.modules.attention import KeySide, QuerySide
 from sparsex_jax.modules.transformer import Block
 from sparsex_jax.rotary import apply_rotary
@@ -31,8 +32,8 @@ class Recent(NamedTuple):
 
     Attributes:
       history: the last inputs of the convolution, [B, conv_width - 1, C].
-      window_k: keys of the last W + S tokens, with RoPE, [B, W + S, Hkv, D].
-      window_v: their values, [B, W + S, Hkv, D].
+      window_k: keys of the last W + S tokens, and a few more, with RoPE, [B, `reach`, Hkv, D].
+      window_v: their values, [B, `reach`, Hkv, D].
       pool_inputs: of the last S tokens, [B, S, Hkv, d_s]; None in a local layer.
       pool_logits: of the last S tokens, f32 [B, S, Hkv]; likewise.
     """
@@ -67,7 +68,7 @@ def empty_layer(
         return jnp.zeros((batch_size, *shape), dtype)
 
     size = attention.block_size
-    window = attention.window + size, heads, config.head_dim
+    window = reach(attention), heads, config.head_dim
     recent = Recent(
         history=zeros(max(config.conv_width - 1, 0), config.model_dim),
         window_k=zeros(*window),
@@ -162,8 +163,8 @@ def attend(
       queries: of T neighbouring ones of the new tokens.
       first: number of the first of them among the new tokens, int32 scalar.
       length: tokens before the new ones, int32 scalar.
-      near: keys, with RoPE, and values of the W + S tokens before and of the C new ones,
-        [B, W + S + C, Hkv, D].
+      near: keys, with RoPE, and values of the `reach` tokens before and of the C new ones,
+        [B, `reach` + C, Hkv, D].
       remote: of all tokens, the new ones included; None in a local layer.
       config: of the attention.
       implementation: of the primitives.
@@ -179,14 +180,17 @@ def attend(
         positions = position + jnp.arange(tokens, dtype=jnp.int32)
         local_start = remote_end(positions, 0, config)
         turned_q = _turn(part.q, position, config)
-        local = _local(turned_q, near, begin, length, local_start, config, implementation)
-        landmarks = dynamic = None
+        window = _window(near, begin, length, local_start, config)
+        marks = None if remote is None else remote.landmarks(position, tokens, config)
+        local, landmarks = _attend_ranges(turned_q, part.q, window, marks, implementation)
+        dynamic = None
         after: Remote | None = None
         if remote is not None:
             far = part._replace(q=turned_q) if config.fusion == "softmax" else part
-            landmarks, dynamic, after = remote.attend(
+            other, dynamic, after = remote.attend(
                 far, position, local_start, config, implementation
             )
+            landmarks = other if landmarks is None else landmarks
         gates = part.landmark_gate, part.dynamic_gate
         return fuse(local, landmarks, dynamic, *gates, config), after
 
@@ -196,16 +200,46 @@ def attend(
     return out, remote
 
 
-def _local(turned_q, near, begin, length, local_start, config: AttentionConfig, implementation):
-    """The branch of the window, for queries that are the new tokens `begin` and on."""
-    tokens, reach = turned_q.shape[1], config.window + config.block_size
+def _window(near, begin, length, local_start, config: AttentionConfig) -> Ranges:
+    """The window of queries that are the new tokens `begin` and on."""
+    tokens, kept = len(local_start), reach(config)
     end = length + begin + 1 + jnp.arange(tokens, dtype=jnp.int32)
-    begin = jnp.clip(begin, 0, near[0].shape[1] - reach - tokens)
-    near = tuple(jax.lax.dynamic_slice_in_dim(x, begin, tokens + reach, axis=1) for x in near)
-    first_key = length - reach + begin
-    return range_attention(
-        turned_q, *near, local_start - first_key, end - first_key, implementation=implementation
+    begin = jnp.clip(begin, 0, near[0].shape[1] - kept - tokens)
+    k, v = (jax.lax.dynamic_slice_in_dim(x, begin, tokens + kept, axis=1) for x in near)
+    first_key = length - kept + begin
+    bias = jnp.zeros(k.shape[:3], jnp.float32)
+    return Ranges(k, v, local_start - first_key, end - first_key, bias)
+
+
+def _attend_ranges(
+    turned_q: jax.Array, q: jax.Array, window: Ranges, marks: Ranges | None, implementation
+) -> tuple[Branch, Branch | None]:
+    """The branches of the window and of the landmarks: for a single token by one call.
+
+    Kernels for few queries take each branch as a query.
+    """
+    if marks is None or q.shape[1] > 1:
+        local = range_attention(turned_q, *window[:4], implementation=implementation)
+        if marks is None:
+            return local, None
+        return local, range_attention(q, *marks, implementation=implementation)
+    k, v, bias = (
+        _joined(*x) for x in ((window.k, marks.k), (window.v, marks.v), (window.bias, marks.bias))
     )
+    first = window.k.shape[1]
+    start, end = (
+        jnp.concatenate((x, first + y))
+        for x, y in ((window.start, marks.start), (window.end, marks.end))
+    )
+    out, lse = range_attention(
+        _joined(turned_q, q), k, v, start, end, bias, implementation=implementation
+    )
+    return (out[:, :1], lse[:, :1]), (out[:, 1:], lse[:, 1:])
+
+
+def reach(config: AttentionConfig) -> int:
+    """Tokens whose window keys are kept: with a new one a multiple of 8, as kernels take them."""
+    return config.window + config.block_size + 7
 
 
 def _turn(x: jax.Array, position: jax.Array, config: AttentionConfig) -> jax.Array:
