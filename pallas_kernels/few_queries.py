@@ -5,6 +5,7 @@ joins the results (flash-decoding). So also one token's attention has work for m
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper, shapes
-from pallas_kernels.block_sparse_attention.entries import weigh
 from pallas_kernels.hopper import HALF, LOG2E
 
 FEW = 4  # query tokens of a sequence, at most
+_JOINED = 16  # pieces at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,13 +226,39 @@ def _attend_pieces(q, k, v, sizes: _Sizes, block=None, start=None, end=None, bia
 
 
 def _join(out, lse, value, q):
-    """The results of pieces, with their biases, as those of the queries q."""
+    """The results of pieces, with their biases, as those of the queries q.
+
+    A few pieces at a time, and without reductions, of which XLA would make launches of their own.
+    """
     groups = q.shape[2] // out.shape[1]
     out, lse = out[..., :groups, :], lse[..., :groups]
-    if value is not None:
-        lse = lse + value[..., None]
-    seen = lse > -jnp.inf
-    weights, total, lse = weigh(lse, seen, axis=3)
-    out = jnp.sum(jnp.where(seen[..., None], weights[..., None] * out, 0), axis=3)
-    out, lse = (x.swapaxes(1, 2) for x in (out / total[..., None], lse))
+    value = jnp.zeros((1,) * 4, lse.dtype) if value is None else value
+    value = jnp.broadcast_to(value, lse.shape[:4])
+    while True:
+        width = min(lse.shape[3], _JOINED)
+        out, lse, value = (
+            _in_turns(x, width, fill) for x, fill in ((out, 0), (lse, -jnp.inf), (value, 0))
+        )
+        each = [x + y[..., None] for x, y in zip(lse, value, strict=True)]
+        top = functools.reduce(jnp.maximum, each)
+        top = jnp.where(top > -jnp.inf, top, 0)
+        weights = [jnp.exp(x - top) for x in each]
+        total = sum(weights)
+        weighted = (
+            jnp.where(x[..., None] > 0, x[..., None] * y, 0)
+            for x, y in zip(weights, out, strict=True)
+        )
+        out = sum(weighted) / jnp.where(total > 0, total, 1)[..., None]
+        lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
+        if lse.shape[3] == 1:
+            break
+        value = jnp.zeros(lse.shape[:4], lse.dtype)
+    out, lse = (x[:, :, :, 0].swapaxes(1, 2) for x in (out, lse))
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:3])
+
+
+def _in_turns(x, width: int, fill):
+    """[B, Hkv, T, P, ...] as `width` arrays of pieces, [B, Hkv, T, P / width, ...] each."""
+    x = shapes.pad(x, 3, width, fill=fill)
+    x = x.reshape(*x.shape[:3], -1, width, *x.shape[4:])
+    return [x[:, :, :, :, n] for n in range(width)]

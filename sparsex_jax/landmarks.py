@@ -173,8 +173,10 @@ def gather_keys(
     """
     token = token.swapaxes(1, 2)
     place = jnp.maximum(token, 0)
-    keys, values = (jnp.take_along_axis(x, place[..., None], axis=1) for x in (k, v))
-    bias = jnp.where(token >= 0, jnp.take_along_axis(salience, place, axis=1), -jnp.inf)
+    keys, values = (jnp.take_along_axis(x, place[..., None], axis=1, mode="clip") for x in (k, v))
+    bias = jnp.where(
+        token >= 0, jnp.take_along_axis(salience, place, axis=1, mode="clip"), -jnp.inf
+    )
     return keys, values, bias
 
 
