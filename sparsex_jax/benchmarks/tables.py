@@ -21,6 +21,7 @@ PLAN_FIELDS = (
     "preset", "target", "devices", "tokens", "sequences", "parameters", "parameter_bytes",
     "optimizer_bytes", "temporary_bytes", "program_bytes", "total_bytes", "status",
 )  # fmt: skip
+LOSSES_FIELDS = ("implementation", "step", "loss")
 PREFILL_FIELDS = (
     "tokens", "layers", "chunk", "milliseconds", "tokens_per_second", "cache_bytes", "peak_bytes",
     "status",
@@ -255,3 +256,14 @@ def prefill_table(rows: Sequence[Row], label: Label) -> str:
         "peak of the device, GiB",
     )  # fmt: skip
     return markdown(head, lines)
+
+
+def losses_table(rows: Sequence[Row], label: Label) -> str:
+    """Losses of the same run by different implementations, ten steps of it."""
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    steps = sorted({row["step"] for row in rows})
+    shown = steps[:: -(-len(steps) // 10)] if len(steps) > 10 else steps
+    shown = sorted({*shown, *steps[-1:]})
+    losses = {(row["implementation"], row["step"]): f"{row['loss']:.4f}" for row in rows}
+    lines = [(label(step), *(losses.get((name, step), "") for name in names)) for step in shown]
+    return markdown(("step", *names), lines)

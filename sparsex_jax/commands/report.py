@@ -16,6 +16,7 @@ NUMERICS = ("numerics",)
 PLANS = ("plan",)
 DECODE = ("decode",)
 PREFILL = ("prefill",)
+LOSSES = ("losses",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +99,10 @@ def _check(path: Path, results: dict[str, Any]) -> None:
         fields = tables.ATTENTION_FIELDS
     elif name in PREFILL:
         fields = tables.PREFILL_FIELDS
+    elif name in LOSSES:
+        fields = tables.LOSSES_FIELDS
     else:
-        known = ", ".join(ATTENTION + ACCURACY + NUMERICS + PLANS + DECODE + PREFILL)
+        known = ", ".join(ATTENTION + ACCURACY + NUMERICS + PLANS + DECODE + PREFILL + LOSSES)
         raise ConfigError(f"{path} has benchmark={name!r}, not {known}")
     for number, row in enumerate(results["rows"]):
         more = of_targets if row.get("target") else ()
@@ -133,6 +136,9 @@ def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
         model = (results.get("config") or {}).get("model_name")
         print(f"A context read in chunks by {model}.\n")
         print(tables.prefill_table(results["rows"], format_length), end="\n\n")
+    elif results["benchmark"] in LOSSES:
+        print("The same training, by implementation of the primitives.\n")
+        print(tables.losses_table(results["rows"], str), end="\n\n")
     else:
         _print_attention([row for row in results["rows"] if not row.get("target")])
         compiled = [row for row in results["rows"] if row.get("target")]
