@@ -145,3 +145,16 @@ def test_sequences_of_different_lengths_are_as_alone_and_seeds_their_own():
         engine.generate(rows, 5, seeds=-1)
     with pytest.raises(ValueError, match=r"batch_size=3 sequences: use \[batch_size, tokens\]"):
         engine.generate(rows[:2], 5)
+
+
+def test_large_chunks_attend_in_parts(monkeypatch):
+    from sparsex_jax.cache import layer
+
+    monkeypatch.setattr(layer, "CHUNK", 16)
+    model, tokens = make(dataclasses.replace(TINY, layers="sl")), make_tokens(1, 124)
+    expected = np.asarray(model.logits(model(tokens)))
+    layers, step = empty_layers(model.config, 124, 1, 62), nnx.jit(extend)
+    for read in (0, 62):  # four parts, the last of which is not full
+        part = tokens[:, read : read + 62]
+        logits, layers = step(model, layers, part, jnp.int32(read), jnp.int32(62))
+        np.testing.assert_allclose(logits, expected[:, read + 61], rtol=2e-4, atol=2e-4)

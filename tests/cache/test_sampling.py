@@ -42,15 +42,15 @@ def test_temperature_sharpens_and_0_is_greedy():
 
 def test_a_draw_depends_on_its_own_seed_step_and_logits_only():
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((8, 50)), jnp.float32)
-    sampling, seeds = Sampling(1.0, 0.9), jnp.array([5, 6, 5, 7, 8, 9, 10, 11], jnp.uint32)
-    together = sampling.choose(logits, seeds, jnp.int32(2))
+    choose, seeds = jax.jit(Sampling(1.0, 0.9).choose), jnp.array(range(5, 13), jnp.uint32)
+    together = choose(logits, seeds, jnp.int32(2))
     for i in range(8):
-        alone = sampling.choose(logits[i : i + 1], seeds[i : i + 1], jnp.int32(2))
+        alone = choose(logits[i : i + 1], seeds[i : i + 1], jnp.int32(2))
         assert alone[0] == together[i]
     same = jnp.broadcast_to(logits[0], (64, 50))
-    by_step = [int(sampling.choose(same[:1], seeds[:1], jnp.int32(i))[0]) for i in range(12)]
+    by_step = [int(choose(same[:1], seeds[:1], jnp.int32(i))[0]) for i in range(12)]
     assert len(set(by_step)) > 3
-    by_seed = sampling.choose(same, jnp.arange(64, dtype=jnp.uint32), jnp.int32(2))
+    by_seed = choose(same, jnp.arange(64, dtype=jnp.uint32), jnp.int32(2))
     assert len(set(np.asarray(by_seed).tolist())) > 8
 
 
