@@ -40,7 +40,8 @@ def test_loaded_caches_answer_alike_in_both_exact_tiers(saved):
 
 @pytest.mark.parametrize("tier", ["device", "compressed"])
 def test_a_killed_prefill_goes_on_as_if_nothing_had_been(tier, tmp_path, monkeypatch):
-    used, whole = engine(tier), engine(tier).prefill(TOKENS[:, :130])
+    used = engine(tier)
+    whole = used.prefill(TOKENS[:, 70:130], cache=used.prefill(TOKENS[:, :70]))
     directory = CacheDirectory(tmp_path / "cache", MODEL)
     cache = used.prefill(TOKENS[:, :70])
     directory.save(used, cache, TOKENS[0])
