@@ -2,8 +2,8 @@
 
     python scripts/compare_losses.py --out results/h200/losses.json
 
-The model is configs/nano.py's, at 4K tokens with 16 blocks of 64 selected; seed and data are the same.
-On one H200: two minutes for 500 steps of both.
+The model is configs/nano.py's, at 4K tokens with 16 blocks of 64 selected; seed and data are the
+same. On one H200: two minutes for 500 steps of both.
 """
 
 import argparse

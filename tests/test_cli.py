@@ -82,7 +82,8 @@ def test_evaluation_knows_every_task():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["demo"], ["train"], ["plan"], ["eval"], ["eval", "needle"]]
+    "command",
+    [[], ["demo"], ["train"], ["plan"], ["eval"], ["eval", "needle"], ["ingest"], ["ask"]],
 )
 def test_help(command, capsys):
     try:

@@ -116,6 +116,8 @@ class CacheDirectory:
         Raises:
           CacheError: it cannot be written; what was there before is intact.
         """
+        if engine.batch_size != 1:
+            raise CacheError(f"{self.path} takes one sequence: use batch_size=1")
         begin, end = self.length if engine.tier in EXACT else 0, cache.length
         if end <= self.length:
             return

@@ -51,6 +51,23 @@ def report(*arguments):
     return cli.run(["report", *map(str, arguments)])
 
 
+def test_losses(tmp_path, capsys):
+    rows = [
+        {"implementation": name, "step": step, "loss": 3 - step / 10 + (name == "xla") * 1e-3}
+        for name in ("mosaic_gpu", "xla")
+        for step in range(1, 13)
+    ]
+    write(tmp_path / "h200" / "losses.json", "losses", rows)
+    assert report("--results", tmp_path) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "| step | mosaic_gpu | xla |",
+        "| 1 | 2.9000 | 2.9010 |",
+        "| 12 | 1.8000 | 1.8010 |",
+    ):
+        assert line in shown
+
+
 def test_tables_and_pictures(tmp_path, capsys):
     write(tmp_path / "h200" / "attention.json", "attention", attention_rows())
     needle = [
@@ -187,3 +204,35 @@ def test_plans(tmp_path, capsys):
     assert f"{line}8.00 | 0.25 | 9.75 | fits |" in shown
     assert f"{line}not known | 0.25 | not known | does not fit |" in shown
     assert "compiled and not run" in shown
+
+
+def test_decode_prefill_and_tiers(tmp_path, capsys):
+    step = {"speedup_over_dense": None, "implementation": "xla"}
+    decode = [
+        row("dense_cudnn", "op", 1048576, 0.5, speedup_over_dense=1),
+        row("sparsex", "op", 1048576, 0.02, **{**step, "speedup_over_dense": 25}),
+        row("sparsex", "selection", 1048576, 0.01, **step),
+    ]
+    prefill = {
+        "tokens": 67108864, "layers": "llls", "chunk": 16384, "tier": "host",
+        "milliseconds": 64000.0, "tokens_per_second": 1048576.0, "cache_bytes": 2**30,
+        "peak_bytes": None, "status": "measured",
+    }  # fmt: skip
+    full = {**prefill, "tier": "device", "status": "out_of_memory"}
+    needle = [
+        make_row("sparsex", "single_2", 16384, [1.0]) | {"tier": "device"},
+        make_row("sparsex", "single_2", 16384, [0.0]) | {"tier": "compressed"},
+    ]
+    write(tmp_path / "h200" / "decode.json", "decode", decode)
+    config = {"model_name": "nano (shipped)"}
+    write(tmp_path / "h200" / "prefill.json", "prefill", [prefill, full], config=config)
+    write(tmp_path / "h200" / "needle.json", "needle", needle)
+    assert report("--results", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "one decoding step of one layer" in shown
+    assert "| forward | 1M | sparsex (xla) | 0.02 | 25 |" in shown
+    assert "| 1M | 0.01 |" in shown
+    assert "A context read in chunks by nano (shipped)." in shown
+    assert "| 64M | llls | host | 16K | 1,048,576 | 64 | 1.00 | not known |" in shown
+    assert "| 64M | llls | device | 16K |  |  |  | out of memory |" in shown
+    assert "sparsex, tier compressed: single_2" in shown and "sparsex, tier device" in shown

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsex_jax.cache import Engine
+from sparsex_jax.cache import Engine, Sampling
 from sparsex_jax.cache.engine import extend
 from sparsex_jax.cache.layer import empty_layers
 from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
@@ -50,10 +50,11 @@ def test_padding_of_a_chunk_is_forgotten():
 
 
 def greedy(model, tokens, count):
-    """Greedy continuation by the one-shot forward pass."""
-    for _ in range(count):
-        following = np.argmax(np.asarray(model.logits(model(tokens)))[:, -1], axis=-1)
-        tokens = np.concatenate((tokens, following[:, None].astype(np.int32)), axis=1)
+    """Greedy continuation by the one-shot forward pass, which sees nothing of what is behind."""
+    forward = nnx.jit(lambda model, tokens: model.logits(model(tokens)))
+    tokens = np.pad(tokens, ((0, 0), (0, count)))
+    for place in range(tokens.shape[1] - count, tokens.shape[1]):
+        tokens[:, place] = np.argmax(np.asarray(forward(model, tokens))[:, place - 1], axis=-1)
     return tokens[:, -count:]
 
 
@@ -125,3 +126,33 @@ def test_bad_arguments():
     all_landmarks = dataclasses.replace(ATTENTION, landmarks="all")
     with pytest.raises(ValueError, match="has no cache"):
         Engine(make(dataclasses.replace(TINY, attention=all_landmarks)), capacity=64)
+
+
+def test_sequences_of_different_lengths_are_as_alone_and_seeds_their_own():
+    model = make()
+    rows = [make_tokens(1, size, seed=size)[0] for size in (100, 3, 33)]
+    engine, alone = Engine(model, 128, batch_size=3, chunk=32), Engine(model, 128, chunk=32)
+    sampling, seeds = Sampling(1.0, 0.95), (4, 2**32 - 1, 4)
+    drawn = engine.generate(rows, 5, sampling=sampling, seeds=seeds)
+    for row, tokens, seed in zip(drawn, rows, seeds, strict=True):
+        found = alone.generate([tokens], 5, sampling=sampling, seeds=seed)
+        np.testing.assert_array_equal(row, found[0])
+    other = alone.generate(rows[:1], 5, sampling=sampling, seeds=5)
+    assert not np.array_equal(drawn[:1], other)
+    with pytest.raises(ValueError, match="seeds=-1 must be one for each of 3 sequences"):
+        engine.generate(rows, 5, seeds=-1)
+    with pytest.raises(ValueError, match=r"batch_size=3 sequences: use \[batch_size, tokens\]"):
+        engine.generate(rows[:2], 5)
+
+
+def test_large_chunks_attend_in_parts(monkeypatch):
+    from sparsex_jax.cache import layer
+
+    monkeypatch.setattr(layer, "CHUNK", 16)
+    model, tokens = make(dataclasses.replace(TINY, layers="sl")), make_tokens(1, 124)
+    expected = nnx.jit(lambda model, tokens: model.logits(model(tokens)))(model, tokens)
+    layers, step = empty_layers(model.config, 124, 1, 62), nnx.jit(extend)
+    for read in (0, 62):  # four parts, the last of which is not full
+        part = tokens[:, read : read + 62]
+        logits, layers = step(model, layers, part, jnp.int32(read), jnp.int32(62))
+        np.testing.assert_allclose(logits, expected[:, read + 61], rtol=2e-4, atol=2e-4)

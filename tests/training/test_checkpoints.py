@@ -13,13 +13,13 @@ import optax
 import pytest
 from flax import nnx
 
+from sparsex_jax import manifest
 from sparsex_jax.config import AttentionConfig, OptimizerConfig
 from sparsex_jax.training import checkpoints as ckpt
 from sparsex_jax.training import (
     export_model,
     load_model,
     loop,
-    manifest,
     model_crc32,
     models,
     save_model,
