@@ -23,7 +23,7 @@ from sparsex_jax.landmarks import (
     visible_landmarks,
 )
 from sparsex_jax.rotary import apply_rotary
-from sparsex_jax.spans import check_segment_ids, pasts, remote_end
+from sparsex_jax.spans import check_segment_ids, document_starts, pasts, remote_end
 from sparsex_jax.token_chunks import map_chunks
 
 # Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys.
@@ -69,15 +69,16 @@ def sparse_attention(
     Raises:
       ValueError: shapes, types or arguments that do not fit the config, or each other.
     """
-    _check_arguments(
+    check_arguments(
         q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
         segment_ids,
     )  # fmt: skip
     batch, tokens = q.shape[:2]
     positions = jnp.arange(tokens, dtype=jnp.int32)
+    document_start = None if segment_ids is None else document_starts(segment_ids)
     local_start, document_start, limit = (
         None if x is None else jnp.broadcast_to(x, (batch, tokens))
-        for x in pasts(positions, segment_ids, config)
+        for x in pasts(positions, document_start, config)
     )
     turned_k = apply_rotary(k, positions, config.rope_base) if config.fusion == "softmax" else None
     marks = span = pyramid = None
@@ -120,12 +121,12 @@ def sparse_attention(
             q, query_features, landmark_gate, dynamic_gate, local_start, document_start, limit, span
         ),
         _Keys(k, turned_k, v, block_features, marks),
-        size=_chunk_size(tokens, config.block_size),
+        size=chunk_size(tokens, config.block_size),
         saved=("block_sparse_attention", "block_selection"),
     )
 
 
-def _chunk_size(tokens: int, block_size: int) -> int:
+def chunk_size(tokens: int, block_size: int) -> int:
     """Tokens of a chunk, a multiple of the block size."""
     chunks = min(_MAX_CHUNKS, -(-tokens // _CHUNK)) or 1
     return -(-tokens // (chunks * block_size)) * block_size
@@ -240,6 +241,7 @@ def landmark_branch(
     *,
     config: AttentionConfig,
     implementation: str | None = None,
+    document_origin: jax.Array | int = 0,
 ) -> Branch:
     """Attention of each query to the landmarks of its remote past that the pyramid shows it.
 
@@ -255,9 +257,10 @@ def landmark_branch(
       pyramid: over the sequence; sliding if `document_start` is given.
       first_position: of the queries, int32.
       document_start: of the first whole block of the document of each token of the sequence, int32
-        [B, N], or None.
+        [B, N], or None; those of the queries and of the S tokens before them are used.
       config: the pyramid's shape.
       implementation: as in `sparse_attention`.
+      document_origin: position of the first token that `document_start` is of.
     """
     if not pyramid:
         return _no_keys(q)
@@ -271,7 +274,9 @@ def landmark_branch(
     if document_start is None:
         leader_start, first_block = jnp.zeros((batch, groups), jnp.int32), None
     else:
-        leader_start = document_start[:, jnp.clip(leader, 0, document_start.shape[1] - 1)]
+        leader_start = document_start[
+            :, jnp.clip(leader - document_origin, 0, document_start.shape[1] - 1)
+        ]
         first_block = leader_start // config.block_size
     past = remote_end(leader[None], leader_start, config) - leader_start
     listed = visible_landmarks(pyramid, past // config.segment_length, first_block, config)
@@ -280,7 +285,7 @@ def landmark_branch(
     begin = ((positions + shift) // group - first_group) * length
     end = begin + length
     if document_start is not None:  # a group's later tokens may begin a document: no remote past
-        document_start = document_start.at[:, positions].get(mode="clip")
+        document_start = document_start.at[:, positions - document_origin].get(mode="clip")
         begin = jnp.where(
             remote_end(positions, document_start, config) > document_start, begin, end
         )
@@ -294,10 +299,11 @@ def _no_keys(q: jax.Array) -> Branch:
     return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, wide)
 
 
-def _check_arguments(
+def check_arguments(
     q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
     segment_ids,
 ):  # fmt: skip
+    """Raises ValueError where arguments of `sparse_attention` do not fit."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q {q.shape} and k {k.shape} must be [batch, token, head, dim]")
     batch, tokens, heads, dim = q.shape
