@@ -37,7 +37,5 @@ def cheaper_strategy(parts: int, q, k, config: AttentionConfig) -> str:
     batch, tokens, heads, dim = q.shape
     kv_heads, itemsize = k.shape[2], k.dtype.itemsize
     ring = ring_bytes(parts, batch, tokens, kv_heads, dim, itemsize)
-    dispatch = dispatch_bytes(
-        parts, batch, tokens, heads, kv_heads, dim, itemsize, config.top_k
-    )
+    dispatch = dispatch_bytes(parts, batch, tokens, heads, kv_heads, dim, itemsize, config.top_k)
     return "ring" if ring <= dispatch else "dispatch"

@@ -26,7 +26,7 @@ from sparsex_jax.fusion import Branch, SoftmaxSum
 from sparsex_jax.parallel.mesh import axis_size
 from sparsex_jax.parallel.ring import partial_gradients
 
-_SLACK = 1.1  # of a round's capacity, over what even choices need
+_DEVIATIONS = 5  # of random choices, that rounds have room for: one more round costs more
 _MAX_FLOATS = 2**27  # of the queries of a round
 
 
@@ -55,7 +55,8 @@ def plan_rounds(parts: int, batch: int, tokens: int, heads: int, dim: int, count
     ]
     packets = sum(p * -(-n // width) for n, p in enumerate(chance))
     most = tokens * -(-count // width)
-    even = min(most, math.ceil(_SLACK * tokens * packets) + 8)
+    mean = tokens * packets
+    even = min(most, math.ceil(mean + _DEVIATIONS * math.sqrt(mean)))
     expected = -(-even // max(1, _MAX_FLOATS // (parts * batch * heads * dim)))
     return Rounds(parts, width, -(-even // expected), expected)
 
@@ -152,9 +153,12 @@ def _pack(owner, rounds: Rounds) -> _Packets:
     key = jnp.where(real, owner, rounds.parts).reshape(rows, size) + row * (rounds.parts + 1)
     order = jnp.argsort(key.ravel(), stable=True).astype(jnp.int32)
     starts = first_places(key.ravel()[order], rows * (rounds.parts + 1))
-    rank = jnp.zeros_like(order).at[order].set(
-        jnp.arange(len(order), dtype=jnp.int32), unique_indices=True
-    ) - starts[key.ravel()]
+    rank = (
+        jnp.zeros_like(order)
+        .at[order]
+        .set(jnp.arange(len(order), dtype=jnp.int32), unique_indices=True)
+        - starts[key.ravel()]
+    )
     starts = starts[:-1].reshape(rows, rounds.parts + 1) - row * size
     order = order.reshape(rows, size) - row * size
     return _Packets(
@@ -170,7 +174,7 @@ def _number_of_rounds(packets: _Packets, rounds: Rounds) -> jax.Array:
 
 
 class _Sent(NamedTuple):
-    """Which packets leave in a round, [P, B, C, Hkv]: row, place in it, and whether there is one."""
+    """Which packets leave in a round, [P, B, C, Hkv]: row, place in it, and if there is one."""
 
     token: jax.Array
     place: jax.Array

@@ -109,17 +109,22 @@ def batch_share(mesh: Mesh | None) -> tuple[int, int]:
     return first // count, len(groups) // count
 
 
-def shard_unit(model: ModelConfig) -> int:
-    """What the tokens of a device must be a multiple of where sequences are split."""
-    attention = model.attention
-    if "s" in model.layers and attention.landmarks != "off":
-        return attention.segment_length
-    return attention.block_size
+def part_rules(attention: AttentionConfig, *, sparse: bool = True) -> tuple[int, str, int]:
+    """What a device's part of a split sequence must fulfil.
 
+    Its segments must be whole, for it makes their landmarks (without any, its blocks), and the
+    window of the first token behind it must lie within it.
 
-def least_shard(attention: AttentionConfig) -> int:
-    """Fewest tokens of a device: the window of its first ones lies in its neighbour's."""
-    return attention.window + attention.block_size
+    Args:
+      attention: of the layers.
+      sparse: whether some of them have more than the local branch.
+
+    Returns:
+      What its tokens must be a multiple of, that field's name, and the fewest.
+    """
+    landmarks = sparse and attention.landmarks != "off"
+    name = "segment_length" if landmarks else "block_size"
+    return getattr(attention, name), name, attention.window + attention.block_size
 
 
 def check_model(model: ModelConfig, mesh: Mesh | None) -> None:
@@ -139,7 +144,12 @@ def check_model(model: ModelConfig, mesh: Mesh | None) -> None:
 
 
 def check_batch(
-    name: str, batch_size: int, length: int, accumulation: int, model: ModelConfig, mesh: Mesh | None
+    name: str,
+    batch_size: int,
+    length: int,
+    accumulation: int,
+    model: ModelConfig,
+    mesh: Mesh | None,
 ) -> None:
     """Raises ConfigError unless sequences and their tokens can be split over a mesh.
 
@@ -166,7 +176,7 @@ def check_batch(
     parts = mesh.shape["seq"]
     if parts == 1:
         return
-    unit, least = shard_unit(model), least_shard(model.attention)
+    unit, field, least = part_rules(model.attention, sparse="s" in model.layers)
     if length % (parts * unit) or length < parts * least:
         fewest = -(-least // unit) * unit * parts
         below = max(length // (parts * unit) * parts * unit, fewest)
@@ -175,8 +185,7 @@ def check_batch(
             n for n in range(1, parts) if length % (n * unit) == 0 and length >= n * least
         ] or [1]  # fmt: skip
         raise ConfigError(
-            f"{name}.length={length} must be mesh.seq={parts} times a multiple of {unit}"
-            f" (model.attention's {'segment_length' if unit > least else 'segment or block'}) and"
-            f" times at least {least} (window + block_size): use length"
+            f"{name}.length={length} must be mesh.seq={parts} times a multiple of"
+            f" {field}={unit}, and of at least window + block_size = {least}: use length"
             f" {' or '.join(map(str, lengths))}, or seq of {' or '.join(map(str, fitting))}"
         )

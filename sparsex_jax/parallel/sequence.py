@@ -24,7 +24,7 @@ from sparsex_jax.fusion import Branch, fuse
 from sparsex_jax.landmarks import all_landmarks, gather_landmarks
 from sparsex_jax.parallel.costs import cheaper_strategy
 from sparsex_jax.parallel.dispatch import dispatch_attention
-from sparsex_jax.parallel.mesh import axis_size
+from sparsex_jax.parallel.mesh import axis_size, part_rules
 from sparsex_jax.parallel.ring import ring_attention
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.token_chunks import map_chunks
@@ -239,12 +239,11 @@ def _dynamic_branch(
 
 
 def _check_part(tokens: int, config: AttentionConfig, segment_ids) -> None:
-    unit = config.block_size if config.landmarks == "off" else config.segment_length
-    least = config.window + config.block_size
+    unit, name, least = part_rules(config)
     if tokens % unit or tokens < least:
         raise ValueError(
-            f"each of {axis_size('seq')} devices has {tokens} tokens: make it a multiple of {unit}"
-            f" and at least window + block_size = {least}, or split the sequence less"
+            f"each of {axis_size('seq')} devices has {tokens} tokens: make it a multiple of"
+            f" {name}={unit} and at least window + block_size = {least}, or split the sequence less"
         )
     if config.landmarks == "all" and segment_ids is not None:
         raise ValueError(

@@ -65,7 +65,7 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int, mesh: Mesh | No
     return {name: place(value) for name, value in split.items()}
 
 
-def _summed_gradients(
+def gradients_of(
     skeleton: Skeleton, top_k: int | None, mesh: Mesh | None, implementation: str | None,
     sequence_strategy: str,
 ) -> Callable:  # fmt: skip
@@ -151,7 +151,7 @@ def make_step(
     Raises:
       ConfigError: the mesh splits sequences or heads, and the model does not support it.
     """
-    summed = _summed_gradients(skeleton, top_k, mesh, implementation, sequence_strategy)
+    summed = gradients_of(skeleton, top_k, mesh, implementation, sequence_strategy)
 
     def step(state, batch):
         nll, weight, gradients = summed(state["params"], batch)
