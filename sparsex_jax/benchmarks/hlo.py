@@ -53,7 +53,6 @@ class Instruction:
         (name,) = re.findall(rf"\b{role}=%([\w.\-]+)", self.attributes)
         return name
 
-
     @property
     def group_size(self) -> int:
         """Devices that a collective is among: its first group's, all groups being alike."""
