@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterator
 
-
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 

@@ -14,9 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from pallas_kernels import dispatch
 from pallas_kernels.ahead_of_time import TPU_TARGETS, MemoryExceededError, compile_for, target_mesh
+from sparsex_jax.benchmarks.hlo import COLLECTIVES, Program
 from sparsex_jax.benchmarks.operations import count_operations
 from sparsex_jax.config import ConfigError, TrainConfig
 from sparsex_jax.modules import Transformer
+from sparsex_jax.parallel.dispatch import plan_rounds
 from sparsex_jax.parallel.mesh import batch_spec, check_batch, check_model, make_mesh
 from sparsex_jax.parallel.rules import state_shardings
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
@@ -41,6 +43,8 @@ class Plan:
       temporary_bytes: what else there is at once: whole parameters, gradients, activations; None
         where it does not fit, since the compiler then gives no count.
       program_bytes: of the program itself; None likewise.
+      sent_bytes: that a chip sends to others, by kind of collective, with as many rounds of
+        dispatch as even choices take; empty where it does not fit.
       operations: of a chip, see `count_operations`.
       kernels: how many calls of each there are in the program; none where it does not fit.
       problem: why it does not fit, in the compiler's words; None if it does.
@@ -55,6 +59,7 @@ class Plan:
     batch_bytes: int
     temporary_bytes: int | None
     program_bytes: int | None
+    sent_bytes: dict[str, int]
     operations: int
     kernels: dict[str, int]
     problem: str | None
@@ -75,6 +80,8 @@ class Plan:
             "total_bytes": self.total_bytes,
             "chip_bytes": CHIP_BYTES,
             "kernels": kernels,
+            "sent_bytes": sum(self.sent_bytes.values()) if self.sent_bytes else None,
+            **{f"{k.replace('-', '_')}_bytes": self.sent_bytes.get(k) for k in COLLECTIVES},
             "status": "compiled",
         }
 
@@ -206,6 +213,7 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
         batch_bytes=_bytes(batch),
         temporary_bytes=None,
         program_bytes=None,
+        sent_bytes={},
         operations=count_operations(traced.jaxpr),
         kernels={},
         problem=None,
@@ -224,8 +232,21 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
         program_bytes=memory.generated_code_size_in_bytes,
+        sent_bytes=Program(compilation.executable.as_text(), _rounds(step, plan)).sent(),
         kernels=dict(collections.Counter(names)),
     )
+
+
+def _rounds(step: Step, plan: Plan) -> int:
+    """Rounds of dispatch in a layer where choices are even; 1 where sequences are whole."""
+    sizes, model = ({} if step.mesh is None else step.mesh.shape), step.config.model
+    count = step.config.stages[step.stage].top_k
+    rounds = plan_rounds(
+        sizes.get("seq", 1), plan.sequences, plan.tokens,
+        model.num_heads // sizes.get("tensor", 1), model.head_dim,
+        model.attention.top_k if count is None else count,
+    )  # fmt: skip
+    return rounds.expected
 
 
 def way_out(config: TrainConfig, plan: Plan) -> str:

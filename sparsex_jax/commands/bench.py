@@ -13,11 +13,13 @@ from sparsex_jax.benchmarks.names import (
     LOGITS,
     PARTS,
     PRECISIONS,
+    STRATEGIES,
     Direction,
     Logits,
     Part,
     Precision,
     Selection,
+    Strategy,
 )
 from sparsex_jax.benchmarks.tables import format_number
 from sparsex_jax.commands.arguments import (
@@ -124,22 +126,54 @@ class NumericsArguments:
     resume: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class TrafficArguments:
+    """Counts what chips send where they share a sequence, in programs compiled for TPU slices.
+
+    The op, forward and backward, is compiled for each slice and strategy; nothing runs. Tokens of
+    a chip are the same for all slices. Compiling takes minutes a row.
+
+    Attributes:
+      targets: slices, v5e:2x2 to v5e:16x16.
+      strategies: of attention to selected blocks in other chips' parts.
+      tokens: of each chip; 4096 and 16K are understood.
+      query_heads: Hq.
+      kv_heads: Hkv; each serves a group of query heads.
+      head_dim: width of a head.
+      out: results file (JSON); by default results/tpu-v5e/traffic.json.
+      resume: keeps the rows that the file has, except failed ones, and compiles the others.
+    """
+
+    targets: tuple[str, ...] = ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
+    strategies: tuple[Strategy, ...] = STRATEGIES
+    tokens: str = "16K"
+    query_heads: int = 16
+    kv_heads: int = 2
+    head_dim: int = 128
+    out: Path | None = None
+    resume: bool = False
+
+
 def main(arguments: list[str]) -> int:
     """Parses the arguments, runs the command and returns its exit status."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     command = shlex.join(["sparsex", "bench", *arguments])
     if name in ("-h", "--help"):
         print("usage: sparsex bench attention [arguments]")
-        print("       sparsex bench numerics [arguments]\n")
-        print("`sparsex bench attention --help` and `sparsex bench numerics --help` tell more.")
+        print("       sparsex bench numerics [arguments]")
+        print("       sparsex bench traffic [arguments]\n")
+        print("`sparsex bench attention --help` and so on tell more.")
         return 0
     if name == "attention":
         return attention(parse(AttentionArguments, "bench attention", rest), command)
     if name == "numerics":
         return numerics(parse(NumericsArguments, "bench numerics", rest), command)
+    if name == "traffic":
+        return traffic(parse(TrafficArguments, "bench traffic", rest), command)
     given = f"{name!r}" if arguments else "nothing"
     raise ConfigError(
-        f"bench must be followed by what to measure, not {given}: use attention or numerics"
+        f"bench must be followed by what to measure, not {given}: use attention, numerics or"
+        " traffic"
     )
 
 
@@ -198,6 +232,20 @@ def numerics(arguments: NumericsArguments, command: str) -> int:
     return _run(Benchmark(settings, path, command, resume=arguments.resume), _describe_errors)
 
 
+def traffic(arguments: TrafficArguments, command: str) -> int:
+    """Runs the command; 1 if a row failed."""
+    # Nothing runs on this machine's devices.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from sparsex_jax.benchmarks.results import check_writable
+    from sparsex_jax.benchmarks.traffic import PATH, Benchmark, Settings
+
+    given, path = dataclasses.asdict(arguments), arguments.out or PATH
+    del given["out"], given["resume"]
+    settings = Settings(**given | {"tokens": parse_length(arguments.tokens, "tokens")})
+    check_writable(path)
+    return _run(Benchmark(settings, path, command, resume=arguments.resume), _describe_traffic)
+
+
 def _given(arguments: AttentionArguments | NumericsArguments) -> dict[str, Any]:
     """The arguments that are settings, lengths as numbers."""
     given = dataclasses.asdict(arguments)
@@ -243,7 +291,9 @@ def _run[Step](
 
 def _name(row: "Row") -> str:
     """What a row measures, in words."""
-    details = [row[name] for name in ("part", "direction", "logits") if name in row]
+    details = [
+        row[name] for name in ("part", "direction", "logits", "strategy", "target") if name in row
+    ]
     return f"{format_length(row['tokens'])} {row['system']} {', '.join(details)}"
 
 
@@ -269,6 +319,14 @@ def _describe_compiled(row: "Row") -> str:
         parts.append(f"modelled {format_number(row['modelled_milliseconds'])} ms")
     parts.append(f"roofline {format_number(row['roofline_milliseconds'])} ms")
     return ", ".join(parts)
+
+
+def _describe_traffic(row: "Row") -> str:
+    sent, rule = row["total_bytes"] / 2**20, row["rule_bytes"] / 2**20
+    return (
+        f"{row['chips']} chips send {format_number(sent)} MiB each, {format_number(rule)} MiB by"
+        " the rule"
+    )
 
 
 def _describe_errors(row: "Row") -> str:

@@ -14,6 +14,7 @@ ATTENTION = ("attention", "attention_peers")
 ACCURACY = ("needle",)
 NUMERICS = ("numerics",)
 PLANS = ("plan",)
+TRAFFIC = ("traffic",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,10 @@ def _check(path: Path, results: dict[str, Any]) -> None:
         fields = tables.NUMERICS_FIELDS
     elif name in PLANS:
         fields = tables.PLAN_FIELDS
+    elif name in TRAFFIC:
+        fields = tables.TRAFFIC_FIELDS
     else:
-        known = ", ".join(ATTENTION + ACCURACY + NUMERICS + PLANS)
+        known = ", ".join(ATTENTION + ACCURACY + NUMERICS + PLANS + TRAFFIC)
         raise ConfigError(f"{path} has benchmark={name!r}, not {known}")
     for number, row in enumerate(results["rows"]):
         more = of_targets if row.get("target") else ()
@@ -120,6 +123,10 @@ def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
     elif results["benchmark"] in PLANS:
         print("A training step, compiled and not run; GiB on each chip.\n")
         print(tables.plan_table(results["rows"], format_length), end="\n\n")
+    elif results["benchmark"] in TRAFFIC:
+        print("One layer's attention, forward and backward, compiled and not run; MiB that a chip")
+        print("sends.\n")
+        print(tables.traffic_table(results["rows"], format_length), end="\n\n")
     else:
         _print_attention([row for row in results["rows"] if not row.get("target")])
         compiled = [row for row in results["rows"] if row.get("target")]

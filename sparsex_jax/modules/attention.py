@@ -155,7 +155,10 @@ class SparseXAttention(nnx.Module):
         if segment_ids is not None:
             positions = sequence.first_position(x.shape[1]) + jnp.arange(x.shape[1])
             age = positions - sequence.document_starts(segment_ids)
-        mixed = self.mix(x, sequence.from_left(x, max(self.config.conv_width - 1, 0)), age)
+        history = None
+        if axis_size("seq") > 1 and self.config.conv_width > 1:
+            history = sequence.from_left(x, self.config.conv_width - 1)
+        mixed = self.mix(x, history, age)
         keys, queries = self.key_side(x, mixed), self.query_side(x, mixed)
         learned = {}
         if config.landmarks != "off":

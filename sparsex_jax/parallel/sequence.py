@@ -33,9 +33,16 @@ STRATEGIES = {"ring": ring_attention, "dispatch": dispatch_attention}
 
 
 def from_left(x: jax.Array, count: int) -> jax.Array:
-    """The last `count` tokens of the left neighbour's [B, T, ...]; zeros for the first device."""
-    if axis_size("seq") == 1:
-        return jnp.zeros_like(x[:, :count])
+    """The last `count` tokens of the left neighbour's [B, T, ...]; zeros for the first device.
+
+    Raises:
+      ValueError: it has fewer.
+    """
+    if count > x.shape[1]:
+        raise ValueError(
+            f"each of {axis_size('seq')} devices has {x.shape[1]} tokens, of which its neighbour"
+            f" needs {count}: split the sequence less"
+        )
     steps = [(i, i + 1) for i in range(axis_size("seq") - 1)]
     return lax.ppermute(x[:, x.shape[1] - count :], "seq", steps)
 
