@@ -99,7 +99,6 @@ class SparseXAttention(nnx.Module):
 
     def key_side(self, x: jax.Array, mixed: jax.Array) -> KeySide:
         """Projects the layer's input [B, T, C] and its convolution to what is attended to."""
-        x, mixed = enter_split(x), enter_split(mixed)
         k = rms_normalize(self._heads(self.key(mixed), self.config.num_kv_heads))
         v = self._heads(self.value(mixed), self.config.num_kv_heads)
         if not self.sparse:
@@ -109,7 +108,6 @@ class SparseXAttention(nnx.Module):
 
     def query_side(self, x: jax.Array, mixed: jax.Array) -> QuerySide:
         """Projects the layer's input [B, T, C] and its convolution to what attends."""
-        mixed = enter_split(mixed)
         q = rms_normalize(self._heads(self.query(mixed), self.config.num_heads))
         if not self.sparse:
             return QuerySide(q, None, None, None)
@@ -158,8 +156,8 @@ class SparseXAttention(nnx.Module):
         history = None
         if axis_size("seq") > 1 and self.config.conv_width > 1:
             history = sequence.from_left(x, self.config.conv_width - 1)
-        mixed = self.mix(x, history, age)
-        keys, queries = self.key_side(x, mixed), self.query_side(x, mixed)
+        mixed = enter_split(self.mix(x, history, age))
+        keys, queries = self.key_side(enter_split(x), mixed), self.query_side(x, mixed)
         learned = {}
         if config.landmarks != "off":
             learned["salience"] = keys.salience
