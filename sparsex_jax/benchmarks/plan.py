@@ -232,7 +232,7 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
         program_bytes=memory.generated_code_size_in_bytes,
-        sent_bytes=Program(compilation.executable.as_text(), _rounds(step, plan)).sent(),
+        sent_bytes=Program(compilation.executable.as_text() or "", _rounds(step, plan)).sent(),
         kernels=dict(collections.Counter(names)),
     )
 
