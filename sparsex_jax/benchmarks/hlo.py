@@ -55,6 +55,9 @@ class Instruction:
     @property
     def group_size(self) -> int:
         """Devices that a collective is among: its first group's, all groups being alike."""
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.attributes):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+            return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]))
         if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", self.attributes):
             return int(found[2])
         found = re.search(r"replica_groups=\{\{([\d,]*)\}", self.attributes)

@@ -2,11 +2,18 @@
 
 import atexit
 import concurrent.futures
+import concurrent.futures.process
 import functools
 import multiprocessing
 import os
 
 COUNT = 8
+# On a machine with more to do devices wait long for each other; XLA would end the process.
+_FLAGS = (
+    f"--xla_force_host_platform_device_count={COUNT}"
+    " --xla_cpu_collective_call_warn_stuck_timeout_seconds=300"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 _HERE = "SPARSEX_TEST_DEVICES"
 
 
@@ -18,8 +25,7 @@ def _process():
     atexit.register(executor.shutdown, cancel_futures=True)
     before = {name: os.environ.get(name) for name in (_HERE, "XLA_FLAGS")}
     os.environ[_HERE] = "1"
-    flags = (before["XLA_FLAGS"] or "", f"--xla_force_host_platform_device_count={COUNT}")
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    os.environ["XLA_FLAGS"] = f"{before['XLA_FLAGS'] or ''} {_FLAGS}".strip()
     try:
         executor.submit(os.getpid).result()
     finally:
@@ -38,7 +44,11 @@ def on_devices(test):
     def send(*args, **kwargs):
         if _HERE in os.environ:
             return test(*args, **kwargs)
-        return _process().submit(send, *args, **kwargs).result()
+        try:
+            return _process().submit(send, *args, **kwargs).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            _process.cache_clear()  # the next test gets another process
+            raise
 
     return send
 
