@@ -94,7 +94,8 @@ ENTRY %main (x.1: f32[8], z: bf16[32]) -> f32[64] {
   %x.1 = f32[8]{0} parameter(0)
   %z = bf16[32]{0} parameter(1)
   %sum = f32[8]{0} all-reduce(%x.1), replica_groups=[2,4]<=[8], to_apply=%add
-  %part = bf16[8]{0} reduce-scatter(%z), replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, dimensions={0}, to_apply=%add
+  %part = bf16[8]{0} reduce-scatter(%z), replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, \\
+dimensions={0}, to_apply=%add
   %swapped = bf16[32]{0} all-to-all(%z), replica_groups={{0,2},{1,3}}, dimensions={0}
   %loop = (s32[], f32[8]{0}) while(%sum), condition=%condition, body=%body
   ROOT %all = f32[64]{0} fusion(%x.1), kind=kCustom, calls=%inside
