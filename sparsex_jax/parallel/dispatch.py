@@ -28,6 +28,7 @@ from sparsex_jax.parallel.ring import partial_gradients
 
 _DEVIATIONS = 5  # of random choices, that rounds have room for: one more round costs more
 _MAX_FLOATS = 2**27  # of the queries of a round
+_MAX_CHUNKS = 64  # of tokens to which results are added
 
 
 class Rounds(NamedTuple):
@@ -255,6 +256,39 @@ def _rows(x, where, fill):
     return found.reshape(*found.shape[:2], *x.shape[2:])
 
 
+def _add_returned(add, total, where, sent: _Sent, block_size: int):
+    """What tokens have got so far, with what comes back in a round.
+
+    A round's packets are of tokens near each other where choices are even, so only a few chunks of
+    tokens are touched.
+
+    Args:
+      add: of where a place's packets have come to, [B, Hkv, chunk], and a chunk of `total`.
+      total: a tree of [B, T, ...].
+      where: of `_arrived`.
+      sent: of the round.
+      block_size: S, which divides T.
+    """
+    tokens = where.shape[2]
+    size = tokens // math.gcd(tokens // block_size, _MAX_CHUNKS)
+
+    def of_chunk(i, total):
+        at = lax.dynamic_slice_in_dim(where, i * size, size, axis=2)
+
+        def of_place(place, part):
+            return add(lax.dynamic_index_in_dim(at, place, 3, keepdims=False), part)
+
+        part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * size, size, axis=1), total)
+        part = lax.fori_loop(0, where.shape[3], of_place, part)
+        return jax.tree.map(
+            lambda x, y: lax.dynamic_update_slice_in_dim(x, y, i * size, axis=1), total, part
+        )
+
+    first = jnp.min(jnp.where(sent.real, sent.token, tokens))
+    last = jnp.max(jnp.where(sent.real, sent.token, -1))
+    return lax.fori_loop(first // size, last // size + 1, of_chunk, total)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _attend(q, k, v, owner, column, score, block_size, implementation, rounds):
     packets = _pack(owner, rounds)
@@ -273,11 +307,10 @@ def _attend(q, k, v, owner, column, score, block_size, implementation, rounds):
         out, lse = _returned(out, rounds), _returned(lse, rounds)
         where = _arrived(packets, number, rounds)
 
-        def add(place, total):
-            at = lax.dynamic_index_in_dim(where, place, 3, keepdims=False)
+        def add(at, total):
             return total.add((_rows(out, at, 0), _rows(lse, at, -jnp.inf)))
 
-        return number + 1, lax.fori_loop(0, where.shape[3], add, total)
+        return number + 1, _add_returned(add, total, where, sent, block_size)
 
     empty = vary_with(q, SoftmaxSum.empty(q))
     _, total = lax.while_loop(lambda x: x[0] < last, one_round, (jnp.int32(0), empty))
@@ -310,11 +343,10 @@ def _attend_bwd(block_size, implementation, rounds, residuals, cotangents):
         of_q, of_score = _returned(of_q, rounds), _returned(of_score, rounds)
         where = _arrived(packets, number, rounds)
 
-        def add(place, q_bar):
-            at = lax.dynamic_index_in_dim(where, place, 3, keepdims=False)
+        def add(at, q_bar):
             return q_bar + _rows(of_q, at, 0).astype(q_bar.dtype)
 
-        q_bar = lax.fori_loop(0, where.shape[3], add, q_bar)
+        q_bar = _add_returned(add, q_bar, where, sent, block_size)
         b, h = (x[..., None, None] for x in jnp.ogrid[: where.shape[0], : where.shape[1]])
         place = jnp.arange(where.shape[3], dtype=jnp.int32)
         at = jnp.take_along_axis(where, packets.first, axis=3)
