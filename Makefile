@@ -5,7 +5,8 @@ STAMP := .venv/.setup-stamp
 COMPILER := .venv/.compiler-stamp
 CUDA := .venv/.cuda-stamp
 
-.PHONY: setup demo test test-gpu test-tpu-compile lint clean
+# test-meshes: the model on every shape of mesh of eight simulated devices; takes long.
+.PHONY: setup demo test test-gpu test-meshes test-tpu-compile lint clean
 
 setup: $(STAMP)
 
@@ -30,7 +31,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint $(COMPILER)
-	$(BIN)/pytest -m "not gpu and not tpu_compile" -n 2
+	$(BIN)/pytest -m "not gpu and not tpu_compile and not meshes" -n 2
+
+test-meshes: $(STAMP)
+	$(BIN)/pytest -m meshes
 
 test-tpu-compile: $(COMPILER)
 	$(BIN)/pytest -m tpu_compile

@@ -24,7 +24,7 @@ from sparsex_jax.landmarks import (
     visible_landmarks,
 )
 from sparsex_jax.rotary import apply_rotary
-from sparsex_jax.spans import check_segment_ids, pasts, remote_end
+from sparsex_jax.spans import check_segment_ids, document_starts, pasts, remote_end
 from sparsex_jax.token_chunks import map_chunks
 
 # Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys.
@@ -71,15 +71,16 @@ def sparse_attention(
     Raises:
       ValueError: shapes, types or arguments that do not fit the config, or each other.
     """
-    _check_arguments(
+    check_arguments(
         q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
         segment_ids,
     )  # fmt: skip
     batch, tokens = q.shape[:2]
     positions = jnp.arange(tokens, dtype=jnp.int32)
+    document_start = None if segment_ids is None else document_starts(segment_ids)
     local_start, document_start, limit = (
         None if x is None else jnp.broadcast_to(x, (batch, tokens))
-        for x in pasts(positions, segment_ids, config)
+        for x in pasts(positions, document_start, config)
     )
     turned_k = apply_rotary(k, positions, config.rope_base) if config.fusion == "softmax" else None
     marks = span = pyramid = None
@@ -122,12 +123,12 @@ def sparse_attention(
             q, query_features, landmark_gate, dynamic_gate, local_start, document_start, limit, span
         ),
         _Keys(k, turned_k, v, block_features, marks),
-        size=_chunk_size(tokens, config.block_size),
+        size=chunk_size(tokens, config.block_size),
         saved=("block_sparse_attention", "block_selection"),
     )
 
 
-def _chunk_size(tokens: int, block_size: int) -> int:
+def chunk_size(tokens: int, block_size: int) -> int:
     """Tokens of a chunk, a multiple of the block size."""
     chunks = min(_MAX_CHUNKS, -(-tokens // _CHUNK)) or 1
     return -(-tokens // (chunks * block_size)) * block_size
@@ -260,6 +261,7 @@ def landmark_branch(
     *,
     config: AttentionConfig,
     implementation: str | None = None,
+    document_origin: jax.Array | int = 0,
 ) -> Branch:
     """Attention of each query, q [B, T, Hq, D], to the landmarks that the pyramid shows it.
 
@@ -268,8 +270,9 @@ def landmark_branch(
     if not pyramid:
         return _no_keys(q)
     ranges = landmark_ranges(
-        k, v, salience, pyramid, first_position, q.shape[1], document_start, config
-    )
+        k, v, salience, pyramid, first_position, q.shape[1], document_start, config,
+        document_origin,
+    )  # fmt: skip
     return range_attention(q, *ranges, implementation=implementation)
 
 
@@ -282,6 +285,7 @@ def landmark_ranges(
     tokens: int,
     document_start: jax.Array | None,
     config: AttentionConfig,
+    document_origin: jax.Array | int = 0,
 ) -> Ranges:
     """The landmarks of the remote past of each of T queries.
 
@@ -297,8 +301,9 @@ def landmark_ranges(
       first_position: of the queries, int32.
       tokens: T.
       document_start: of the first whole block of the document of each token of the sequence, int32
-        [B, N], or None.
+        [B, N], or None; those of the queries and of the S tokens before them are used.
       config: the pyramid's shape.
+      document_origin: position of the first token that `document_start` is of.
     """
     group = config.segment_length if document_start is None else config.block_size
     leader, number = landmark_groups(first_position, tokens, group, config)
@@ -307,7 +312,9 @@ def landmark_ranges(
     if document_start is None:
         leader_start, first_block = jnp.zeros((len(k), groups), jnp.int32), None
     else:
-        leader_start = document_start[:, jnp.clip(leader, 0, document_start.shape[1] - 1)]
+        leader_start = document_start[
+            :, jnp.clip(leader - document_origin, 0, document_start.shape[1] - 1)
+        ]
         first_block = leader_start // config.block_size
     past = remote_end(leader[None], leader_start, config) - leader_start
     listed = visible_landmarks(pyramid, past // config.segment_length, first_block, config)
@@ -317,7 +324,7 @@ def landmark_ranges(
     begin = number * length
     end = begin + length
     if document_start is not None:  # a group's later tokens may begin a document: no remote past
-        document_start = document_start.at[:, positions].get(mode="clip")
+        document_start = document_start.at[:, positions - document_origin].get(mode="clip")
         begin = jnp.where(
             remote_end(positions, document_start, config) > document_start, begin, end
         )
@@ -351,10 +358,11 @@ def _no_keys(q: jax.Array) -> Branch:
     return jnp.zeros_like(q), jnp.full(q.shape[:3], -jnp.inf, wide)
 
 
-def _check_arguments(
+def check_arguments(
     q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
     segment_ids,
 ):  # fmt: skip
+    """Raises ValueError where arguments of `sparse_attention` do not fit."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q {q.shape} and k {k.shape} must be [batch, token, head, dim]")
     batch, tokens, heads, dim = q.shape

@@ -269,10 +269,48 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices share a training step: sizes of the axes of their mesh (docs/scaling.md).
+
+    One axis may be -1: it takes the devices that the others leave.
+
+    Attributes:
+      data: groups with their own sequences, each holding the whole state.
+      fsdp: groups with their own sequences, each holding a part of parameters and moments.
+      seq: parts of every sequence.
+      tensor: parts of the heads, and of the hidden width of feed-forward layers.
+      sequence_strategy: how selected blocks in another part of the sequence are attended to:
+        "ring" (keys and values travel), "dispatch" (queries do) or "auto" (fewer bytes).
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    seq: int = 1
+    tensor: int = 1
+    sequence_strategy: Literal["auto", "ring", "dispatch"] = "auto"
+
+    def __post_init__(self):
+        _check_types(self)
+        sizes = {name: getattr(self, name) for name in ("data", "fsdp", "seq", "tensor")}
+        for name, size in sizes.items():
+            _require(
+                size >= 1 or size == -1,
+                f"{name}={size} must be at least 1, or -1 for the devices that the others leave",
+            )
+        left = [name for name, size in sizes.items() if size == -1]
+        _require(
+            len(left) <= 1,
+            f"{' and '.join(f'{name}=-1' for name in left)}: only one axis can take what the others"
+            " leave, give the other a size",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run, complete.
 
     Attributes:
+      mesh: how devices share a step.
       accumulation: micro-batches of an optimizer step; divides every stage's batch_size.
       seed: decides the initial parameters and the data; from 0 to 2^32 - 1.
       checkpoint_every: optimizer steps between checkpoints (the last step has one, too).
@@ -286,6 +324,7 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = (StageConfig(steps=1000, length=1024, batch_size=16),)
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
     accumulation: int = 1
     seed: int = 0
     checkpoint_every: int = 500

@@ -48,6 +48,13 @@ class SoftmaxSum(NamedTuple):
     out: jax.Array
 
     @classmethod
+    def empty(cls, q: jax.Array) -> "SoftmaxSum":
+        """The sum over no keys, for queries [B, T, Hq, D]."""
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        zeros = jnp.zeros(q.shape[:3], wide)
+        return cls(zeros - jnp.inf, zeros, jnp.zeros(q.shape, wide))
+
+    @classmethod
     def of(cls, branch: Branch) -> "SoftmaxSum":
         """The sum of one branch (out [B, T, Hq, D], lse [B, T, Hq])."""
         out, lse = branch

@@ -6,6 +6,7 @@ r + 1 nodes of level 0, then of level 1, and so on until the past is covered. Se
 from the start of the document, so that packed documents see what separate ones would.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -212,9 +213,17 @@ def _gather_keys_bwd(residuals, cotangents):
 gather_keys.defvjp(_gather_keys_fwd, _gather_keys_bwd)
 
 
+Marks = tuple[jax.Array, jax.Array, jax.Array]  # keys, values and biases of landmarks
+
+
 def gather_landmarks(
-    k: jax.Array, v: jax.Array, salience: jax.Array, config: AttentionConfig, sliding: bool
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], list[Nodes]]:
+    k: jax.Array,
+    v: jax.Array,
+    salience: jax.Array,
+    config: AttentionConfig,
+    sliding: bool,
+    share: Callable[[Marks], Marks] = lambda marks: marks,
+) -> tuple[Marks, list[Nodes]]:
     """The landmarks of a whole sequence, each once, and the pyramid over them.
 
     Args:
@@ -223,16 +232,19 @@ def gather_landmarks(
       salience: f32 [B, N, Hkv].
       config: the pyramid's shape.
       sliding: as in `build_pyramid`.
+      share: makes the landmarks of all parts, in their order, from those of a part of a sequence.
 
     Returns:
       Keys, values and salience for `landmark_branch`, and its pyramid.
     """
     size = config.block_size if sliding else config.segment_length
     leaves = leaf_nodes(jax.lax.stop_gradient(salience), 0, size, config.landmarks_per_segment)
-    marks = gather_keys(k, v, salience, leaves.token.reshape(*leaves.token.shape[:2], -1))
-    number = jnp.arange(marks[0].shape[1], dtype=jnp.int32).reshape(leaves.token.shape[2:])
-    leaves = leaves._replace(token=jnp.broadcast_to(number, leaves.token.shape))
-    return marks, build_pyramid(leaves, config, sliding)
+    marks = share(gather_keys(k, v, salience, leaves.token.reshape(*leaves.token.shape[:2], -1)))
+    batch, landmarks, heads = marks[2].shape
+    shape = batch, heads, -1, config.landmarks_per_segment
+    best = jax.lax.stop_gradient(marks[2]).swapaxes(1, 2).reshape(shape)
+    number = jnp.broadcast_to(jnp.arange(landmarks, dtype=jnp.int32), (batch, heads, landmarks))
+    return marks, build_pyramid(Nodes(best, number.reshape(shape)), config, sliding)
 
 
 def all_landmarks(
@@ -242,7 +254,8 @@ def all_landmarks(
     local_start: jax.Array,
     document_start: jax.Array | None,
     config: AttentionConfig,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    share: Callable[[Marks], Marks] = lambda marks: marks,
+) -> tuple[Marks, tuple[jax.Array, jax.Array]]:
     """The landmarks of every complete segment, and which of them each query sees.
 
     Attending to them costs m / L of dense attention: quadratic, and kept for ablation.
@@ -254,6 +267,7 @@ def all_landmarks(
       local_start: a(t), int32 [B, T].
       document_start: of the first whole block of each token's document, int32 [B, T], or None.
       config: segment length, landmarks per segment, block size.
+      share: as in `gather_landmarks`, without documents only.
 
     Returns:
       Keys, values and biases, and the range of them that each query sees, int32 [B, T] each.
@@ -284,4 +298,4 @@ def all_landmarks(
         begin = document_start // config.block_size * count
         segments = (local_start - document_start) // size
         span = begin, begin + segments * width * count
-    return gather_keys(k, v, salience, listed.reshape(*listed.shape[:2], -1)), span
+    return share(gather_keys(k, v, salience, listed.reshape(*listed.shape[:2], -1))), span

@@ -53,23 +53,22 @@ def first_whole_block(document_start: jax.Array, block_size: int) -> jax.Array:
 
 
 def pasts(
-    positions: jax.Array, segment_ids: jax.Array | None, config: AttentionConfig
+    positions: jax.Array, document_start: jax.Array | None, config: AttentionConfig
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """What the tokens of a sequence see of their past.
 
     Args:
-      positions: int32 [T], from 0.
-      segment_ids: int [B, T], checked, or None.
+      positions: int32 [T].
+      document_start: first position of each token's document, int32 [B, T]; None for 0.
       config: window and block size.
 
     Returns:
       The first local token; the first token of the remote past, None for 0; and the first token
       behind the remote past. int32 [B, T], or [T] without documents.
     """
-    if segment_ids is None:
+    if document_start is None:
         local_start = remote_end(positions, 0, config)
         return local_start, None, local_start
-    document_start = document_starts(segment_ids)
     first = first_whole_block(document_start, config.block_size)
     local_start, limit = (remote_end(positions, x, config) for x in (document_start, first))
     return local_start, first, limit

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterator
 
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
@@ -50,6 +52,19 @@ class Instruction:
         (name,) = re.findall(rf"\b{role}=%([\w.\-]+)", self.attributes)
         return name
 
+    @property
+    def group_size(self) -> int:
+        """Devices that a collective is among: its first group's, all groups being alike."""
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.attributes):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+            return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]))
+        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", self.attributes):
+            return int(found[2])
+        found = re.search(r"replica_groups=\{\{([\d,]*)\}", self.attributes)
+        if found is None:
+            raise ValueError(f"which devices {self.name} is among is not known")
+        return found[1].count(",") + 1
+
 
 Computation = dict[str, Instruction]
 
@@ -91,9 +106,11 @@ class Program:
 
     Args:
       text: of the optimised program, as JAX's `Compiled.as_text` gives it.
+      trips: of loops that run until something has happened; None refuses them.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, trips: int | None = None):
+        self.trips = trips
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         for line in text.splitlines():
@@ -127,5 +144,37 @@ class Program:
         *others, last = self.computations[loop.called("condition")].values()
         bounds = [x.arguments for x in others if x.opcode == "constant"]
         if len(bounds) != 1 or last.opcode != "compare" or "direction=LT" not in last.attributes:
+            if self.trips is not None:
+                return self.trips
             raise ValueError(f"how often {loop.name} runs is not known")
         return int(bounds[0])
+
+    def sent(self) -> dict[str, int]:
+        """Bytes that a device sends to others, by kind of collective, in one run."""
+        total = dict.fromkeys(COLLECTIVES, 0)
+        for each, computation, times in self.executed():
+            for found, inside in self._collectives(each, computation):
+                kind = found.opcode.removesuffix("-start")
+                total[kind] += times * _sent(kind, found, inside)
+        return total
+
+    def _collectives(
+        self, each: Instruction, computation: Computation
+    ) -> Iterator[tuple[Instruction, Computation]]:
+        """The instruction, if it is a collective, or those of the computation that it calls."""
+        if each.opcode.removesuffix("-start") in COLLECTIVES:
+            yield each, computation
+        elif each.opcode in ("fusion", "async-start"):
+            inside = self.computations[each.called("calls")]
+            for inner in inside.values():
+                yield from self._collectives(inner, inside)
+
+
+def _sent(kind: str, each: Instruction, computation: Computation) -> int:
+    size = sum(computation[name].bytes for name in each.operands)
+    if kind == "collective-permute":
+        return size
+    others = each.group_size - 1
+    if kind == "all-gather":
+        return size * others
+    return (2 if kind == "all-reduce" else 1) * size * others // each.group_size

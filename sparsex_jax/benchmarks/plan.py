@@ -11,16 +11,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import dispatch
 from pallas_kernels.ahead_of_time import TPU_TARGETS, MemoryExceededError, compile_for, target_mesh
+from sparsex_jax.benchmarks.hlo import COLLECTIVES, Program
 from sparsex_jax.benchmarks.operations import count_operations
 from sparsex_jax.config import ConfigError, TrainConfig
 from sparsex_jax.modules import Transformer
+from sparsex_jax.parallel.dispatch import plan_rounds
+from sparsex_jax.parallel.mesh import batch_spec, check_batch, check_model, make_mesh
+from sparsex_jax.parallel.rules import state_shardings
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
-from sparsex_jax.training.step import check_divisible, make_mesh, make_step, state_shardings
+from sparsex_jax.training.step import make_step
 
 CHIP_BYTES = int(15.75 * 2**30)  # of a v5e that programs may take, as libtpu says
 
@@ -31,7 +34,7 @@ class Plan:
 
     Attributes:
       devices: that share the step.
-      tokens: of a sequence.
+      tokens: of a sequence, those of a chip.
       sequences: that a chip computes with at a time.
       parameters: of the whole model.
       parameter_bytes: a chip's part of them.
@@ -40,6 +43,8 @@ class Plan:
       temporary_bytes: what else there is at once: whole parameters, gradients, activations; None
         where it does not fit, since the compiler then gives no count.
       program_bytes: of the program itself; None likewise.
+      sent_bytes: that a chip sends to others, by kind of collective, with as many rounds of
+        dispatch as even choices take; empty where it does not fit.
       operations: of a chip, see `count_operations`.
       kernels: how many calls of each there are in the program; none where it does not fit.
       problem: why it does not fit, in the compiler's words; None if it does.
@@ -54,6 +59,7 @@ class Plan:
     batch_bytes: int
     temporary_bytes: int | None
     program_bytes: int | None
+    sent_bytes: dict[str, int]
     operations: int
     kernels: dict[str, int]
     problem: str | None
@@ -74,6 +80,8 @@ class Plan:
             "total_bytes": self.total_bytes,
             "chip_bytes": CHIP_BYTES,
             "kernels": kernels,
+            "sent_bytes": sum(self.sent_bytes.values()) if self.sent_bytes else None,
+            **{f"{k.replace('-', '_')}_bytes": self.sent_bytes.get(k) for k in COLLECTIVES},
             "status": "compiled",
         }
 
@@ -96,8 +104,12 @@ class Step:
         count = len(self.config.stages)
         if not 0 <= self.stage < count:
             raise ConfigError(f"stage={self.stage} must be one of the preset's: 0 to {count - 1}")
-        batch_size = self.config.stages[self.stage].batch_size
-        check_divisible(f"stages[{self.stage}]", batch_size, self.config.accumulation, self.mesh)
+        stage = self.config.stages[self.stage]
+        check_model(self.config.model, self.mesh)
+        check_batch(
+            f"stages[{self.stage}]", stage.batch_size, stage.length, self.config.accumulation,
+            self.config.model, self.mesh,
+        )  # fmt: skip
 
     @functools.cached_property
     def _model(self) -> tuple[Any, dict]:
@@ -115,7 +127,7 @@ class Step:
 
     def state(self) -> dict:
         """The shapes of the state, and how they lie on the devices."""
-        _, params = self._model
+        skeleton, params = self._model
         optimizer = make_optimizer(self.config.optimizer, self.config.total_steps)
         state = {
             "params": params,
@@ -124,7 +136,7 @@ class Step:
         }
         if self.mesh is None:
             return state
-        return jax.tree.map(_place, state, state_shardings(state, self.mesh))
+        return jax.tree.map(_place, state, state_shardings(state, skeleton.axes, self.mesh))
 
     def batch(self) -> dict:
         """The shapes of a batch, likewise."""
@@ -134,7 +146,7 @@ class Step:
         batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
         if self.mesh is None:
             return batch
-        sharding = NamedSharding(self.mesh, P(None, "data"))
+        sharding = NamedSharding(self.mesh, batch_spec(self.mesh))
         return {name: _place(x, sharding) for name, x in batch.items()}
 
     def function(self) -> Callable:
@@ -144,6 +156,7 @@ class Step:
         return make_step(
             skeleton, make_optimizer(optimizer, steps), make_schedule(optimizer, steps),
             self.config.stages[self.stage].top_k, self.mesh, self.config.implementation,
+            self.config.mesh.sequence_strategy,
         )  # fmt: skip
 
 
@@ -175,8 +188,8 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
       devices: the first so many of the slice; None for all.
 
     Raises:
-      ConfigError: the target, its chips or the stage do not exist, or libtpu is missing.
-      TrainingError: the batch does not divide among the chips.
+      ConfigError: the target, its chips or the stage do not exist, libtpu is missing, or the mesh
+        does not fit chips, model or batch.
     """
     if target not in TPU_TARGETS:
         raise ConfigError(f"target={target!r} must be one of {', '.join(TPU_TARGETS)}")
@@ -184,21 +197,23 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
         chips = list(target_mesh(target, devices).devices.flat)
     except RuntimeError as error:
         raise ConfigError(str(error)) from error
-    step = Step(config, stage, make_mesh(chips))
+    step = Step(config, stage, make_mesh(config.mesh, chips))
     state, batch = step.state(), step.batch()
     with dispatch.targeting(chips[0]):
         traced = jax.make_jaxpr(step.function())(state, batch)
-    sequences = config.stages[stage].batch_size // config.accumulation // len(chips)
+    sizes = {} if step.mesh is None else dict(step.mesh.shape)
+    groups = sizes.get("data", 1) * sizes.get("fsdp", 1)
     plan = Plan(
         devices=len(chips),
-        tokens=config.stages[stage].length,
-        sequences=sequences,
+        tokens=config.stages[stage].length // sizes.get("seq", 1),
+        sequences=config.stages[stage].batch_size // config.accumulation // groups,
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"])),
         parameter_bytes=_bytes(state["params"]),
         optimizer_bytes=_bytes(state["optimizer"]),
         batch_bytes=_bytes(batch),
         temporary_bytes=None,
         program_bytes=None,
+        sent_bytes={},
         operations=count_operations(traced.jaxpr),
         kernels={},
         problem=None,
@@ -217,8 +232,21 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
         program_bytes=memory.generated_code_size_in_bytes,
+        sent_bytes=Program(compilation.executable.as_text() or "", _rounds(step, plan)).sent(),
         kernels=dict(collections.Counter(names)),
     )
+
+
+def _rounds(step: Step, plan: Plan) -> int:
+    """Rounds of dispatch in a layer where choices are even; 1 where sequences are whole."""
+    sizes, model = ({} if step.mesh is None else step.mesh.shape), step.config.model
+    count = step.config.stages[step.stage].top_k
+    rounds = plan_rounds(
+        sizes.get("seq", 1), plan.sequences, plan.tokens,
+        model.num_heads // sizes.get("tensor", 1), model.head_dim,
+        model.attention.top_k if count is None else count,
+    )  # fmt: skip
+    return rounds.expected
 
 
 def way_out(config: TrainConfig, plan: Plan) -> str:

@@ -26,6 +26,11 @@ PREFILL_FIELDS = (
     "tokens", "layers", "chunk", "milliseconds", "tokens_per_second", "cache_bytes", "peak_bytes",
     "status",
 )  # fmt: skip
+TRAFFIC_FIELDS = (
+    "strategy", "target", "chips", "tokens", *SHAPE, "all_gather_bytes", "all_reduce_bytes",
+    "reduce_scatter_bytes", "all_to_all_bytes", "collective_permute_bytes", "total_bytes",
+    "rule_bytes", "status",
+)  # fmt: skip
 ADDED_PARTS = ("selection", "rotary", "local", "landmarks", "dynamic", "fusion")  # make up an op
 
 
@@ -267,3 +272,19 @@ def losses_table(rows: Sequence[Row], label: Label) -> str:
     losses = {(row["implementation"], row["step"]): f"{row['loss']:.4f}" for row in rows}
     lines = [(label(step), *(losses.get((name, step), "") for name in names)) for step in shown]
     return markdown(("step", *names), lines)
+
+
+def traffic_table(rows: Sequence[Row], label: Label) -> str:
+    """What chips send that share a sequence, MiB of each, by kind of collective."""
+    kinds = [name for name in TRAFFIC_FIELDS if name.endswith("_bytes")]
+
+    def line(row: Row) -> list[str]:
+        what = [row["strategy"], str(row["chips"]), label(row["tokens"])]
+        if row["status"] != "compiled":
+            return [*what, row["status"].replace("_", " "), *[""] * (len(kinds) - 1)]
+        return what + [format_number(row[name] / 2**20) for name in kinds]
+
+    chosen = sorted(rows, key=lambda row: (row["strategy"], row["chips"]))
+    named = [name.removesuffix("_bytes").replace("_", " ") for name in kinds]
+    head = ["strategy", "chips", "tokens of each", *named[:-1], "by the rule"]
+    return markdown(head, map(line, chosen))

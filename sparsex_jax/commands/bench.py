@@ -12,11 +12,13 @@ from sparsex_jax.benchmarks.names import (
     LOGITS,
     PARTS,
     PRECISIONS,
+    STRATEGIES,
     Direction,
     Logits,
     Part,
     Precision,
     Selection,
+    Strategy,
 )
 from sparsex_jax.benchmarks.tables import format_number
 from sparsex_jax.commands.arguments import parse, parse_length
@@ -32,7 +34,7 @@ from sparsex_jax.config import ConfigError
 if TYPE_CHECKING:
     from sparsex_jax.benchmarks.runner import Row
 
-WHAT = ("attention", "numerics", "decode", "prefill")
+WHAT = ("attention", "numerics", "decode", "prefill", "traffic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +127,40 @@ class NumericsArguments:
     resume: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class TrafficArguments:
+    """Counts what chips send where they share a sequence, in programs compiled for TPU slices.
+
+    The op, forward and backward, is compiled for each slice and strategy; nothing runs. Tokens of
+    a chip are the same for all slices. Compiling takes minutes a row.
+
+    Attributes:
+      targets: slices, v5e:2x2 to v5e:16x16.
+      strategies: of attention to selected blocks in other chips' parts.
+      tokens: of each chip; 4096 and 16K are understood.
+      query_heads: Hq.
+      kv_heads: Hkv; each serves a group of query heads.
+      head_dim: width of a head.
+      out: results file (JSON); by default results/tpu-v5e/traffic.json.
+      resume: keeps the rows that the file has, except failed ones, and compiles the others.
+    """
+
+    targets: tuple[str, ...] = ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
+    strategies: tuple[Strategy, ...] = STRATEGIES
+    tokens: str = "16K"
+    query_heads: int = 16
+    kv_heads: int = 2
+    head_dim: int = 128
+    out: Path | None = None
+    resume: bool = False
+
+
 def main(arguments: list[str]) -> int:
     """Parses the arguments, runs the command and returns its exit status."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     command = shlex.join(["sparsex", "bench", *arguments])
     if name in ("-h", "--help"):
-        for begin, each in zip(("usage:", *[" " * 6] * 3), WHAT, strict=True):
+        for begin, each in zip(("usage:", *[" " * 6] * (len(WHAT) - 1)), WHAT, strict=True):
             print(f"{begin} sparsex bench {each} [arguments]")
         print("\n`sparsex bench attention --help`, say, tells more.")
         return 0
@@ -142,6 +172,8 @@ def main(arguments: list[str]) -> int:
         return decode(parse(DecodeArguments, "bench decode", rest), command)
     if name == "prefill":
         return prefill(parse(PrefillArguments, "bench prefill", rest), command)
+    if name == "traffic":
+        return traffic(parse(TrafficArguments, "bench traffic", rest), command)
     given = f"{name!r}" if arguments else "nothing"
     raise ConfigError(
         f"bench must be followed by what to measure, not {given}: use {', '.join(WHAT[:-1])} or"
@@ -210,6 +242,21 @@ def numerics(arguments: NumericsArguments, command: str) -> int:
     )
 
 
+def traffic(arguments: TrafficArguments, command: str) -> int:
+    """Runs the command; 1 if a row failed."""
+    # Nothing runs on this machine's devices.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from sparsex_jax.benchmarks.results import check_writable
+    from sparsex_jax.benchmarks.traffic import PATH, Benchmark, Settings
+
+    given, path = dataclasses.asdict(arguments), arguments.out or PATH
+    del given["out"], given["resume"]
+    settings = Settings(**given | {"tokens": parse_length(arguments.tokens, "tokens")})
+    check_writable(path)
+    benchmark = Benchmark(settings, path, command, resume=arguments.resume)
+    return run_benchmark(benchmark, _describe_traffic)
+
+
 def _describe_times(row: "Row") -> str:
     parts = [f"{format_number(row['milliseconds'])} ms"]
     if row["speedup_over_dense"] and row["system"] == "sparsex":
@@ -225,6 +272,14 @@ def _describe_compiled(row: "Row") -> str:
         parts.append(f"modelled {format_number(row['modelled_milliseconds'])} ms")
     parts.append(f"roofline {format_number(row['roofline_milliseconds'])} ms")
     return ", ".join(parts)
+
+
+def _describe_traffic(row: "Row") -> str:
+    sent, rule = row["total_bytes"] / 2**20, row["rule_bytes"] / 2**20
+    return (
+        f"{row['chips']} chips send {format_number(sent)} MiB each, {format_number(rule)} MiB by"
+        " the rule"
+    )
 
 
 def _describe_errors(row: "Row") -> str:

@@ -99,9 +99,13 @@ def _describe(plan: "Plan", arguments: Arguments, stage: int) -> str:
         shown = "not known" if size is None else f"{size / 2**30:.2f}"
         lines.append(f"  {name.removesuffix('_bytes'):<11}{shown}")
     fits = "does not fit" if plan.problem else "fits"
+    sent = [f"  {kind:<20}{size / 2**20:,.1f}" for kind, size in plan.sent_bytes.items()]
+    if sent:
+        sent = ["MiB that each chip sends", *sent, ""]
     lines += [
         f"  {fits}, of {CHIP_BYTES / 2**30:g}",
         "",
+        *sent,
         f"{plan.operations / 1e12:,.1f} TFLOP on each chip, recomputation included",
         "kernels in the program:",
         *(f"  {name} {count}" for name, count in plan.kernels.items()),

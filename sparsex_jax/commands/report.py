@@ -17,6 +17,7 @@ PLANS = ("plan",)
 DECODE = ("decode",)
 PREFILL = ("prefill",)
 LOSSES = ("losses",)
+TRAFFIC = ("traffic",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,12 @@ def _check(path: Path, results: dict[str, Any]) -> None:
         fields = tables.PREFILL_FIELDS
     elif name in LOSSES:
         fields = tables.LOSSES_FIELDS
+    elif name in TRAFFIC:
+        fields = tables.TRAFFIC_FIELDS
     else:
-        known = ", ".join(ATTENTION + ACCURACY + NUMERICS + PLANS + DECODE + PREFILL + LOSSES)
+        known = ", ".join(
+            ATTENTION + ACCURACY + NUMERICS + PLANS + DECODE + PREFILL + LOSSES + TRAFFIC
+        )
         raise ConfigError(f"{path} has benchmark={name!r}, not {known}")
     for number, row in enumerate(results["rows"]):
         more = of_targets if row.get("target") else ()
@@ -139,6 +144,10 @@ def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
     elif results["benchmark"] in LOSSES:
         print("The same training, by implementation of the primitives.\n")
         print(tables.losses_table(results["rows"], str), end="\n\n")
+    elif results["benchmark"] in TRAFFIC:
+        print("One layer's attention, forward and backward, compiled and not run; MiB that a chip")
+        print("sends.\n")
+        print(tables.traffic_table(results["rows"], format_length), end="\n\n")
     else:
         _print_attention([row for row in results["rows"] if not row.get("target")])
         compiled = [row for row in results["rows"] if row.get("target")]

@@ -1,6 +1,7 @@
 """The attention layer: projections, learned features and gates around `sparse_attention`."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,9 @@ from flax import nnx
 from sparsex_jax.attention import sparse_attention
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.modules.layers import CausalConvolution, Linear
+from sparsex_jax.parallel import sequence
+from sparsex_jax.parallel.mesh import axis_size
+from sparsex_jax.parallel.rules import enter_split, own_part, whole
 from sparsex_jax.scoring import block_features, query_features, rms_normalize
 
 
@@ -84,13 +88,14 @@ class SparseXAttention(nnx.Module):
         self.pool = Linear((dim, heads), ("model", "kv_heads"), jnp.float32, rngs=rngs)
         self.salience = Linear((dim, heads), ("model", "kv_heads"), jnp.float32, rngs=rngs)
         self.log_scale = nnx.Param(jnp.zeros(heads, jnp.float32), axis_names=("kv_heads",))
+        # Two gates a head, side by side: their axis is not split as heads are.
         self.gates = Linear(
-            (dim, 2 * config.num_heads), ("model", "heads"), jnp.float32, scale=0.0, rngs=rngs
+            (dim, 2 * config.num_heads), ("model", None), jnp.float32, scale=0.0, rngs=rngs
         )
 
-    def mix(self, x, history=None, segment_ids=None) -> jax.Array:
+    def mix(self, x, history=None, age=None) -> jax.Array:
         """The short convolution, [B, T, C] to [B, T, C]; arguments as in `CausalConvolution`."""
-        return x if self.convolution is None else self.convolution(x, history, segment_ids)
+        return x if self.convolution is None else self.convolution(x, history, age)
 
     def key_side(self, x: jax.Array, mixed: jax.Array) -> KeySide:
         """Projects the layer's input [B, T, C] and its convolution to what is attended to."""
@@ -107,9 +112,9 @@ class SparseXAttention(nnx.Module):
         if not self.sparse:
             return QuerySide(q, None, None, None)
         projected = self._heads(self.score_query(mixed), self.config.num_kv_heads)
-        features = query_features(projected, self.log_scale[...])
-        landmark_gate, dynamic_gate = jnp.split(2 * nnx.sigmoid(self.gates(x)), 2, axis=-1)
-        return QuerySide(q, features, landmark_gate, dynamic_gate)
+        features = query_features(projected, whole(self.log_scale))
+        gates = jnp.split(2 * nnx.sigmoid(self.gates(x)), 2, axis=-1)
+        return QuerySide(q, features, *(own_part(gate, axis=2) for gate in gates))
 
     def attention_config(self, top_k: int | None = None) -> AttentionConfig:
         """The layer's own attention config; `top_k` replaces the config's in a sparse layer."""
@@ -129,21 +134,30 @@ class SparseXAttention(nnx.Module):
         segment_ids: jax.Array | None = None,
         top_k: int | None = None,
         implementation: str | None = None,
+        sequence_strategy: str = "auto",
     ) -> jax.Array:
         """Attends within x.
 
         Args:
-          x: [B, T, C], normalised.
+          x: [B, T, C], normalised; a device's tokens where "seq" splits them.
           segment_ids: int [B, T], as in `sparse_attention`.
           top_k: blocks selected, instead of the config's.
           implementation: of the primitives.
+          sequence_strategy: as in `MeshConfig`.
 
         Returns:
           [B, T, C].
         """
         config = self.attention_config(top_k)
-        mixed = self.mix(x, segment_ids=segment_ids)
-        keys, queries = self.key_side(x, mixed), self.query_side(x, mixed)
+        age = None
+        if segment_ids is not None:
+            positions = sequence.first_position(x.shape[1]) + jnp.arange(x.shape[1])
+            age = positions - sequence.document_starts(segment_ids)
+        history = None
+        if axis_size("seq") > 1 and self.config.conv_width > 1:
+            history = sequence.from_left(x, self.config.conv_width - 1)
+        mixed = enter_split(self.mix(x, history, age))
+        keys, queries = self.key_side(enter_split(x), mixed), self.query_side(x, mixed)
         learned = {}
         if config.landmarks != "off":
             learned["salience"] = keys.salience
@@ -157,11 +171,16 @@ class SparseXAttention(nnx.Module):
                 learned["landmark_gate"] = queries.landmark_gate
             if config.top_k:
                 learned["dynamic_gate"] = queries.dynamic_gate
-        attended = sparse_attention(
+        if axis_size("seq") == 1:
+            attend = sparse_attention
+        else:
+            attend = functools.partial(sequence.sparse_attention, strategy=sequence_strategy)
+        attended = attend(
             queries.q, keys.k, keys.v, config=config, segment_ids=segment_ids,
             implementation=implementation, **learned,
         )  # fmt: skip
         return self.project_out(attended)
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
+        heads //= axis_size("tensor")
         return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)

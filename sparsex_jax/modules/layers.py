@@ -1,11 +1,14 @@
-"""Small layers; parameters are f32 and carry logical axis names for sharding."""
+"""Small layers; parameters are f32 and carry logical axis names for sharding.
+
+Within `jax.shard_map` a layer holds a device's part of them (`sparsex_jax.parallel.rules`).
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsex_jax.parallel.rules import enter_split, leave_split, whole
 from sparsex_jax.scoring import rms_normalize
-from sparsex_jax.spans import document_starts
 
 
 class Linear(nnx.Module):
@@ -22,11 +25,11 @@ class Linear(nnx.Module):
     def __init__(self, shape, axes, dtype, *, scale: float = 1.0, rngs: nnx.Rngs):
         init = nnx.initializers.normal(scale * shape[0] ** -0.5)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32), axis_names=axes)
-        self.dtype = dtype
+        self.axes, self.dtype = axes, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., inputs] to [..., outputs]."""
-        return x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        """[..., inputs] to [..., outputs], those of the device."""
+        return leave_split(x.astype(self.dtype) @ whole(self.kernel, self.dtype), self.axes)
 
 
 class RMSNorm(nnx.Module):
@@ -37,7 +40,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis."""
-        return rms_normalize(x) * self.scale[...].astype(x.dtype)
+        return rms_normalize(x) * whole(self.scale, x.dtype)
 
 
 class CausalConvolution(nnx.Module):
@@ -58,14 +61,15 @@ class CausalConvolution(nnx.Module):
         self,
         x: jax.Array,
         history: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
+        age: jax.Array | None = None,
     ) -> jax.Array:
         """Convolves along the tokens.
 
         Args:
           x: [B, T, C].
           history: the width - 1 tokens before x, [B, width - 1, C]; None is zeros.
-          segment_ids: int [B, T]; taps do not reach into another document.
+          age: int [B, T], tokens before each in its document, into others of which taps do not
+            reach; None for one document.
 
         Returns:
           [B, T, C].
@@ -74,13 +78,11 @@ class CausalConvolution(nnx.Module):
         if history is None:
             history = jnp.zeros_like(x[:, :1]).repeat(before, axis=1)
         padded = jnp.concatenate((history, x), axis=1)
-        taps = self.taps[...].astype(x.dtype)
-        if segment_ids is not None:
-            age = jnp.arange(tokens) - document_starts(segment_ids)
+        taps = whole(self.taps, x.dtype)
         total = x
         for lag in range(self.width):
             shifted = padded[:, before - lag : before - lag + tokens]
-            if segment_ids is not None:
+            if age is not None:
                 shifted = jnp.where((age >= lag)[..., None], shifted, 0)
             total = total + shifted * taps[lag]
         return total
@@ -96,4 +98,5 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., dim] to [..., dim]."""
+        x = enter_split(x)
         return self.down(nnx.silu(self.gate(x)) * self.up(x))

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.mesh_axes import vary_with
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.modules.attention import SparseXAttention
 from sparsex_jax.modules.layers import RMSNorm, SwiGLU
+from sparsex_jax.parallel.rules import whole
 
 
 class Block(nnx.Module):
@@ -25,19 +27,31 @@ class Block(nnx.Module):
         """[B, T, C] to [B, T, C], residual included."""
         return x + self.mlp(self.mlp_norm(x))
 
-    def __call__(self, x, segment_ids=None, top_k=None, implementation=None) -> jax.Array:
+    def __call__(
+        self, x, segment_ids=None, top_k=None, implementation=None, sequence_strategy="auto"
+    ) -> jax.Array:
         """[B, T, C] to [B, T, C]; arguments as in `SparseXAttention`."""
-        attended = self.attention(self.attention_norm(x), segment_ids, top_k, implementation)
+        attended = self.attention(
+            self.attention_norm(x), segment_ids, top_k, implementation, sequence_strategy
+        )
         return self.feed_forward(x + attended)
 
 
 class Transformer(nnx.Module):
     """RMSNorm, SwiGLU, QK-norm, short convolution, tied embedding.
 
+    Within `jax.shard_map` over the axes of `sparsex_jax.parallel.mesh` it holds a device's part of
+    the parameters and takes a device's part of the tokens.
+
+    Attributes:
+      sharded: that it does so, for `sparsex_jax.training`.
+
     Args:
       config: the model's shape.
       rngs: random streams; "params" is used.
     """
+
+    sharded = True
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -53,12 +67,12 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int [B, T] to [B, T, C]."""
-        rows = self.embedding[...][tokens] * self.config.model_dim**0.5
+        rows = whole(self.embedding)[tokens] * self.config.model_dim**0.5
         return rows.astype(self.config.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., C] to f32 [..., vocab]."""
-        table = self.embedding[...].astype(self.config.dtype)
+        table = whole(self.embedding, self.config.dtype)
         return jnp.einsum("...c,vc->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def __call__(
@@ -67,6 +81,7 @@ class Transformer(nnx.Module):
         segment_ids: jax.Array | None = None,
         top_k: int | None = None,
         implementation: str | None = None,
+        sequence_strategy: str = "auto",
     ) -> jax.Array:
         """Hidden states before the logits.
 
@@ -75,6 +90,7 @@ class Transformer(nnx.Module):
           segment_ids: int [B, T]; packed documents, each starting at a block boundary.
           top_k: blocks selected in sparse layers, instead of the config's.
           implementation: of the primitives.
+          sequence_strategy: as in `MeshConfig`, for a sequence that is split.
 
         Returns:
           [B, T, C] in the config's dtype.
@@ -82,7 +98,7 @@ class Transformer(nnx.Module):
         x = self.embed(tokens)
 
         def apply(block, x):
-            return block(x, segment_ids, top_k, implementation)
+            return block(x, segment_ids, top_k, implementation, sequence_strategy)
 
         if self.config.remat == "layer":
             apply = nnx.remat(apply)
@@ -98,6 +114,7 @@ class Transformer(nnx.Module):
         segment_ids: jax.Array | None = None,
         top_k: int | None = None,
         implementation: str | None = None,
+        sequence_strategy: str = "auto",
     ) -> tuple[jax.Array, jax.Array]:
         """Weighted negative log-likelihood, with logits of `loss_chunk` tokens at a time.
 
@@ -105,14 +122,15 @@ class Transformer(nnx.Module):
           tokens: int32 [B, T].
           targets: int32 [B, T], the token that follows each.
           weights: f32 [B, T].
-          segment_ids: as in `__call__`, and so the two below.
+          segment_ids: as in `__call__`, and so the three below.
           top_k: blocks selected.
           implementation: of the primitives.
+          sequence_strategy: for a sequence that is split.
 
         Returns:
-          (sum of weighted nats, sum of weights), f32 scalars.
+          (sum of weighted nats, sum of weights), f32 scalars, of the tokens of the device.
         """
-        hidden = self(tokens, segment_ids, top_k, implementation)
+        hidden = self(tokens, segment_ids, top_k, implementation, sequence_strategy)
         flat = hidden.reshape(targets.size, hidden.shape[2]), targets.ravel(), weights.ravel()
         chunk = max(1, min(self.config.loss_chunk, targets.size))
         chunks = -(-targets.size // chunk)
@@ -123,7 +141,7 @@ class Transformer(nnx.Module):
             )
             for x in flat
         )
-        table = self.embedding[...].astype(self.config.dtype)
+        table = whole(self.embedding, self.config.dtype)
 
         @jax.checkpoint
         def add_chunk(total, inputs):
@@ -133,5 +151,7 @@ class Transformer(nnx.Module):
             nll = jax.nn.logsumexp(logits, axis=1) - chosen
             return total + jnp.sum(nll * weights), None
 
-        total, _ = jax.lax.scan(add_chunk, jnp.float32(0), (hidden, targets, weights))
+        total, _ = jax.lax.scan(
+            add_chunk, vary_with(hidden, jnp.float32(0)), (hidden, targets, weights)
+        )
         return total, jnp.sum(weights)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from sparsex_jax.config import DataConfig, StageConfig
@@ -38,6 +37,7 @@ class BatchStream:
       seed: of the run.
       vocab_size: tokens are below it.
       restored: what `state()` gave; None starts at the first batch.
+      share: (number, shares) of the sequences of each batch that this process makes.
     """
 
     def __init__(
@@ -49,12 +49,13 @@ class BatchStream:
         seed: int,
         vocab_size: int,
         restored: dict | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
         self._stage, self._number, self._vocab_size = stage, number, vocab_size
-        self._drawn = 0
+        self._drawn, self._shares = 0, share[1]
         dataset = make_dataset(
-            data, stage, seed=stage_seed(seed, number), process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            data, stage, seed=stage_seed(seed, number), process_index=share[0],
+            process_count=share[1],
         )  # fmt: skip
         if isinstance(dataset, grain.MapDataset):
             dataset = dataset.to_iter_dataset()
@@ -73,12 +74,12 @@ class BatchStream:
                 f" {self._stage.steps} batches: make_dataset must return an endless dataset"
             ) from None
         self._drawn += 1
-        shape = (self._stage.batch_size // jax.process_count(), self._stage.length)
+        shape = (self._stage.batch_size // self._shares, self._stage.length)
         for name, value in batch.items():
             if value.shape != shape:
                 raise TrainingError(
                     f"{name} of a batch of stages[{self._number}] has shape {value.shape},"
-                    f" its config says (batch_size / processes, length) = {shape}"
+                    f" its config says (batch_size / shares, length) = {shape}"
                 )
         for name in ("tokens", "targets"):
             low, high = batch[name].min(), batch[name].max()

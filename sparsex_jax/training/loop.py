@@ -17,6 +17,7 @@ from flax import nnx
 
 from sparsex_jax.config import TrainConfig
 from sparsex_jax.parallel import distributed
+from sparsex_jax.parallel.mesh import batch_share, check_batch, check_model, make_mesh
 from sparsex_jax.training import checkpoints as ckpt
 from sparsex_jax.training.agreement import check_same_command, check_shared
 from sparsex_jax.training.data import BatchStream, corpus_fingerprint
@@ -26,18 +27,11 @@ from sparsex_jax.training.models import save_model
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
 from sparsex_jax.training.run_directory import last_complete, lock, prepare
-from sparsex_jax.training.step import (
-    check_divisible,
-    fetch,
-    make_mesh,
-    make_step,
-    place_batch,
-    place_state,
-)
+from sparsex_jax.training.step import fetch, make_step, place_batch, place_state
 from sparsex_jax.training.stop import StopRequest
 
-# What a resumed run may have another value of: it changes no parameter.
-MAY_CHANGE = ("checkpoint_every", "keep", "log_every", "implementation")
+# What a resumed run may have another value of: it changes no parameter but by rounding.
+MAY_CHANGE = ("checkpoint_every", "keep", "log_every", "implementation", "mesh")
 # Steps that the host may run ahead of the devices: enough to hide its own work, few enough
 # that a stop is quick.
 STEPS_AHEAD = 4
@@ -137,9 +131,13 @@ class Trainer:
         self.config, self.run_dir = config, run_dir
         self.make_dataset = make_dataset
         self.tokenizer, self.data = tokenizer_fingerprint, data_fingerprint
-        self.mesh = make_mesh()
+        self.mesh = make_mesh(config.mesh)
+        check_model(config.model, self.mesh)
         for number, stage in enumerate(config.stages):
-            check_divisible(f"stages[{number}]", stage.batch_size, config.accumulation, self.mesh)
+            check_batch(
+                f"stages[{number}]", stage.batch_size, stage.length, config.accumulation,
+                config.model, self.mesh,
+            )  # fmt: skip
         self.schedule = make_schedule(config.optimizer, config.total_steps)
         self.optimizer = make_optimizer(config.optimizer, config.total_steps)
         self.skeleton, params = split_model(model_class(config.model, rngs=nnx.Rngs(config.seed)))
@@ -179,7 +177,7 @@ class Trainer:
             return TrainResult(
                 "finished", total, None, f"{self.run_dir} is finished: all {total} steps are done"
             )
-        self.state = place_state(self.state, self.mesh)
+        self.state = place_state(self.state, self.skeleton, self.mesh)
         if jax.process_index() == 0:
             self.metrics = Metrics(self.run_dir, self.step)
             self.progress = Progress(total, self.total_tokens)
@@ -231,7 +229,7 @@ class Trainer:
         if self.stream is None:
             self.stream = BatchStream(
                 self.make_dataset, self.config.data, stage, number, self.config.seed,
-                self.config.model.vocab_size, self.restored_data,
+                self.config.model.vocab_size, self.restored_data, batch_share(self.mesh),
             )  # fmt: skip
             self.restored_data = None
         with distributed.waiting_for(f"the batch of step {self.step + 1}"):
@@ -240,7 +238,7 @@ class Trainer:
         if stage.top_k not in self.steps_by_top_k:
             self.steps_by_top_k[stage.top_k] = make_step(
                 self.skeleton, self.optimizer, self.schedule, stage.top_k, self.mesh,
-                self.config.implementation,
+                self.config.implementation, self.config.mesh.sequence_strategy,
             )  # fmt: skip
         self.state, *results = self.steps_by_top_k[stage.top_k](self.state, batch)
         self.step += 1
@@ -328,7 +326,7 @@ class Trainer:
         found = [
             difference
             for difference in ckpt.differences(metadata["config"], ckpt.to_json(self.config))
-            if difference[0] not in MAY_CHANGE
+            if difference[0].partition(".")[0] not in MAY_CHANGE
         ]
         if found:
             raise TrainingError(

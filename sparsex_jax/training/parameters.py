@@ -9,10 +9,19 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
-    """A model without its parameters."""
+    """A model without its parameters.
 
+    Attributes:
+      model_class: the model's.
+      graphdef: of flax, and so `treedef` and `rest`.
+      names: of the parameters.
+      axes: logical names of each parameter's axes, by its name; none where it has none.
+    """
+
+    model_class: type
     graphdef: Any
     names: tuple[str, ...]
+    axes: dict[str, tuple[str | None, ...]]
     treedef: Any
     rest: Any
 
@@ -36,4 +45,10 @@ def split_model(model: nnx.Module) -> tuple[Skeleton, dict[str, jax.Array]]:
     # The last key of a path leads from the variable to its value.
     names = tuple(".".join(str(key.key) for key in path[:-1]) for path, _ in leaves)
     arrays = (value for _, value in leaves)
-    return Skeleton(graphdef, names, treedef, rest), dict(zip(names, arrays, strict=True))
+    variables = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    axes = {
+        name: tuple(variable.get_metadata().get("axis_names", ()))
+        for name, variable in zip(names, variables, strict=True)
+    }
+    skeleton = Skeleton(type(model), graphdef, names, axes, treedef, rest)
+    return skeleton, dict(zip(names, arrays, strict=True))

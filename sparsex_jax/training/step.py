@@ -1,7 +1,6 @@
 """One optimizer step, compiled: micro-batches, devices, clipping, update."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,67 +8,25 @@ import numpy as np
 import optax
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sparsex_jax.training.errors import TrainingError
+from pallas_kernels.mesh_axes import zeros_like
+from sparsex_jax.config import ConfigError
+from sparsex_jax.parallel.mesh import TOKEN_AXES, batch_share, batch_spec, used
+from sparsex_jax.parallel.rules import gather, partitions, state_shardings
 from sparsex_jax.training.parameters import Skeleton
 
 # {"params": arrays by name, "optimizer": optax state, "step": int32 scalar}
 TrainState = dict
 
 
-def make_mesh(devices: list[Any] | None = None) -> Mesh | None:
-    """A mesh with the axis "data" over devices, by default those of all processes.
-
-    None for a single one.
-    """
-    devices = jax.devices() if devices is None else devices
-    if len(devices) == 1:
-        return None
-    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
-
-
-def spread(tree: Any, devices: int) -> Any:
-    """How the arrays of a state lie on devices: a PartitionSpec for each.
-
-    A matrix is spread along its longest axis that the devices divide (ZeRO, arXiv:1910.02054), so
-    that each holds only its part of parameters and moments; the rest is on every device.
-    """
-
-    def spec(x) -> P:
-        axes = [axis for axis in range(x.ndim) if x.ndim >= 2 and x.shape[axis] % devices == 0]
-        if not axes:
-            return P()
-        longest = max(axes, key=lambda axis: x.shape[axis])
-        return P(*[None] * longest, "data")
-
-    return jax.tree.map(spec, tree)
-
-
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Where each array of a state lies: as `spread` says."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spread(state, mesh.size))
-
-
-def check_divisible(name: str, batch_size: int, accumulation: int, mesh: Mesh | None) -> None:
-    """Raises TrainingError unless every device gets as many sequences of each micro-batch."""
-    unit = accumulation * (mesh.size if mesh else 1)
-    if batch_size % unit:
-        below = batch_size // unit * unit
-        advice = f"{below} or {below + unit}" if below else str(unit)
-        raise TrainingError(
-            f"{name}.batch_size={batch_size} must be a multiple of accumulation={accumulation}"
-            f" times {unit // accumulation} devices: use {advice}, or fewer devices"
-        )
-
-
-def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
-    """Puts a state (NumPy or JAX arrays) onto the devices, as `spread` says."""
+def place_state(state: TrainState, skeleton: Skeleton, mesh: Mesh | None) -> TrainState:
+    """Puts a state (NumPy or JAX arrays) onto the devices, as the sharding rules say."""
     if mesh is None:
         return jax.device_put(state, jax.devices()[0])
     # From the host: arrays on one device cannot be copied to those of other processes.
-    return jax.device_put(jax.device_get(state), state_shardings(state, mesh))
+    return jax.device_put(jax.device_get(state), state_shardings(state, skeleton.axes, mesh))
 
 
 def fetch(x: np.ndarray | jax.Array) -> np.ndarray:
@@ -80,10 +37,10 @@ def fetch(x: np.ndarray | jax.Array) -> np.ndarray:
 
 
 def place_batch(batch: dict[str, np.ndarray], accumulation: int, mesh: Mesh | None) -> dict:
-    """Puts a batch onto the devices as [A, B / A, T], split along the second axis.
+    """Puts a batch onto the devices as [A, B / A, T], split along the last two axes.
 
     Args:
-      batch: leaves [B, T], B being this process's share of the global batch.
+      batch: leaves [B, T], B being this process's share (`batch_share`) of the global batch.
       accumulation: A.
       mesh: of `make_mesh`.
     """
@@ -92,53 +49,50 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int, mesh: Mesh | No
     }
     if mesh is None:
         return jax.device_put(split, jax.devices()[0])
-    sharding = NamedSharding(mesh, P(None, "data"))
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in split.items()
-    }
+    sharding = NamedSharding(mesh, batch_spec(mesh))
+    number, shares = batch_share(mesh)
+
+    def place(value):
+        parts, rows, tokens = value.shape
+        first = number * rows
+
+        def part(index):
+            low, high, _ = index[1].indices(rows * shares)
+            return value[index[0], low - first : high - first, index[2]]
+
+        return jax.make_array_from_callback((parts, rows * shares, tokens), sharding, part)
+
+    return {name: place(value) for name, value in split.items()}
 
 
-def _gather(params: Any, specs: Any) -> Any:
-    """Whole arrays from a device's parts, within shard_map; `specs` are those of `spread`."""
-
-    def whole(x, spec):
-        return lax.all_gather(x, "data", axis=len(spec) - 1, tiled=True) if spec else x
-
-    return jax.tree.map(whole, params, specs)
-
-
-def _add_up(tree: Any, devices: int) -> Any:
-    """Sums of the devices' whole arrays, of which each device gets its part, as `spread` says."""
-
-    def total(x, spec):
-        if not spec:
-            return lax.psum(x, "data")
-        return lax.psum_scatter(x, "data", scatter_dimension=len(spec) - 1, tiled=True)
-
-    return jax.tree.map(total, tree, spread(tree, devices))
-
-
-def _summed_gradients(
-    skeleton: Skeleton, top_k: int | None, mesh: Mesh | None, implementation: str | None
-) -> Callable:
+def gradients_of(
+    skeleton: Skeleton, top_k: int | None, mesh: Mesh | None, implementation: str | None,
+    sequence_strategy: str,
+) -> Callable:  # fmt: skip
     """A function from (params, batch) to the sums (nll, weight, gradients of nll)."""
+    sharded = getattr(skeleton.model_class, "sharded", False)
+    if mesh is not None and not sharded and mesh.shape["seq"] * mesh.shape["tensor"] > 1:
+        raise ConfigError(
+            f"mesh.seq={mesh.shape['seq']} and mesh.tensor={mesh.shape['tensor']} split sequences"
+            f" and heads, which {skeleton.model_class.__name__} does not support: use 1 for both"
+        )
+    options = {"top_k": top_k, "implementation": implementation}
+    if sharded:
+        options["sequence_strategy"] = sequence_strategy
+    token_axes = () if mesh is None else used(TOKEN_AXES, mesh.shape)
 
     def loss(params, batch):
-        nll, weight = skeleton.build(params).loss(
-            batch["tokens"],
-            batch["targets"],
-            batch["weights"],
-            segment_ids=batch.get("segment_ids"),
-            top_k=top_k,
-            implementation=implementation,
-        )
-        return nll, weight
+        if not sharded:
+            params = {name: gather(x, skeleton.axes[name]) for name, x in params.items()}
+        return skeleton.build(params).loss(
+            batch["tokens"], batch["targets"], batch["weights"],
+            segment_ids=batch.get("segment_ids"), **options,
+        )  # fmt: skip
 
     def micro(params, batch):
-        (nll, weight), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        sums = nll, weight, gradients
-        return sums if mesh is None else _add_up(sums, mesh.size)
+        # The gradient of what a layer takes whole is summed over devices (`parallel.rules`).
+        sums, gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        return *lax.psum(sums, token_axes), gradients
 
     def summed(params, batch):
         first = jax.tree.map(lambda value: value[0], batch)
@@ -148,23 +102,20 @@ def _summed_gradients(
         def add(total, batch):
             return jax.tree.map(jnp.add, total, micro(params, batch)), None
 
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro, params, first)
-        )
+        zeros = jnp.float32(0), jnp.float32(0), jax.tree.map(zeros_like, params)
         return lax.scan(add, zeros, batch)[0]
 
     if mesh is None:
         return summed
 
     def on_devices(params, batch):
-        specs = spread(params, mesh.size)
+        specs = partitions(params, skeleton.axes, mesh.shape)
         # shard_map, not automatic partitioning: the kernels see the shapes of one device.
         return jax.shard_map(
-            lambda params, batch: summed(_gather(params, specs), batch),
+            summed,
             mesh=mesh,
-            in_specs=(specs, P(None, "data")),
+            in_specs=(specs, batch_spec(mesh)),
             out_specs=(P(), P(), specs),
-            check_vma=False,
         )(params, batch)
 
     return on_devices
@@ -177,6 +128,7 @@ def make_step(
     top_k: int | None,
     mesh: Mesh | None,
     implementation: str | None = None,
+    sequence_strategy: str = "auto",
 ) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array, jax.Array]]:
     """Builds the compiled step; the state passed in is consumed.
 
@@ -188,14 +140,18 @@ def make_step(
       optimizer: takes normalised gradients.
       schedule: learning rate by step, for the metrics.
       top_k: blocks selected; None takes the model's.
-      mesh: of `make_mesh`; batches are sharded along "data", the state as `spread` says.
+      mesh: of `make_mesh`; batch and state lie on it as `sparsex_jax.parallel` says.
       implementation: of the primitives; None picks by platform.
+      sequence_strategy: as in `MeshConfig`.
 
     Returns:
       A function (state, batch with leaves [A, B / A, T]) -> (state, f32 [3]: loss, learning rate,
       gradient norm before clipping, bool []: whether the new state is finite throughout).
+
+    Raises:
+      ConfigError: the mesh splits sequences or heads, and the model does not support it.
     """
-    summed = _summed_gradients(skeleton, top_k, mesh, implementation)
+    summed = gradients_of(skeleton, top_k, mesh, implementation, sequence_strategy)
 
     def step(state, batch):
         nll, weight, gradients = summed(state["params"], batch)
@@ -211,7 +167,7 @@ def make_step(
             "step": state["step"] + 1,
         }
         if mesh is not None:
-            state = lax.with_sharding_constraint(state, state_shardings(state, mesh))
+            state = lax.with_sharding_constraint(state, state_shardings(state, skeleton.axes, mesh))
         finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state)]
         return state, metrics, jnp.all(jnp.stack(finite))
 

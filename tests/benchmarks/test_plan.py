@@ -60,6 +60,11 @@ def test_nano_with_one_layer(project, tmp_path, run):
     assert 2 <= row["optimizer_bytes"] / row["parameter_bytes"] < 2.01
     # At least the parameters of all chips, and one gradient.
     assert 4 * row["parameters"] < row["temporary_bytes"] < row["total_bytes"] < 2**28
+    # Three quarters of the gradients go to other chips, and parts of parameters to three of them.
+    assert "  all-gather " in shown.out and row["collective_permute_bytes"] == 0
+    scattered = row["reduce_scatter_bytes"] + row["all_reduce_bytes"]
+    assert 0.7 < scattered / (3 * row["parameters"]) < 2.2
+    assert 0.4 < row["all_gather_bytes"] / (3 * row["parameters"]) < 1.5
 
 
 @pytest.mark.tpu_compile
@@ -133,7 +138,7 @@ def test_ways_out():
 
 
 def _plan():
-    return plans.Plan(1, 64, 1, 0, 0, 0, 0, None, None, 0, {}, "too large")
+    return plans.Plan(1, 64, 1, 0, 0, 0, 0, None, None, {}, 0, {}, "too large")
 
 
 def test_longest_stage():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.range_attention import range_attention
 from sparsex_jax.cache import Engine, compressed, host
 from sparsex_jax.cache.compressed import CompressedRemote, most_slots, partition
 from sparsex_jax.cache.device import DeviceRemote, touched
@@ -119,7 +120,8 @@ def step(kind, remote, keys, queries, length, valid):
 
 
 def landmarks_of_device(remote, queries, length, local_start):
-    return remote.attend(queries, length, local_start, dataclasses.replace(ATTENTION, top_k=0))[0]
+    ranges = remote.landmarks(length, queries.q.shape[1], ATTENTION)
+    return range_attention(queries.q, *ranges)
 
 
 def parts_of_compressed(remote, queries, length, local_start):

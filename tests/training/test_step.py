@@ -8,10 +8,9 @@ import pytest
 from flax import nnx
 
 from sparsex_jax.config import OptimizerConfig
-from sparsex_jax.training.errors import TrainingError
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
-from sparsex_jax.training.step import check_divisible, make_step, place_batch, spread
+from sparsex_jax.training.step import make_step, place_batch
 from tests.training import tiny
 
 CONFIG = OptimizerConfig(learning_rate=0.1, warmup_steps=4, final_fraction=0.1)
@@ -85,22 +84,6 @@ def test_schedule_rises_and_decays():
     assert np.all(np.diff(rates[4:]) < 0)
     short = make_schedule(CONFIG, 2)
     np.testing.assert_allclose([short(0), short(1)], [0.05, 0.1], rtol=1e-6)
-
-
-def test_batches_are_divided_among_devices():
-    mesh = jax.sharding.AbstractMesh((4,), ("data",))
-    check_divisible("stages[0]", 16, 2, mesh)
-    with pytest.raises(TrainingError, match=r"batch_size=12 .* times 4 devices: use 8 or 16"):
-        check_divisible("stages[0]", 12, 2, mesh)
-
-
-def test_matrices_are_spread_over_devices():
-    """Along the longest axis that these divide; vectors are on each, and what is not divided."""
-    shapes = {"a": (8, 12), "b": (12, 8), "c": (6, 8), "d": (8,), "e": (3, 5)}
-    found = spread({name: np.zeros(shape) for name, shape in shapes.items()}, 4)
-    assert {name: tuple(spec) for name, spec in found.items()} == {
-        "a": (None, "data"), "b": ("data",), "c": (None, "data"), "d": (), "e": (),
-    }  # fmt: skip
 
 
 def test_the_model_is_told_the_implementation():

@@ -1,0 +1,110 @@
+"""A model on meshes of all shapes, against the same on one device; checkpoints between meshes."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsex_jax.config import AttentionConfig, MeshConfig, ModelConfig
+from sparsex_jax.modules import Transformer
+from sparsex_jax.parallel.mesh import make_mesh
+from sparsex_jax.training.parameters import split_model
+from sparsex_jax.training.step import gradients_of, place_batch, place_state
+from tests.parallel.devices import COUNT, compile_quickly, on_devices
+
+MODEL = ModelConfig(
+    vocab_size=32, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24, layers="s",
+    attention=AttentionConfig(
+        window=16, block_size=8, top_k=2, segment_length=16, landmarks_per_segment=2,
+        nodes_per_level=2, score_dim=4,
+    ),
+    loss_chunk=64, dtype="float32", remat="layer",
+)  # fmt: skip
+LENGTH = 32 * COUNT
+# Every axis alone, and together with others; the full list is in `make test-meshes`.
+SOME = [
+    (1, 1, 8, 1, "ring", 1),
+    (2, 2, 1, 2, "auto", 2),
+    (1, 2, 2, 2, "dispatch", 1),
+]
+ALL = [
+    (*shape, strategy, 1)
+    for shape in itertools.product((1, 2, 4, 8), repeat=4)
+    if np.prod(shape) == COUNT
+    for strategy in (("ring", "dispatch") if shape[2] > 1 else ("auto",))
+]
+
+
+def model_for(tensor):
+    """With as many KV heads as there are parts of them."""
+    return dataclasses.replace(MODEL, num_heads=2 * max(2, tensor), num_kv_heads=max(2, tensor))
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, MODEL.vocab_size, (COUNT, LENGTH + 1)).astype(np.int32)
+    lengths = rng.permuted(np.tile((40, 24, 8, 88, 32, 64), (COUNT, 1)), axis=1)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": rng.random((COUNT, LENGTH), dtype=np.float32),
+        "segment_ids": np.stack([np.repeat(np.arange(6), x) for x in lengths]).astype(np.int32),
+    }
+
+
+@functools.cache
+def make_model(config):
+    """With parameters that matter: gates and scores are not what they begin with."""
+    skeleton, params = split_model(Transformer(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(1)
+    for name in params:
+        params[name] = params[name] + 0.1 * rng.standard_normal(params[name].shape, np.float32)
+    return skeleton, params
+
+
+def results(config, shape=None, strategy="auto", accumulation=1):
+    """(nll, weight, gradients)."""
+    skeleton, params = make_model(config)
+    mesh = None if shape is None else make_mesh(MeshConfig(*shape))
+    summed = gradients_of(skeleton, None, mesh, "reference", strategy)
+    operands = (
+        place_state({"params": params}, skeleton, mesh)["params"],
+        place_batch(make_batch(), accumulation, mesh),
+    )
+    return jax.device_get(compile_quickly(jax.jit(summed).lower(*operands))(*operands))
+
+
+@functools.cache
+def expected(config):
+    return results(config)
+
+
+def compare(shape, strategy, accumulation):
+    config = model_for(shape[3])
+    nll, weight, gradients = expected(config)
+    found = results(config, shape, strategy, accumulation)
+    np.testing.assert_allclose(found[:2], (nll, weight), rtol=1e-6)
+    assert 1 < nll / weight < 10
+    for name, value in gradients.items():
+        scale = np.abs(value).max()
+        assert scale > 1e-3, name
+        np.testing.assert_allclose(
+            found[2][name], value, rtol=1e-4, atol=2e-5 * scale, err_msg=name
+        )
+
+
+@pytest.mark.parametrize(("data", "fsdp", "seq", "tensor", "strategy", "accumulation"), SOME)
+@on_devices
+def test_loss_and_gradients_equal_one_device(data, fsdp, seq, tensor, strategy, accumulation):
+    compare((data, fsdp, seq, tensor), strategy, accumulation)
+
+
+@pytest.mark.meshes
+@pytest.mark.parametrize(("data", "fsdp", "seq", "tensor", "strategy", "accumulation"), ALL)
+@on_devices
+def test_every_mesh_equals_one_device(data, fsdp, seq, tensor, strategy, accumulation):
+    compare((data, fsdp, seq, tensor), strategy, accumulation)
