@@ -321,6 +321,11 @@ def _check_tier(model: Transformer, tier: Tier, batch_size: int, chunk: int) -> 
         raise ValueError("landmarks='all' is for ablation and has no cache: use 'pyramid' or 'off'")
     if tier not in TIERS:
         raise ConfigError(f"tier={tier!r} must be one of {', '.join(TIERS)}: use device, say")
+    if tier == "host" and not _has_cpu():
+        raise ConfigError(
+            "tier='host' calls back to JAX's CPU platform, which is switched off: use"
+            " JAX_PLATFORMS=cuda,cpu, or leave it unset"
+        )
     if tier == "host" and batch_size > 1:
         raise ConfigError(
             f"batch_size={batch_size} with tier='host', which takes one sequence: use 1, or"
@@ -336,6 +341,13 @@ def _check_tier(model: Transformer, tier: Tier, batch_size: int, chunk: int) -> 
             "tier='compressed' averages keys without RoPE, and fusion='softmax' has it: use"
             " tier='host'"
         )
+
+
+def _has_cpu() -> bool:
+    try:
+        return bool(jax.devices("cpu"))
+    except RuntimeError:
+        return False
 
 
 def split_layers(layers: Layers) -> tuple[tuple, tuple]:

@@ -61,7 +61,8 @@ def run_benchmark[Step](
 
 def _name(row: "Row") -> str:
     """What a row measures, in words."""
-    details = [row[name] for name in ("part", "direction", "logits", "tier") if name in row]
+    names = "part", "direction", "logits", "tier", "strategy", "target"
+    details = [row[name] for name in names if name in row]
     return f"{format_length(row['tokens'])} {row['system']} {', '.join(details)}"
 
 
