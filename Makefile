@@ -5,7 +5,8 @@ STAMP := .venv/.setup-stamp
 COMPILER := .venv/.compiler-stamp
 CUDA := .venv/.cuda-stamp
 
-# test-meshes: the model on every shape of mesh of eight simulated devices; takes long.
+# test-meshes: the model on every shape of mesh of eight simulated devices, rarer cases of split
+# sequences, and four processes; takes long.
 .PHONY: setup demo test test-gpu test-meshes test-tpu-compile lint clean
 
 setup: $(STAMP)

@@ -39,7 +39,7 @@ def test_rows_of_a_target(tmp_path, capsys):
     out = tmp_path / "tpu-v5e" / "attention.json"
     command = ["--target", "v5e", "--lengths", "1K", "--head-dim", "64"]
     saved = bench(out, *command, "--parts", "op", "local", "--directions", "forward_backward")
-    assert "local, forward_backward: peak 0." in capsys.readouterr().out
+    assert "local, forward_backward, v5e:2x4: peak 0." in capsys.readouterr().out
     assert saved["hardware"]["kind"].endswith("compiled ahead of time, not run")
     assert saved["hardware"]["count"] is None and "libtpu" in saved["hardware"]["driver"]
     assert "not measured" in saved["config"]["method"]

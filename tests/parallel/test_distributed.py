@@ -110,6 +110,7 @@ def test_processes_train_as_one_does_and_go_on_after_every_end(start, whole, tmp
     assert_close_run(several, whole)
 
 
+@pytest.mark.meshes
 def test_one_of_four_hangs_and_other_numbers_of_devices_go_on(start, tmp_path):
     run_dir, options = tmp_path / "run", {"batch_size": 8, "checkpoint_every": 2}
     processes = start_processes(start, run_dir, 4, slow=0.1, **options)

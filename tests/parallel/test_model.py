@@ -27,7 +27,6 @@ MODEL = ModelConfig(
 LENGTH = 32 * COUNT
 # Every axis alone, and together with others; the full list is in `make test-meshes`.
 SOME = [
-    (1, 1, 8, 1, "ring", 1),
     (2, 2, 1, 2, "auto", 2),
     (1, 2, 2, 2, "dispatch", 1),
 ]

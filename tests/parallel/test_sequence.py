@@ -77,9 +77,9 @@ def assert_same(config, found, expected):
     [
         (CONFIG, "ring", True),
         (CONFIG, "dispatch", True),
-        (SOFTMAX, "ring", False),
-        (SOFTMAX, "dispatch", False),
-        (ALL, "auto", False),
+        pytest.param(SOFTMAX, "ring", False, marks=pytest.mark.meshes),
+        pytest.param(SOFTMAX, "dispatch", False, marks=pytest.mark.meshes),
+        pytest.param(ALL, "auto", False, marks=pytest.mark.meshes),
     ],
 )
 @on_devices
@@ -115,7 +115,7 @@ def test_no_bit_depends_on_later_tokens(strategy):
         assert np.all(np.any(after[:, begin:] != before[:, begin:], axis=(2, 3)))
 
 
-@pytest.mark.parametrize("strategy", ["ring", "dispatch"])
+@pytest.mark.parametrize("strategy", [pytest.param("ring", marks=pytest.mark.meshes), "dispatch"])
 @on_devices
 def test_one_block_that_all_choose(strategy):
     """All packets go to one device, in many rounds; nothing is dropped."""
