@@ -35,6 +35,7 @@ def check(row):
     assert row["bundles"] > 1000 and row["kernel_milliseconds"] > 0
 
 
+@pytest.mark.tpu_compile
 def test_rows_of_a_target(tmp_path, capsys):
     out = tmp_path / "tpu-v5e" / "attention.json"
     command = ["--target", "v5e", "--lengths", "1K", "--head-dim", "64"]

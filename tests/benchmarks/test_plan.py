@@ -41,6 +41,7 @@ def run(capsys):
     return run
 
 
+@pytest.mark.tpu_compile
 def test_nano_with_one_layer(project, tmp_path, run):
     """What is quick to compile: its sparse layer, few words, no landmarks, short sequences."""
     path, out = tmp_path / "cut.py", tmp_path / "plan.json"

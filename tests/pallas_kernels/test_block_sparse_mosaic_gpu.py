@@ -75,7 +75,7 @@ class TestSmall:
         assert_right(make(*case))
 
     def test_chunks_of_queries_and_entries(self, hopper, monkeypatch):
-        operands = make(random_selection, 1, 30, 192, 2, 8, 64, 2)
+        operands = make(random_selection, 1, 16, 192, 2, 8, 64, 2)
         monkeypatch.setattr(mosaic_gpu, "_MIN_ENTRIES", 1)
         monkeypatch.setattr(mosaic_gpu, "_ENTRIES_PER_BLOCK", {"forward": 2, "query_gradient": 1})
         monkeypatch.setattr(mosaic_gpu, "_MAX_ENTRIES", 60)

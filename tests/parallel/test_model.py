@@ -25,12 +25,7 @@ MODEL = ModelConfig(
     loss_chunk=64, dtype="float32", remat="layer",
 )  # fmt: skip
 LENGTH = 32 * COUNT
-# Every axis alone, and together with others; the full list is in `make test-meshes`.
-SOME = [
-    (2, 2, 1, 2, "auto", 2),
-    (1, 2, 2, 2, "dispatch", 1),
-]
-ALL = [
+ALL = [(2, 2, 1, 2, "auto", 2)] + [
     (*shape, strategy, 1)
     for shape in itertools.product((1, 2, 4, 8), repeat=4)
     if np.prod(shape) == COUNT
@@ -96,10 +91,9 @@ def compare(shape, strategy, accumulation):
         )
 
 
-@pytest.mark.parametrize(("data", "fsdp", "seq", "tensor", "strategy", "accumulation"), SOME)
 @on_devices
-def test_loss_and_gradients_equal_one_device(data, fsdp, seq, tensor, strategy, accumulation):
-    compare((data, fsdp, seq, tensor), strategy, accumulation)
+def test_loss_and_gradients_equal_one_device():
+    compare((1, 2, 2, 2), "dispatch", 1)
 
 
 @pytest.mark.meshes
