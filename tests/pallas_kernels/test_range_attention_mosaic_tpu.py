@@ -203,7 +203,7 @@ class TestCompiled:
         [
             (2**14, 64, True),
             (2**14, 128, False),
-            (2**19, 64, False),
+            pytest.param(2**19, 64, False, marks=pytest.mark.tpu_compile),
             pytest.param(2**19, 128, True, marks=pytest.mark.tpu_compile),
         ],
     )

@@ -75,7 +75,7 @@ def assert_same(config, found, expected):
 @pytest.mark.parametrize(
     ("config", "strategy", "documents"),
     [
-        (CONFIG, "ring", True),
+        pytest.param(CONFIG, "ring", True, marks=pytest.mark.meshes),
         (CONFIG, "dispatch", True),
         pytest.param(SOFTMAX, "ring", False, marks=pytest.mark.meshes),
         pytest.param(SOFTMAX, "dispatch", False, marks=pytest.mark.meshes),
