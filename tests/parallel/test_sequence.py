@@ -94,7 +94,7 @@ def cut(name, begin, config):
     return begin if name != "block_features" else begin // config.block_size
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ring", marks=pytest.mark.meshes), "dispatch"])
+@pytest.mark.parametrize("strategy", ["ring", pytest.param("dispatch", marks=pytest.mark.meshes)])
 @on_devices
 def test_no_bit_depends_on_later_tokens(strategy):
     """Tokens from a border, or the middle of a block, on: what they choose and are chosen for."""
