@@ -17,6 +17,7 @@ from pallas_kernels.shapes import pad
 from sparsex_jax.config import AttentionConfig
 from sparsex_jax.fusion import Branch, fuse
 from sparsex_jax.landmarks import (
+    Marks,
     Nodes,
     all_landmarks,
     gather_keys,
@@ -154,7 +155,7 @@ class _Keys(NamedTuple):
     turned_k: jax.Array | None  # with RoPE, for fusion="softmax"
     v: jax.Array
     block_features: jax.Array | None
-    marks: tuple[jax.Array, jax.Array, jax.Array] | None  # landmarks' keys, values, biases
+    marks: Marks | None
 
 
 def _turn(x: jax.Array, first: jax.Array | int, config: AttentionConfig) -> jax.Array:
@@ -221,15 +222,36 @@ def dynamic_branch(
       implementation: as in `sparse_attention`.
     """
     size = config.block_size
+    index, bias = select_remote(
+        query_features, block_features, local_start, document_start, config, implementation
+    )
+    blocks = BlockCSR.from_selection(index, bias, -(-k.shape[1] // size))
+    return block_sparse_attention(q, k, v, blocks, block_size=size, implementation=implementation)
+
+
+def select_remote(
+    query_features: jax.Array,
+    block_features: jax.Array,
+    local_start: jax.Array,
+    document_start: jax.Array | None,
+    config: AttentionConfig,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The K remote blocks that score best for each query, and the biases that they get.
+
+    Arguments as in `dynamic_branch`.
+
+    Returns:
+      index, int32 [B, T, Hkv, K], -1 where there is none, and bias, f32 likewise: the score, or 0
+      with fusion="softmax".
+    """
+    size = config.block_size
     index, score = select_blocks(
         query_features, block_features, local_start // size, config.top_k,
         start=None if document_start is None else document_start // size,
         implementation=implementation,
     )  # fmt: skip
-    if config.fusion == "softmax":
-        score = jnp.zeros_like(score)
-    blocks = BlockCSR.from_selection(index, score, -(-k.shape[1] // size))
-    return block_sparse_attention(q, k, v, blocks, block_size=size, implementation=implementation)
+    return index, jnp.zeros_like(score) if config.fusion == "softmax" else score
 
 
 class Ranges(NamedTuple):

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
-from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
-from sparsex_jax.attention import Ranges, landmark_ranges
+from sparsex_jax.attention import Ranges, landmark_ranges, select_remote
 from sparsex_jax.cache.device import (
     empty_pyramid,
     extend_pyramid,
@@ -239,21 +238,19 @@ class HostRemote(NamedTuple):
         dynamic, after = None, self
         if config.top_k:
             size = config.block_size
-            index, score = select_blocks(
-                queries.features, self.features, local_start // size, config.top_k,
-                implementation=implementation,
-            )  # fmt: skip
-            score = jnp.zeros_like(score) if config.fusion == "softmax" else score
+            index, bias = select_remote(
+                queries.features, self.features, local_start, None, config, implementation
+            )
             if queries.q.shape[1] == 1:
                 slots, after = self._fetch(index[0, 0], size)
-                blocks = BlockCSR.from_selection(slots[None, None], score, self.used.shape[1])
+                blocks = BlockCSR.from_selection(slots[None, None], bias, self.used.shape[1])
                 dynamic = block_sparse_attention(
                     queries.q, after.slot_k, after.slot_v, blocks, block_size=size,
                     implementation=implementation,
                 )  # fmt: skip
             else:
                 end = jnp.max(local_start)
-                dynamic = self._paged(queries.q, index, score, end, size, implementation)
+                dynamic = self._paged(queries.q, index, bias, end, size, implementation)
         return None, dynamic, after
 
     def _fetch(self, wanted: jax.Array, size: int) -> tuple[jax.Array, "HostRemote"]:
@@ -302,7 +299,7 @@ class HostRemote(NamedTuple):
             misses=self.misses + jnp.sum(missing, dtype=jnp.int32),
         )
 
-    def _paged(self, q, index, score, end, size: int, implementation) -> Branch:
+    def _paged(self, q, index, bias, end, size: int, implementation) -> Branch:
         """Attention to the selected blocks, page after page of those before token `end`."""
         tokens = min(PAGE, self.salience.shape[1])
         heads, dim = self.slot_k.shape[2:]
@@ -314,7 +311,7 @@ class HostRemote(NamedTuple):
             k, v = io_callback(_page(tokens), kinds, self.number, first * size, ordered=True)
             inside = (index >= first) & (index < first + page_blocks)
             blocks = BlockCSR.from_selection(
-                jnp.where(inside, index - first, -1), score, page_blocks
+                jnp.where(inside, index - first, -1), bias, page_blocks
             )
             return total.add(
                 block_sparse_attention(
@@ -322,13 +319,8 @@ class HostRemote(NamedTuple):
                 )
             )
 
-        wide = jnp.promote_types(q.dtype, jnp.float32)
-        nothing = SoftmaxSum(
-            jnp.full(q.shape[:3], -jnp.inf, wide), jnp.zeros(q.shape[:3], wide),
-            jnp.zeros(q.shape, wide),
-        )  # fmt: skip
         pages = (end + tokens - 1) // tokens
-        return jax.lax.fori_loop(0, pages, add, nothing).branch(q.dtype)
+        return jax.lax.fori_loop(0, pages, add, SoftmaxSum.empty(q)).branch(q.dtype)
 
 
 def _blocks(number, wanted):

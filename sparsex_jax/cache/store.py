@@ -13,7 +13,6 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from sparsex_jax.cache.engine import Cache, Engine
 from sparsex_jax.cache.host import HostRemote
 from sparsex_jax.cache.layer import LayerCache, Recent
 from sparsex_jax.cache.tiers import EXACT, Tier
-from sparsex_jax.errors import first_line, is_disk_full
+from sparsex_jax.errors import reading, writing
 from sparsex_jax.modules.attention import KeySide
 
 DESCRIPTION = "cache.json"
@@ -303,25 +302,10 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    # orbax and tensorstore have no common type for what can go wrong with files.
-    except Exception as error:
-        reason = "no space left on the device" if is_disk_full(error) else first_line(error)
-        raise CacheError(
-            f"{path} could not be written: {reason}. What was there before is intact: free some"
-            " space and run the same command again"
-        ) from error
+def _writing(path: Path):
+    way_out = "What was there before is intact: free some space and run the same command again"
+    return writing(CacheError, str(path), way_out)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise CacheError(
-            f"{path} cannot be read, files are missing or damaged ({first_line(error)}): copy it"
-            " again from where it came, or ingest again"
-        ) from error
+def _reading(path: Path):
+    return reading(CacheError, path, "copy it again from where it came, or ingest again")

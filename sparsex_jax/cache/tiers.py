@@ -1,6 +1,7 @@
 """Where the keys and values of old blocks are kept.
 
-A tier is a class with the methods of `DeviceRemote`: `empty`, `append`, `attend`, `split`, `join`.
+A tier is a class with the methods of `DeviceRemote`: `empty`, `append`, `landmarks`, `attend`,
+`split`, `join`.
 """
 
 from typing import Literal, get_args

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,6 @@ from sparsex_jax.benchmarks import tables
 from sparsex_jax.benchmarks.names import DIRECTIONS
 from sparsex_jax.commands.arguments import format_length, parse
 from sparsex_jax.config import ConfigError
-
-ATTENTION = ("attention", "attention_peers")
-ACCURACY = ("needle",)
-NUMERICS = ("numerics",)
-PLANS = ("plan",)
-DECODE = ("decode",)
-PREFILL = ("prefill",)
-LOSSES = ("losses",)
-TRAFFIC = ("traffic",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +42,7 @@ def report(arguments: Arguments) -> None:
             " bench attention` first, or give --results DIR"
         )
     for hardware, files in found.items():
-        timed = [results for _, results in files if results["benchmark"] in ATTENTION]
+        timed = [results for _, results in files if KINDS[results["benchmark"]].drawn]
         rows = [row for results in timed for row in results["rows"] if not row.get("target")]
         folder = arguments.results / hardware / "plots"
         if arguments.out is not None:
@@ -85,33 +77,13 @@ def _read(folder: Path) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
 
 def _check(path: Path, results: dict[str, Any]) -> None:
     """Raises ConfigError unless rows are of a known kind and have its fields."""
-    name = results.get("benchmark")
-    fields: tuple[str, ...]
-    of_targets: tuple[str, ...] = ()
-    if name in ATTENTION:
-        fields, of_targets = tables.ATTENTION_FIELDS, tables.COMPILED_FIELDS
-    elif name in ACCURACY:
-        fields = tables.ACCURACY_FIELDS
-    elif name in NUMERICS:
-        fields = tables.NUMERICS_FIELDS
-    elif name in PLANS:
-        fields = tables.PLAN_FIELDS
-    elif name in DECODE:
-        fields = tables.ATTENTION_FIELDS
-    elif name in PREFILL:
-        fields = tables.PREFILL_FIELDS
-    elif name in LOSSES:
-        fields = tables.LOSSES_FIELDS
-    elif name in TRAFFIC:
-        fields = tables.TRAFFIC_FIELDS
-    else:
-        known = ", ".join(
-            ATTENTION + ACCURACY + NUMERICS + PLANS + DECODE + PREFILL + LOSSES + TRAFFIC
-        )
-        raise ConfigError(f"{path} has benchmark={name!r}, not {known}")
+    kind = KINDS.get(results.get("benchmark", ""))
+    if kind is None:
+        known = ", ".join(KINDS)
+        raise ConfigError(f"{path} has benchmark={results.get('benchmark')!r}, not {known}")
     for number, row in enumerate(results["rows"]):
-        more = of_targets if row.get("target") else ()
-        missing = [field for field in (*fields, *more) if field not in row]
+        more = tables.COMPILED_FIELDS if kind.drawn and row.get("target") else ()
+        missing = [field for field in (*kind.fields, *more) if field not in row]
         if missing:
             raise ConfigError(f"{path}: row {number} lacks {', '.join(missing)}")
 
@@ -126,32 +98,30 @@ def _print_section(hardware: str, path: Path, results: dict[str, Any]) -> None:
         f" {machine.get('driver')}, commit {results.get('commit')}, {results.get('date')}"
         f" (`{path}`)\n"
     )
-    if results["benchmark"] in ACCURACY:
-        print(tables.accuracy_table(results["rows"], format_length), end="\n\n")
-    elif results["benchmark"] in NUMERICS:
-        print("Relative errors: of the worst query's output, and of the worst lse.\n")
-        print(tables.numerics_table(results["rows"], format_length), end="\n\n")
-    elif results["benchmark"] in PLANS:
-        print("A training step, compiled and not run; GiB on each chip.\n")
-        print(tables.plan_table(results["rows"], format_length), end="\n\n")
-    elif results["benchmark"] in DECODE:
-        print("Milliseconds of one decoding step of one layer over a full cache.\n")
-        _print_attention(results["rows"])
-    elif results["benchmark"] in PREFILL:
-        model = (results.get("config") or {}).get("model_name")
-        print(f"A context read in chunks by {model}.\n")
-        print(tables.prefill_table(results["rows"], format_length), end="\n\n")
-    elif results["benchmark"] in LOSSES:
-        print("The same training, by implementation of the primitives.\n")
-        print(tables.losses_table(results["rows"], str), end="\n\n")
-    elif results["benchmark"] in TRAFFIC:
-        print("One layer's attention, forward and backward, compiled and not run; MiB that a chip")
-        print("sends.\n")
-        print(tables.traffic_table(results["rows"], format_length), end="\n\n")
-    else:
-        _print_attention([row for row in results["rows"] if not row.get("target")])
-        compiled = [row for row in results["rows"] if row.get("target")]
-        _print_compiled(compiled, (results.get("config") or {}).get("method"))
+    KINDS[results["benchmark"]].show(results)
+
+
+def _show_table(table: Callable[..., str], intro: str = "", label: Callable = format_length):
+    """Shows results by a table of `tables`."""
+
+    def show(results: dict[str, Any]) -> None:
+        if intro:
+            model = (results.get("config") or {}).get("model_name")
+            print(intro.format(model=model) + "\n")
+        print(table(results["rows"], label), end="\n\n")
+
+    return show
+
+
+def _show_attention(results: dict[str, Any]) -> None:
+    _print_attention([row for row in results["rows"] if not row.get("target")])
+    compiled = [row for row in results["rows"] if row.get("target")]
+    _print_compiled(compiled, (results.get("config") or {}).get("method"))
+
+
+def _show_decode(results: dict[str, Any]) -> None:
+    print("Milliseconds of one decoding step of one layer over a full cache.\n")
+    _print_attention(results["rows"])
 
 
 def _print_compiled(rows: list[dict[str, Any]], method: str | None) -> None:
@@ -172,3 +142,55 @@ def _print_attention(rows: list[dict[str, Any]]) -> None:
             table = tables.parts_table(chosen, direction, format_length)
             if table:
                 print(f"Parts, {direction.replace('_', ' and ')}, milliseconds:\n\n{table}\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Results files of one benchmark.
+
+    Attributes:
+      fields: that each row has.
+      show: prints the tables of a file.
+      drawn: whether they are drawn, too; rows of targets then have `tables.COMPILED_FIELDS`.
+    """
+
+    fields: tuple[str, ...]
+    show: Callable[[dict[str, Any]], None]
+    drawn: bool = False
+
+
+KINDS = {
+    "attention": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn=True),
+    "attention_peers": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn=True),
+    "needle": Kind(tables.ACCURACY_FIELDS, _show_table(tables.accuracy_table)),
+    "numerics": Kind(
+        tables.NUMERICS_FIELDS,
+        _show_table(
+            tables.numerics_table,
+            "Relative errors: of the worst query's output, and of the worst lse.",
+        ),
+    ),
+    "plan": Kind(
+        tables.PLAN_FIELDS,
+        _show_table(tables.plan_table, "A training step, compiled and not run; GiB on each chip."),
+    ),
+    "decode": Kind(tables.ATTENTION_FIELDS, _show_decode),
+    "prefill": Kind(
+        tables.PREFILL_FIELDS,
+        _show_table(tables.prefill_table, "A context read in chunks by {model}."),
+    ),
+    "losses": Kind(
+        tables.LOSSES_FIELDS,
+        _show_table(
+            tables.losses_table, "The same training, by implementation of the primitives.", str
+        ),
+    ),
+    "traffic": Kind(
+        tables.TRAFFIC_FIELDS,
+        _show_table(
+            tables.traffic_table,
+            "One layer's attention, forward and backward, compiled and not run; MiB that a chip"
+            " sends.",
+        ),
+    ),
+}

@@ -14,14 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.mesh_axes import vary_over, varying
 from pallas_kernels.range_attention import range_attention
 from sparsex_jax import spans
-from sparsex_jax.attention import check_arguments, chunk_size, landmark_branch, local_branch
+from sparsex_jax.attention import (
+    check_arguments,
+    chunk_size,
+    landmark_branch,
+    local_branch,
+    select_remote,
+)
 from sparsex_jax.config import AttentionConfig
 from sparsex_jax.fusion import Branch, fuse
-from sparsex_jax.landmarks import all_landmarks, gather_landmarks
+from sparsex_jax.landmarks import Marks, all_landmarks, gather_landmarks
 from sparsex_jax.parallel.costs import cheaper_strategy
 from sparsex_jax.parallel.dispatch import dispatch_attention
 from sparsex_jax.parallel.mesh import axis_size, part_rules
@@ -185,7 +190,7 @@ class _Keys(NamedTuple):
 
     k: jax.Array
     v: jax.Array
-    marks: tuple[jax.Array, jax.Array, jax.Array] | None  # landmarks' keys, values, biases
+    marks: Marks | None
 
 
 class _Sequence(NamedTuple):
@@ -229,19 +234,17 @@ def _dynamic_branch(
     implementation: str | None, strategy: str,
 ) -> Branch:  # fmt: skip
     """Attention of each query to the K blocks that score best, wherever in the sequence."""
-    size, start = config.block_size, sequence.document_start
-    index, score = select_blocks(
-        query_features, _gather_tokens(block_features), sequence.limit // size, config.top_k,
-        start=None if start is None else start // size, implementation=implementation,
+    index, bias = select_remote(
+        query_features, _gather_tokens(block_features), sequence.limit, sequence.document_start,
+        config, implementation,
     )  # fmt: skip
     if config.fusion == "softmax":
-        score = jnp.zeros_like(score)
         positions = sequence.first + jnp.arange(q.shape[1], dtype=jnp.int32)
         q, k = (apply_rotary(x, positions, config.rope_base) for x in (q, k))
     if strategy == "auto":
         strategy = cheaper_strategy(axis_size("seq"), q, k, config)
     return STRATEGIES[strategy](
-        q, k, v, index, score, block_size=size, implementation=implementation
+        q, k, v, index, bias, block_size=config.block_size, implementation=implementation
     )
 
 

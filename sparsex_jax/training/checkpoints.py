@@ -1,11 +1,11 @@
 """Checkpoints: of a run, to go on from, and of a model alone, to ship."""
 
 import dataclasses
+import functools
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import sparsex_jax
-from sparsex_jax import manifest
+from sparsex_jax import errors, manifest
 from sparsex_jax.config import AttentionConfig, ConfigError, ModelConfig
-from sparsex_jax.training.errors import CheckpointError, first_line, is_disk_full
+from sparsex_jax.training.errors import CheckpointError
 
 
 def versions() -> dict[str, str]:
@@ -60,30 +60,8 @@ def describe(found: list[tuple[str, Any, Any]], limit: int = 6) -> str:
     return text + (f" and {len(found) - limit} more" if len(found) > limit else "")
 
 
-@contextmanager
-def writing(what: str, way_out: str) -> Iterator[None]:
-    """Turns errors of writing into a CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    # orbax and tensorstore have no common type for what can go wrong with files.
-    except Exception as error:
-        reason = "no space left on the device" if is_disk_full(error) else first_line(error)
-        raise CheckpointError(f"{what} could not be written: {reason}. {way_out}") from error
-
-
-@contextmanager
-def reading(path: Path, way_out: str) -> Iterator[None]:
-    """Turns errors of reading into a CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} cannot be read, files are missing or damaged ({first_line(error)}): {way_out}"
-        ) from error
+writing = functools.partial(errors.writing, CheckpointError)
+reading = functools.partial(errors.reading, CheckpointError)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 import rich.console
 import rich.progress
 
-from sparsex_jax.training.errors import TrainingError, is_disk_full
+from sparsex_jax.errors import is_disk_full
+from sparsex_jax.training.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 

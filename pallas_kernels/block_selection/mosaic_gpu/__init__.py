@@ -16,8 +16,9 @@ from pallas_kernels.block_selection import xla
 from pallas_kernels.block_selection.gradients import select_bwd
 from pallas_kernels.block_selection.mosaic_gpu import rescoring, search
 from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, MOST, Config, Sizes, grid
-from pallas_kernels.block_selection.mosaic_gpu.few_queries import FEW, select_few
+from pallas_kernels.block_selection.mosaic_gpu.few_queries import select_few
 from pallas_kernels.hopper import HALF
+from pallas_kernels.hopper_few_queries import takes
 
 
 def _scratch(dim: int, config: Config):
@@ -69,7 +70,7 @@ def select(u, c, limit, start, *, count: int, config: Config):
 def _select(u, c, limit, start, count):
     tokens = u.shape[1]
     c = shapes.pad(c, 1, GROUP)
-    if tokens <= FEW:
+    if takes(u):
         find = functools.partial(select_few, count=count)
         return shapes.batchable(find)(u, c, limit, start)
     # Whole tiles of queries: what a copy has past the end of a row falls into the next.

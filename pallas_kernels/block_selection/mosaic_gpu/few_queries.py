@@ -18,7 +18,6 @@ from pallas_kernels import hopper, shapes
 from pallas_kernels.block_selection.mosaic_gpu.lists import NOTHING
 from pallas_kernels.hopper import HALF, along_columns, along_rows
 
-FEW = 4  # queries of a sequence at most
 _COLUMNS = 8  # of a product: queries, here all the same
 _PART = HALF * _COLUMNS  # blocks of a thread block
 _LIST = 16  # rows of a warp, which hold a list of its best; results are padded to a multiple

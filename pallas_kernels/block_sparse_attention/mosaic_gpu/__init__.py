@@ -31,7 +31,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.configs import KERNELS, co
 from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import forward, query_gradient
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunks
 from pallas_kernels.csr import BlockCSR
-from pallas_kernels.few_queries import attend_blocks, differentiated_as, takes
+from pallas_kernels.hopper_few_queries import attend_blocks, differentiated_as, takes
 from pallas_kernels.mesh_axes import vary_with
 
 # Entries of a chunk of queries. Partial results are held of all of them, so there should be few,
@@ -172,10 +172,7 @@ def _attend_few(q, k, v, indptr, indices, values, *, sizes: Sizes):
     entries = find_entries(jnp.zeros(1, jnp.int32), indptr, indices, values, sizes)
     _, block, value, filled = (x[0] for x in entries)
     block = jnp.where(filled, block, -1)
-    return attend_blocks(
-        q, k, v, block, value,
-        num_keys=sizes.num_keys, block_size=sizes.block_size, scale=sizes.scale,
-    )  # fmt: skip
+    return attend_blocks(q, k, v, block, value, num_keys=sizes.num_keys, scale=sizes.scale)
 
 
 def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):

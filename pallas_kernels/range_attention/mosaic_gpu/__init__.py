@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import shapes
-from pallas_kernels.few_queries import attend_ranges, differentiated_as, takes
 from pallas_kernels.hopper import LOG2E
+from pallas_kernels.hopper_few_queries import attend_ranges, differentiated_as, takes
 from pallas_kernels.range_attention import xla
 from pallas_kernels.range_attention.mosaic_gpu.configs import KERNELS, config_for
 from pallas_kernels.range_attention.mosaic_gpu.key_walk import forward, query_gradient
@@ -24,8 +24,6 @@ from pallas_kernels.range_attention.mosaic_gpu.query_walk import key_gradients
 from pallas_kernels.segments import first_places
 
 _WIDEST_BACKWARD = 128  # head dimension
-# Keys that few queries' ranges are cut into, and from how many on it is the longer one.
-_PIECES, _MANY_KEYS = (64, 128), 2**13
 
 
 def _hide_unseen_keys(k, v, start, end, key_bias):
@@ -97,10 +95,7 @@ def _attend_few(q, k, v, start, end, key_bias, *, scale):
     k, v = (shapes.pad(x, 1, 8) for x in (k, v))
     if key_bias is not None:
         key_bias = shapes.pad(key_bias, 1, 8).swapaxes(1, 2)
-    length = _PIECES[0] if num_keys <= _MANY_KEYS or q.shape[3] > 128 else _PIECES[1]
-    return attend_ranges(
-        q, k, v, start, end, key_bias, num_keys=num_keys, length=length, scale=scale
-    )
+    return attend_ranges(q, k, v, start, end, key_bias, num_keys=num_keys, scale=scale)
 
 
 def range_attention(q, k, v, start, end, key_bias, scale):

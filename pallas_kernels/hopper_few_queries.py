@@ -18,6 +18,7 @@ from pallas_kernels import hopper, shapes
 from pallas_kernels.hopper import HALF, LOG2E
 
 FEW = 4  # query tokens of a sequence, at most
+PIECE = HALF  # keys: a selected block, or a part of a range
 _JOINED = 16  # pieces at a time
 
 
@@ -31,7 +32,6 @@ class _Sizes:
     dim: int
     num_keys: int
     pieces: int  # of each token and head
-    length: int  # keys of a piece, a multiple of 64
     scale: float
 
 
@@ -57,17 +57,17 @@ class _Piece:
 
     def _bounds(self):
         """The piece's first key, and of its keys the first seen and the one after the last."""
-        at, length = self.at, self.sizes.length
+        at = self.at
         if at.block is not None:
             block = at.block[at.program]
-            first = jnp.maximum(block, 0) * length
-            last = jnp.minimum(self.sizes.num_keys - first, length)
+            first = jnp.maximum(block, 0) * PIECE
+            last = jnp.minimum(self.sizes.num_keys - first, PIECE)
             return first, jnp.int32(0), jnp.where(block >= 0, last, 0)
         row = self.b * self.sizes.tokens + self.t
         start, end = jnp.maximum(at.start[row], 0), jnp.minimum(at.end[row], self.sizes.num_keys)
         # TMA copies from multiples of 8 keys on.
-        first = lax.div(start, 8) * 8 + self.piece * length
-        return first, jnp.maximum(start - first, 0), jnp.minimum(end - first, length)
+        first = lax.div(start, 8) * 8 + self.piece * PIECE
+        return first, jnp.maximum(start - first, 0), jnp.minimum(end - first, PIECE)
 
     def _attend(self, first, low, high):
         at, sizes = self.at, self.sizes
@@ -96,7 +96,7 @@ class _Piece:
         heads = pl.ds(pl.multiple_of(h * sizes.groups, 8), sizes.groups)
         q_rows = at.q_tile.at[pl.ds(0, sizes.groups)]
         plgpu.copy_gmem_to_smem(at.q.at[b, self.t, heads], q_rows, at.ready)
-        keys = pl.ds(pl.multiple_of(first, 8), sizes.length)
+        keys = pl.ds(pl.multiple_of(first, 8), PIECE)
         plgpu.copy_gmem_to_smem(at.k.at[b, keys, h], at.k_tile, at.ready)
         plgpu.copy_gmem_to_smem(at.v.at[b, keys, h], at.v_tile, at.ready)
         if at.bias is not None:
@@ -106,16 +106,14 @@ class _Piece:
     def _mask_values(self, low, high):
         """Zeros for the values of hidden keys: 0 * NaN is no zero."""
         at = self.at
-        for n in range(self.sizes.length // HALF):
-            tile = pl.ds(n * HALF, HALF)
-            values = plgpu.load(at.v_tile.at[tile], layout=plgpu.Layout.WGMMA)
-            key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
-            values = jnp.where(key >= low - n * HALF, values, 0)
-            values = jnp.where(key < high - n * HALF, values, 0)
-            if at.bias is not None:
-                bias = plgpu.load(at.bias_tile.at[tile], layout=hopper.ROW)
-                values = jnp.where(hopper.along_rows(bias, values.shape) > -jnp.inf, values, 0)
-            at.v_tile[tile] = values
+        values = plgpu.load(at.v_tile, layout=plgpu.Layout.WGMMA)
+        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
+        values = jnp.where(key >= low, values, 0)
+        values = jnp.where(key < high, values, 0)
+        if at.bias is not None:
+            bias = plgpu.load(at.bias_tile, layout=hopper.ROW)
+            values = jnp.where(hopper.along_rows(bias, values.shape) > -jnp.inf, values, 0)
+        at.v_tile[...] = values
         plgpu.commit_smem()
 
     def _store(self, lse):
@@ -128,7 +126,7 @@ class _Piece:
 
 
 def takes(q) -> bool:
-    """Whether q [B, T, Hq, D] are few queries."""
+    """Whether queries [B, T, ...] are few."""
     return q.shape[1] <= FEW
 
 
@@ -143,8 +141,8 @@ def differentiated_as(general: Callable, few: Callable) -> Callable:
     return compute
 
 
-def attend_blocks(q, k, v, block, value, *, num_keys: int, block_size: int, scale: float):
-    """Attention of each query token to blocks of its own.
+def attend_blocks(q, k, v, block, value, *, num_keys: int, scale: float):
+    """Attention of each query token to blocks of its own, of 64 keys.
 
     Args:
       q: [B, T, Hq, D], up to 16 query heads for each of k.
@@ -153,17 +151,16 @@ def attend_blocks(q, k, v, block, value, *, num_keys: int, block_size: int, scal
       block: int32 [B, Hkv, T, P], the blocks of each token, -1 for none.
       value: f32 [B, Hkv, T, P], their biases.
       num_keys: N before it was padded.
-      block_size: a multiple of 64.
       scale: of the logits.
 
     Returns:
       out, like q, and lse, f32 [B, T, Hq].
     """
-    sizes = _Sizes(*_shape(q, k), num_keys, block.shape[3], block_size, scale)
+    sizes = _Sizes(*_shape(q, k), num_keys, block.shape[3], scale)
     return _join(*_attend_pieces(q, k, v, sizes, block=block.ravel()), value, q)
 
 
-def attend_ranges(q, k, v, start, end, key_bias, *, num_keys: int, length: int, scale: float):
+def attend_ranges(q, k, v, start, end, key_bias, *, num_keys: int, scale: float):
     """Attention of each query token to a range of keys, of which those hidden may be no numbers.
 
     Args:
@@ -174,14 +171,13 @@ def attend_ranges(q, k, v, start, end, key_bias, *, num_keys: int, length: int, 
       end: int32 [B, T], the one after the last.
       key_bias: f32 [B, Hkv, N], or None; -inf hides a key.
       num_keys: N before it was padded.
-      length: keys of a piece, a multiple of 64.
       scale: of the logits.
 
     Returns:
       out, like q, and lse, f32 [B, T, Hq].
     """
     # A piece begins at a multiple of 8 keys, so a range may take one more.
-    sizes = _Sizes(*_shape(q, k), num_keys, (num_keys + 6) // length + 1, length, scale)
+    sizes = _Sizes(*_shape(q, k), num_keys, (num_keys + 6) // PIECE + 1, scale)
     span = {"start": start.ravel(), "end": end.ravel()}
     return _join(*_attend_pieces(q, k, v, sizes, bias=key_bias, **span), None, q)
 
@@ -197,7 +193,7 @@ def _attend_pieces(q, k, v, sizes: _Sizes, block=None, start=None, end=None, bia
     batch, tokens, heads, groups, dim = len(q), *dataclasses.astuple(sizes)[:4]
     programs = batch * heads * tokens * sizes.pieces
     q = shapes.pad(q.reshape(batch, tokens, heads, -1, dim), 3, groups)
-    keys = hopper.operand_tile((sizes.length, dim))
+    keys = hopper.operand_tile((PIECE, dim))
     results = hopper.launch(
         "attend_pieces",
         lambda at: _Piece(sizes, at).run(),
@@ -215,7 +211,7 @@ def _attend_pieces(q, k, v, sizes: _Sizes, block=None, start=None, end=None, bia
             "q_tile": hopper.operand_tile((HALF, dim)),
             "k_tile": keys,
             "v_tile": keys,
-            "bias_tile": None if bias is None else plgpu.SMEM((sizes.length,), jnp.float32),
+            "bias_tile": None if bias is None else plgpu.SMEM((PIECE,), jnp.float32),
             "out_tile": plgpu.SMEM((HALF, dim), jnp.float32),
             "lse_tile": plgpu.SMEM((HALF,), jnp.float32),
             "ready": plgpu.Barrier(num_arrivals=3 + (bias is not None)),
