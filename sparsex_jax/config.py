@@ -144,6 +144,8 @@ class ModelConfig:
       layers: one letter a layer: "l" local attention only, "s" all three branches.
       remat: what the backward pass recomputes: nothing ("none") or each layer ("layer").
       loss_chunk: tokens for which logits are held at a time by the loss.
+      selection_loss: weight, beside the loss, of the divergence that teaches block scores
+        (`sparsex_jax.selection_loss`); 0 leaves them to the gradients of what is selected.
       dtype: type of the arithmetic; parameters are always float32.
     """
 
@@ -158,6 +160,7 @@ class ModelConfig:
     attention: AttentionConfig = AttentionConfig()
     remat: Literal["none", "layer"] = "none"
     loss_chunk: int = 8192
+    selection_loss: float = 0.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self):
@@ -166,6 +169,10 @@ class ModelConfig:
             self, "vocab_size", "model_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
             "loss_chunk",
         )  # fmt: skip
+        _require(
+            self.selection_loss >= 0,
+            f"selection_loss={self.selection_loss} must not be negative: use 0 for none",
+        )
         _require(self.conv_width >= 0, f"conv_width={self.conv_width} is negative: use 0 for none")
         _require(
             self.num_heads % self.num_kv_heads == 0,
@@ -313,6 +320,8 @@ class TrainConfig:
       mesh: how devices share a step.
       accumulation: micro-batches of an optimizer step; divides every stage's batch_size.
       seed: decides the initial parameters and the data; from 0 to 2^32 - 1.
+      init_from: directory of a model whose parameters the run begins with, to go on with longer
+        sequences, say; None for random ones.
       checkpoint_every: optimizer steps between checkpoints (the last step has one, too).
       keep: checkpoints kept.
       log_every: optimizer steps between rows of the metrics.
@@ -327,6 +336,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     accumulation: int = 1
     seed: int = 0
+    init_from: str | None = None
     checkpoint_every: int = 500
     keep: int = 2
     log_every: int = 20

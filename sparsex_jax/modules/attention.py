@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsex_jax.attention import sparse_attention
-from sparsex_jax.config import AttentionConfig, ModelConfig
+from sparsex_jax.config import AttentionConfig, ConfigError, ModelConfig
 from sparsex_jax.modules.layers import CausalConvolution, Linear
 from sparsex_jax.parallel import sequence
 from sparsex_jax.parallel.mesh import axis_size
 from sparsex_jax.parallel.rules import enter_split, own_part, whole
 from sparsex_jax.scoring import block_features, query_features, rms_normalize
+from sparsex_jax.selection_loss import selection_loss
 
 
 class KeySide(NamedTuple):
@@ -180,6 +181,40 @@ class SparseXAttention(nnx.Module):
             implementation=implementation, **learned,
         )  # fmt: skip
         return self.project_out(attended)
+
+    def selection_loss(
+        self, x: jax.Array, queries: jax.Array, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """What the block scores of a sparse layer have to learn, f32 scalar.
+
+        Args:
+          x: [B, T, C], the layer's input.
+          queries: int32 [B, M], of `selection_loss.sample_queries`.
+          segment_ids: as in `__call__`.
+
+        Raises:
+          ConfigError: sequences are split.
+        """
+        if axis_size("seq") > 1:
+            raise ConfigError(
+                f"selection_loss={self.config.selection_loss} needs whole sequences: use"
+                " mesh.seq=1, or selection_loss=0"
+            )
+        start = age = None
+        if segment_ids is not None:
+            start = sequence.document_starts(segment_ids)
+            age = jnp.arange(x.shape[1]) - start
+        mixed = enter_split(self.mix(x, None, age))
+        keys, queries_side = self.key_side(enter_split(x), mixed), self.query_side(x, mixed)
+        features = block_features(
+            keys.block_inputs, keys.block_logits, self.config.attention.block_size
+        )
+        loss = selection_loss(
+            queries_side.q, keys.k, queries_side.features, features, queries, start,
+            self.config.attention,
+        )  # fmt: skip
+        size = axis_size("tensor")
+        return loss if size == 1 else jax.lax.psum(loss, "tensor") / size
 
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
         heads //= axis_size("tensor")

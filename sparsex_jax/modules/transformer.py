@@ -9,6 +9,7 @@ from sparsex_jax.config import ModelConfig
 from sparsex_jax.modules.attention import SparseXAttention
 from sparsex_jax.modules.layers import RMSNorm, SwiGLU
 from sparsex_jax.parallel.rules import whole
+from sparsex_jax.selection_loss import sample_queries
 
 
 class Block(nnx.Module):
@@ -95,16 +96,26 @@ class Transformer(nnx.Module):
         Returns:
           [B, T, C] in the config's dtype.
         """
-        x = self.embed(tokens)
+        options = segment_ids, top_k, implementation, sequence_strategy
+        return self._hidden(tokens, None, *options)[0]
 
-        def apply(block, x):
-            return block(x, segment_ids, top_k, implementation, sequence_strategy)
+    def _hidden(self, tokens, queries, segment_ids, *options) -> tuple[jax.Array, jax.Array]:
+        """Hidden states, and the sum of the sparse layers' selection losses for `queries`."""
+        x, total = self.embed(tokens), jnp.float32(0)
+
+        def apply(block: Block, x):
+            after = block(x, segment_ids, *options)
+            if queries is None or not block.attention.sparse:
+                return after, jnp.float32(0)
+            normed = block.attention_norm(x)
+            return after, block.attention.selection_loss(normed, queries, segment_ids)
 
         if self.config.remat == "layer":
             apply = nnx.remat(apply)
         for block in self.blocks:
-            x = apply(block, x)
-        return self.final_norm(x)
+            x, lost = apply(block, x)
+            total += lost
+        return self.final_norm(x), total
 
     def loss(
         self,
@@ -118,6 +129,9 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Weighted negative log-likelihood, with logits of `loss_chunk` tokens at a time.
 
+        With `selection_loss` in the config the divergences of the block scores are added, weighted
+        as the likelihood of all tokens is.
+
         Args:
           tokens: int32 [B, T].
           targets: int32 [B, T], the token that follows each.
@@ -130,7 +144,10 @@ class Transformer(nnx.Module):
         Returns:
           (sum of weighted nats, sum of weights), f32 scalars, of the tokens of the device.
         """
-        hidden = self(tokens, segment_ids, top_k, implementation, sequence_strategy)
+        queries = sample_queries(weights) if self.config.selection_loss else None
+        hidden, unlearned = self._hidden(
+            tokens, queries, segment_ids, top_k, implementation, sequence_strategy
+        )
         flat = hidden.reshape(targets.size, hidden.shape[2]), targets.ravel(), weights.ravel()
         chunk = max(1, min(self.config.loss_chunk, targets.size))
         chunks = -(-targets.size // chunk)
@@ -154,4 +171,5 @@ class Transformer(nnx.Module):
         total, _ = jax.lax.scan(
             add_chunk, vary_with(hidden, jnp.float32(0)), (hidden, targets, weights)
         )
-        return total, jnp.sum(weights)
+        count = jnp.sum(weights)
+        return total + self.config.selection_loss * unlearned * count, count

@@ -11,9 +11,11 @@ from sparsex_jax.tasks.corpus import Corpus
 from sparsex_jax.tasks.haystack import insert, take_text
 from sparsex_jax.tasks.needle import TASKS, check_length, longest_value, make_sample
 from sparsex_jax.tasks.phrases import KINDS, Kind, Phrases, draw_value
+from sparsex_jax.tasks.practice import LEAST_LENGTH, Practice
 from sparsex_jax.tasks.tokenizer import Tokenizer, load
 
-SOURCES = ("text", "needle", *TASKS)
+PRACTICE = ("retrieval", "crowd", "chains")
+SOURCES = ("text", "needle", *PRACTICE, *TASKS)
 
 # Most of a sequence that needles may take, and that questions with answers may take.
 _SHARE = 0.4
@@ -62,11 +64,18 @@ class BatchMaker:
         weights = np.array([weight for _, weight in stage.mix], np.float64)
         self.shares = weights / weights.sum()
         self._check(stage)
+        if not set(PRACTICE).isdisjoint(self.sources):
+            self.practice = Practice(stage, tokenizer, self.corpus.all_tokens())
 
     def _check(self, stage: StageConfig) -> None:
         for source in self.sources:
             if source not in SOURCES:
                 raise ValueError(f"mix: {source!r} is no source: use {', '.join(SOURCES)}")
+            if source in PRACTICE and stage.length < LEAST_LENGTH:
+                raise ValueError(
+                    f"length={stage.length} cannot hold every text of source {source!r}: use at"
+                    f" least {LEAST_LENGTH}"
+                )
             if source in TASKS:
                 check_length(source, stage.length + 1, self.tokenizer, "train")
         if "needle" in self.sources:
@@ -99,6 +108,8 @@ class BatchMaker:
             return tokens, np.ones(count, np.float32)
         if source == "needle":
             tokens, is_answer = self._needles(count, rng)
+        elif source in PRACTICE:
+            tokens, is_answer = getattr(self.practice, source)(count, rng)
         else:
             sample = make_sample(
                 source, count, rng=rng, tokenizer=self.tokenizer,

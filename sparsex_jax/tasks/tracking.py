@@ -17,7 +17,7 @@ _LETTERS, _EXAMPLE_LETTERS = 5, 3
 # Lines of noise in the example: with its statements and template close to the 500 tokens of RULER.
 _EXAMPLE_LINES = 10
 
-_TEMPLATE = (
+TEMPLATE = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 )
 
@@ -58,6 +58,18 @@ class Chain:
         return cls(value, tuple(names), answer, tuple(statements))
 
 
+def draw_chains(rng: np.random.Generator, tokenizer: Tokenizer, count: int) -> list[Chain]:
+    """Random chains that share neither values nor names."""
+    chains: list[Chain] = []
+    taken: set[str] = set()
+    while len(chains) < count:
+        chain = Chain.draw(rng, tokenizer)
+        if taken.isdisjoint((chain.value, *chain.variables)):
+            taken.update((chain.value, *chain.variables))
+            chains.append(chain)
+    return chains
+
+
 def question(chain: Chain) -> str:
     """The question for people to read, without the beginning of the answer."""
     return _question(chain.value)
@@ -67,7 +79,8 @@ def _question(value: str) -> str:
     return f"Question: Find all variables that are assigned the value {value} in the text above."
 
 
-def _ending(value: str, tokenizer: Tokenizer) -> np.ndarray:
+def ending(value: str, tokenizer: Tokenizer) -> np.ndarray:
+    """The question and the beginning of its answer, int32."""
     parts = [
         "\n",
         f"{_question(value)} Answer: According to the chain(s) of variable assignment in the text"
@@ -87,9 +100,9 @@ def _example(rng: np.random.Generator, tokenizer: Tokenizer) -> np.ndarray:
     chain = Chain.draw(rng, tokenizer, _EXAMPLE_LETTERS)
     text = noise_text(_EXAMPLE_LINES * len(noise_line(tokenizer)), tokenizer, space=True)
     context, _ = insert(text, chain.statements, _statement_depths(rng, None), tokenizer)
-    template = tokenizer.fixed(_TEMPLATE)
-    ending = _ending(chain.value, tokenizer)
-    return np.concatenate([template, context, ending, chain.answer, tokenizer.fixed("\n")])
+    template = tokenizer.fixed(TEMPLATE)
+    asked = ending(chain.value, tokenizer)
+    return np.concatenate([template, context, asked, chain.answer, tokenizer.fixed("\n")])
 
 
 def smallest_prompt(tokenizer: Tokenizer) -> int:
@@ -99,11 +112,11 @@ def smallest_prompt(tokenizer: Tokenizer) -> int:
         # " VAR NAME = VAR NAME ", a letter of a name being a token at most.
         return (HOPS + 1) * (len(tokenizer.encode(" VAR = VAR ")) + 2 * (letters + 1))
 
-    template = len(tokenizer.fixed(_TEMPLATE))
-    ending = len(_ending("12345", tokenizer))
+    template = len(tokenizer.fixed(TEMPLATE))
+    asked = len(ending("12345", tokenizer))
     noise = _EXAMPLE_LINES * len(noise_line(tokenizer))
     answer = (HOPS + 1) * (_EXAMPLE_LETTERS + 1) + 2
-    frames = 2 * (template + ending) + noise + answer
+    frames = 2 * (template + asked) + noise + answer
     return frames + statements(_EXAMPLE_LETTERS) + statements(_LETTERS)
 
 
@@ -116,9 +129,9 @@ def make_prompt(
 ) -> tuple[np.ndarray, float]:
     """A prompt of exactly `length` tokens, and the depth of the chain's first statement."""
     depths = _statement_depths(rng, depth)
-    frame = [_example(rng, tokenizer), tokenizer.fixed(_TEMPLATE)]
-    ending = _ending(chain.value, tokenizer)
-    count = length - sum(map(len, [*frame, *chain.statements, ending]))
+    frame = [_example(rng, tokenizer), tokenizer.fixed(TEMPLATE)]
+    asked = ending(chain.value, tokenizer)
+    count = length - sum(map(len, [*frame, *chain.statements, asked]))
     text = noise_text(count, tokenizer, space=True)
     context, _ = insert(text, chain.statements, depths, tokenizer)
-    return np.concatenate([*frame, context, ending]), depths[0]
+    return np.concatenate([*frame, context, asked]), depths[0]

@@ -23,7 +23,7 @@ from sparsex_jax.training.agreement import check_same_command, check_shared
 from sparsex_jax.training.data import BatchStream, corpus_fingerprint
 from sparsex_jax.training.errors import TrainingError
 from sparsex_jax.training.metrics import Metrics, Progress
-from sparsex_jax.training.models import save_model
+from sparsex_jax.training.models import load_parameters, save_model
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
 from sparsex_jax.training.run_directory import last_complete, lock, prepare
@@ -141,6 +141,8 @@ class Trainer:
         self.schedule = make_schedule(config.optimizer, config.total_steps)
         self.optimizer = make_optimizer(config.optimizer, config.total_steps)
         self.skeleton, params = split_model(model_class(config.model, rngs=nnx.Rngs(config.seed)))
+        if config.init_from is not None:
+            params = load_parameters(config.init_from, params, tokenizer_fingerprint)
         self.state = {
             "params": params,
             "optimizer": self.optimizer.init(params),

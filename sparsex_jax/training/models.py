@@ -30,6 +30,8 @@ from sparsex_jax.training.checkpoints import (
 from sparsex_jax.training.errors import CheckpointError
 from sparsex_jax.training.parameters import split_model
 
+_WAY_OUT = "copy it again from where it came, or use the version of sparsex that wrote it"
+
 
 def save_model(
     directory: str | os.PathLike,
@@ -160,29 +162,63 @@ def load_model(
 
         model_class = Transformer
     path = Path(directory)
+    description = _description(path, tokenizer_fingerprint)
+    with reading(path, _WAY_OUT):
+        saved = model_config(path, description["config"], description["versions"])
+        if config is not None:
+            check_model(path, to_json(saved), config)
+    config = saved
+    if compute_dtype is not None:
+        config = dataclasses.replace(config, dtype=compute_dtype)
+    skeleton, params = split_model(model_class(config, rngs=nnx.Rngs(0)))
+    arrays = _checked_arrays(path, description, params)
+    return config, skeleton.build({
+        name: jnp.asarray(value, dtype=dtype) for name, value in arrays.items()
+    })  # fmt: skip
+
+
+def load_parameters(
+    directory: str | os.PathLike,
+    like: Mapping[str, jax.Array],
+    tokenizer_fingerprint: str | None = None,
+) -> dict[str, jax.Array]:
+    """The parameters of what `save_model` wrote, by name, in the types of others.
+
+    Args:
+      directory: the model's; of its config only the shapes of the parameters matter.
+      like: parameters with the same names and shapes.
+      tokenizer_fingerprint: of the tokenizer in use, to be compared.
+
+    Raises:
+      CheckpointError: missing, damaged, of other shapes or with another tokenizer.
+    """
+    path = Path(directory)
+    arrays = _checked_arrays(path, _description(path, tokenizer_fingerprint), like)
+    return {name: jnp.asarray(value, like[name].dtype) for name, value in arrays.items()}
+
+
+def _description(path: Path, tokenizer_fingerprint: str | None) -> dict[str, Any]:
+    """What model.json says; raises CheckpointError unless it fits the tokenizer."""
     if not (path / "model.json").is_file():
         state = "is no model (it has no model.json)" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {state}: give a directory that `sparsex train` or"
                               " `save_model` wrote")  # fmt: skip
-    way_out = "copy it again from where it came, or use the version of sparsex that wrote it"
-    with reading(path, way_out):
+    with reading(path, _WAY_OUT):
         description = json.loads((path / "model.json").read_text())
-        saved = description["config"]
         check_tokenizer(path, description["tokenizer"], tokenizer_fingerprint)
-        if config is not None:
-            check_model(path, saved, config)
-        config = model_config(path, saved, description["versions"])
-    if compute_dtype is not None:
-        config = dataclasses.replace(config, dtype=compute_dtype)
-    skeleton, params = split_model(model_class(config, rngs=nnx.Rngs(0)))
-    with reading(path, way_out):
-        arrays = _read_arrays(path.absolute() / "arrays", params)
-        check_arrays(path, arrays, params)
+    return description
+
+
+def _checked_arrays(
+    path: Path, description: dict[str, Any], like: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The arrays of a model, which have the names and shapes of others."""
+    with reading(path, _WAY_OUT):
+        arrays = _read_arrays(path.absolute() / "arrays", like)
+        check_arrays(path, arrays, like)
         if crc32(arrays) != description["crc32"]:
-            raise CheckpointError(f"{path} does not match its checksum: {way_out}")
-    return config, skeleton.build({
-        name: jnp.asarray(value, dtype=dtype) for name, value in arrays.items()
-    })  # fmt: skip
+            raise CheckpointError(f"{path} does not match its checksum: {_WAY_OUT}")
+    return arrays
 
 
 def crc32(arrays: Mapping[str, np.ndarray]) -> int:

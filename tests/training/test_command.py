@@ -5,9 +5,13 @@ import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 from sparsex_jax import cli
+from sparsex_jax.training import load_model
 from tests.test_cli import fail, preset, text
 
 __all__ = ["fail", "preset", "text"]  # fixtures
@@ -68,3 +72,17 @@ def test_training_that_diverges_saves_nothing(preset, text, tmp_path, fail, monk
     command += ["--optimizer.learning-rate", 1e30, "--optimizer.warmup-steps", 0]
     assert "the state after step 2 is not finite: lower optimizer.learning_rate" in fail(*command)
     assert not list((run_dir / "checkpoints").iterdir())
+
+
+def test_a_run_begins_with_the_parameters_of_a_model(trained, tmp_path, fail, capsys):
+    command, run_dir = trained
+    command = [*command[:3], str(tmp_path / "next"), *command[4:]]
+    command += ["--optimizer.learning-rate", "1e-20", "--model.selection-loss", "0.1"]
+    assert cli.run([*command, "--init-from", str(run_dir / "model")]) == 0
+    before, after = (load_model(path / "model")[1] for path in (run_dir, tmp_path / "next"))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(before), nnx.state(after))
+    capsys.readouterr()
+    other = [*command[:3], str(tmp_path / "other"), *command[4:], "--init-from"]
+    assert "does not exist: give a directory" in fail(*other, tmp_path / "none")
+    wider = [*other, run_dir / "model", "--model.mlp-dim", 24]
+    assert "does not hold the arrays of this model" in fail(*wider)

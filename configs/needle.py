@@ -1,0 +1,50 @@
+"""The model of the needle results: all of RULER's needle tasks in long source text.
+
+sparsex train configs/needle.py --run-dir runs/needle
+"""
+
+from sparsex_jax.config import (
+    AttentionConfig,
+    ModelConfig,
+    OptimizerConfig,
+    StageConfig,
+    TrainConfig,
+)
+
+MIX = (
+    ("retrieval", 0.45),
+    ("crowd", 0.3),
+    ("chains", 0.1),
+    ("vt", 0.05),
+    ("multivalue", 0.04),
+    ("text", 0.06),
+)
+
+config = TrainConfig(
+    model=ModelConfig(
+        vocab_size=4096,
+        model_dim=256,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_dim=768,
+        layers="llls",
+        attention=AttentionConfig(window=128, block_size=64, top_k=16, score_dim=128),
+        selection_loss=0.1,
+    ),
+    # Every remote block is selected up to 4K tokens; then ever fewer of many.
+    stages=(
+        StageConfig(steps=1600, length=1024, batch_size=64, top_k=16, needles=(1, 8), mix=MIX),
+        StageConfig(steps=500, length=2048, batch_size=32, top_k=32, needles=(1, 16), mix=MIX),
+        StageConfig(steps=700, length=4096, batch_size=16, top_k=64, needles=(1, 24), mix=MIX),
+        StageConfig(
+            steps=2600, length=16384, batch_size=4, top_k=16, needles=(1, 48), questions=32, mix=MIX
+        ),
+        StageConfig(
+            steps=1800, length=32768, batch_size=2, top_k=8, needles=(1, 64), questions=48, mix=MIX
+        ),
+    ),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=300),
+    checkpoint_every=1000,
+    log_every=50,
+)

@@ -1,0 +1,143 @@
+"""Numbered parts of sentences, of which NumPy puts many together at once.
+
+Encoding needles one by one is slower than a small model learns from them. What is said again and
+again is encoded once; a sentence is a row of numbers of such parts.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparsex_jax.tasks import words
+from sparsex_jax.tasks.phrases import Kind
+from sparsex_jax.tasks.tokenizer import Tokenizer
+
+_UUIDS = 1 << 16  # different ones: their letters are no tokens of their own, so they are encoded
+
+
+class Parts:
+    """Fixed words, keys and values as tokens; a row int32 [n] of their numbers is a sentence.
+
+    The tokens are those of `Phrases`, which the tokenizer's own splits allow. Keys are those of
+    the split "train".
+
+    Args:
+      tokenizer: of the parts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._flat, self._start, self._size = _encoded(tokenizer)
+        self._fixed: dict[str, int] = {}
+        self._tokenizer = tokenizer
+        self._words = 11  # after a space and ten digits: adjectives, a hyphen, nouns, uuids
+        self._hyphen = self._words + len(words.ADJECTIVES)
+        self._uuids = self._hyphen + 1 + len(words.NOUNS)
+
+    def draw(self, rng: np.random.Generator, kind: Kind, count: int) -> np.ndarray:
+        """Random keys or values of a kind, a space before each, int32 [count, n]."""
+        if kind == "numbers":
+            digits = rng.integers(0, 10, (count, 8))
+            digits[:, 1] = rng.integers(1, 10, count)
+            digits[:, 0] = -1
+            return (digits + 1).astype(np.int32)
+        if kind == "uuids":
+            return self._uuids + rng.integers(0, _UUIDS, (count, 1), np.int32)
+        return self._pairs(rng, count, None)
+
+    def draw_keys(
+        self, rng: np.random.Generator, kind: Kind, count: int, similar: bool
+    ) -> np.ndarray:
+        """Keys as `draw` gives them, all different; if `similar`, of few different words."""
+        few = 2 + int(np.sqrt(2 * count)) if similar and kind == "words" else None
+        found = np.zeros((0, 3 if kind == "words" else 1), np.int32)
+        while len(found) < count:
+            missing = count - len(found)
+            new = self._pairs(rng, missing, few) if few else self.draw(rng, kind, missing)
+            found = np.concatenate([found, new])
+            _, first = np.unique(found, axis=0, return_index=True)
+            found = found[np.sort(first)]
+        return found
+
+    def _pairs(self, rng: np.random.Generator, count: int, few: int | None) -> np.ndarray:
+        """Pairs of words, as rows; if `few`, of so many adjectives and nouns."""
+        numbers = len(words.ADJECTIVES), len(words.NOUNS)
+        pools = None if few is None else [rng.integers(number, size=few) for number in numbers]
+        found: list[tuple[int, int]] = []
+        while len(found) < count:
+            drawn = [rng.integers(few or number, size=count - len(found)) for number in numbers]
+            if pools is not None:
+                drawn = [pool[place] for pool, place in zip(pools, drawn, strict=True)]
+            found += [
+                (i, j)
+                for i, j in zip(*(x.tolist() for x in drawn), strict=True)
+                if words.split_of(words.ADJECTIVES[i], words.NOUNS[j]) == "train"
+            ]
+        rows = np.full((count, 3), self._hyphen, np.int32)
+        rows[:, ::2] = found
+        return rows + np.array([self._words, 0, self._hyphen + 1], np.int32)
+
+    def least(self, key: Kind, value: Kind) -> int:
+        """Tokens that a needle takes at least."""
+        size = {"numbers": 8, "uuids": 1, "words": 3}
+        shortest = int(self._size[self._uuids : self._uuids + _UUIDS].min())
+        size["uuids"] = shortest
+        return size[key] + size[value] + 8
+
+    def row(self, *items: str | np.ndarray) -> np.ndarray:
+        """A sentence of fixed words and of parts, int32 [n]."""
+        return np.concatenate([self._number(x) if isinstance(x, str) else x for x in items])
+
+    def table(self, *items: str | np.ndarray) -> np.ndarray:
+        """Sentences of fixed words, the same in all, and of rows of parts, int32 [count, n]."""
+        count = max(len(x) for x in items if not isinstance(x, str))
+        columns = [
+            np.broadcast_to(self._number(x), (count, 1)) if isinstance(x, str) else x for x in items
+        ]
+        return np.concatenate(columns, axis=1)
+
+    def _number(self, text: str) -> np.ndarray:
+        if text not in self._fixed:
+            tokens = self._tokenizer.fixed(text)
+            self._fixed[text] = len(self._start)
+            self._start = np.append(self._start, len(self._flat))
+            self._size = np.append(self._size, len(tokens))
+            self._flat = np.concatenate([self._flat, tokens])
+        return np.array([self._fixed[text]], np.int32)
+
+    def sizes(self, table: np.ndarray) -> np.ndarray:
+        """Tokens of each sentence of a table."""
+        return self._size[table].sum(axis=1)
+
+    def count(self, row: np.ndarray) -> int:
+        """Tokens of a sentence."""
+        return int(self._size[row].sum())
+
+    def tokens(self, row: np.ndarray) -> np.ndarray:
+        """Tokens of a sentence, int32."""
+        sizes = self._size[row]
+        ends = np.cumsum(sizes)
+        place = np.repeat(self._start[row] - (ends - sizes), sizes) + np.arange(sizes.sum())
+        return self._flat[place]
+
+    def rows(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Tokens of each of several sentences."""
+        if not rows:
+            return []
+        ends = np.cumsum([self.count(row) for row in rows])
+        return np.split(self.tokens(np.concatenate(rows)), ends[:-1])
+
+
+@functools.cache
+def _encoded(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of all parts end to end, and where each begins and how many it has."""
+    uuids = words.draw_uuids(np.random.default_rng(0), _UUIDS)
+    parts = [tokenizer.encode(" "), *tokenizer.encode("0123456789")[:, None]]
+    parts += tokenizer.encode_batch(
+        [
+            *(" " + word for word in words.ADJECTIVES), "-", *words.NOUNS,
+            *(" " + uuid for uuid in uuids),
+        ]
+    )  # fmt: skip
+    size = np.array([len(part) for part in parts])
+    return np.concatenate(parts), np.cumsum(size) - size, size
