@@ -33,14 +33,15 @@ class _Sizes:
     num_keys: int
     pieces: int  # of each token and head
     scale: float
+    num_blocks: int = 0
 
 
 class _Piece:
     """A thread block's work.
 
-    `at` has the references: q, k, v, bias, out, lse, and either block or start and end, in device
-    memory; q_tile, k_tile, v_tile, bias_tile, out_tile and lse_tile in shared memory; and the
-    barrier `ready`.
+    `at` has the references: q, k, v, bias, out, lse, and either indptr, indices and values or start
+    and end, in device memory; q_tile, k_tile, v_tile, bias_tile, out_tile and lse_tile in shared
+    memory; and the barrier `ready`.
     """
 
     def __init__(self, sizes: _Sizes, at):
@@ -57,12 +58,21 @@ class _Piece:
 
     def _bounds(self):
         """The piece's first key, and of its keys the first seen and the one after the last."""
-        at = self.at
-        if at.block is not None:
-            block = at.block[at.program]
-            first = jnp.maximum(block, 0) * PIECE
-            last = jnp.minimum(self.sizes.num_keys - first, PIECE)
-            return first, jnp.int32(0), jnp.where(block >= 0, last, 0)
+        at, sizes = self.at, self.sizes
+        if at.indices is not None:
+            head, entries = self.b * sizes.heads + self.h, at.indices.shape[1]
+            if at.indptr is None:
+                place, end = self.t * sizes.pieces + self.piece, entries
+            else:
+                row = head * (sizes.tokens + 1) + self.t
+                place, end = at.indptr[row] + self.piece, at.indptr[row + 1]
+            inside = place < jnp.minimum(end, entries)
+            place = jnp.minimum(place, entries - 1)
+            block, value = (x[head, place] for x in (at.indices, at.values))
+            seen = inside & (block >= 0) & (block < sizes.num_blocks) & (value > -jnp.inf)
+            first = jnp.where(seen, block, 0) * PIECE
+            last = jnp.minimum(sizes.num_keys - first, PIECE)
+            return first, jnp.int32(0), jnp.where(seen, last, 0)
         row = self.b * self.sizes.tokens + self.t
         start, end = jnp.maximum(at.start[row], 0), jnp.minimum(at.end[row], self.sizes.num_keys)
         # TMA copies from multiples of 8 keys on.
@@ -78,7 +88,7 @@ class _Piece:
             bias = plgpu.load(at.bias_tile, layout=hopper.COLUMN)
             bias = hopper.along_columns(bias, logits.shape)
             logits = jnp.where(bias > -jnp.inf, logits + bias * LOG2E, -jnp.inf)
-        if at.block is None:
+        if at.indices is None:
             self._mask_values(low, high)
         top = jnp.maximum(logits.max(axis=1), hopper.LOWEST)
         weights = jnp.exp2(logits - hopper.along_rows(top, logits.shape))
@@ -141,23 +151,33 @@ def differentiated_as(general: Callable, few: Callable) -> Callable:
     return compute
 
 
-def attend_blocks(q, k, v, block, value, *, num_keys: int, scale: float):
+def attend_blocks(
+    q, k, v, indptr, indices, values, value, *, num_keys: int, num_blocks: int, scale: float
+):
     """Attention of each query token to blocks of its own, of 64 keys.
 
     Args:
       q: [B, T, Hq, D], up to 16 query heads for each of k.
       k: [B, N, Hkv, D], padded to a multiple of 8 keys.
       v: [B, N, Hkv, D].
-      block: int32 [B, Hkv, T, P], the blocks of each token, -1 for none.
-      value: f32 [B, Hkv, T, P], their biases.
+      indptr: int32 [B, Hkv, T + 1], of a `BlockCSR`; None of a uniform one.
+      indices: int32 [B, Hkv, E], likewise.
+      values: f32 [B, Hkv, E], likewise.
+      value: f32 [B, Hkv, T, P], the values of each token's entries; where it has fewer, anything.
       num_keys: N before it was padded.
+      num_blocks: those of other numbers are no entries.
       scale: of the logits.
 
     Returns:
       out, like q, and lse, f32 [B, T, Hq].
     """
-    sizes = _Sizes(*_shape(q, k), num_keys, block.shape[3], scale)
-    return _join(*_attend_pieces(q, k, v, sizes, block=block.ravel()), value, q)
+    sizes = _Sizes(*_shape(q, k), num_keys, value.shape[3], scale, num_blocks)
+    entries = {
+        "indptr": None if indptr is None else indptr.ravel(),
+        "indices": indices.reshape(-1, indices.shape[2]),
+        "values": values.reshape(-1, values.shape[2]),
+    }
+    return _join(*_attend_pieces(q, k, v, sizes, **entries), value, q)
 
 
 def attend_ranges(q, k, v, start, end, key_bias, *, num_keys: int, scale: float):
@@ -188,7 +208,7 @@ def _shape(q, k):
     return q.shape[1], k.shape[2], 8 if groups <= 8 else 16, q.shape[3]
 
 
-def _attend_pieces(q, k, v, sizes: _Sizes, block=None, start=None, end=None, bias=None):
+def _attend_pieces(q, k, v, sizes: _Sizes, bias=None, **given):
     """out f32 [B, Hkv, T, P, G, D], not set where a piece has no keys, and lse f32 [..., G]."""
     batch, tokens, heads, groups, dim = len(q), *dataclasses.astuple(sizes)[:4]
     programs = batch * heads * tokens * sizes.pieces
@@ -200,8 +220,8 @@ def _attend_pieces(q, k, v, sizes: _Sizes, block=None, start=None, end=None, bia
         programs=programs,
         warpgroups=1,
         operands={
-            "q": q.reshape(batch, tokens, heads * groups, dim), "k": k, "v": v,
-            "block": block, "start": start, "end": end, "bias": bias,
+            "q": q.reshape(batch, tokens, heads * groups, dim), "k": k, "v": v, "bias": bias,
+            **dict.fromkeys(("indptr", "indices", "values", "start", "end")), **given,
         },
         outputs={
             "out": jax.ShapeDtypeStruct((programs, groups, dim), jnp.float32),
@@ -228,14 +248,16 @@ def _join(out, lse, value, q):
     """
     groups = q.shape[2] // out.shape[1]
     out, lse = out[..., :groups, :], lse[..., :groups]
-    value = jnp.zeros((1,) * 4, lse.dtype) if value is None else value
-    value = jnp.broadcast_to(value, lse.shape[:4])
     while True:
         width = min(lse.shape[3], _JOINED)
-        out, lse, value = (
-            _in_turns(x, width, fill) for x, fill in ((out, 0), (lse, -jnp.inf), (value, 0))
-        )
-        each = [x + y[..., None] for x, y in zip(lse, value, strict=True)]
+        out, each = _in_turns(out, width, 0), _in_turns(lse, width, -jnp.inf)
+        if value is not None:
+            biases = _in_turns(jnp.broadcast_to(value, lse.shape[:4]), width, 0)
+            each = [
+                jnp.where(x > -jnp.inf, x + y[..., None], x)
+                for x, y in zip(each, biases, strict=True)
+            ]
+            value = None
         top = functools.reduce(jnp.maximum, each)
         top = jnp.where(top > -jnp.inf, top, 0)
         weights = [jnp.exp(x - top) for x in each]
@@ -248,7 +270,6 @@ def _join(out, lse, value, q):
         lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
         if lse.shape[3] == 1:
             break
-        value = jnp.zeros(lse.shape[:4], lse.dtype)
     out, lse = (x[:, :, :, 0].swapaxes(1, 2) for x in (out, lse))
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:3])
 

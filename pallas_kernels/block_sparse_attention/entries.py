@@ -77,18 +77,9 @@ def find_entries(first, indptr, indices, values, sizes: Sizes):
     bounds = jnp.moveaxis(indptr[:, :, jnp.minimum(row, indptr.shape[-1] - 1)], 2, 0)
     place = bounds[..., :-1, None] + jnp.arange(sizes.capacity, dtype=jnp.int32)
     place = jnp.where(place < bounds[..., 1:, None], place, indices.shape[-1])
-    if indptr.shape[-1] == 2:  # One query has the first entries: nothing to look up.
-        missing = place.ndim * [(0, 0)]
-        missing[-1] = (0, max(0, sizes.capacity - indices.shape[-1]))
-        block, value = (
-            jnp.pad(x[None, :, :, None, : sizes.capacity], missing) for x in (indices, values)
-        )
-        inside = place < indices.shape[-1]
-        block, value = jnp.where(inside, block, -1), jnp.where(inside, value, -jnp.inf)
-    else:
-        c, b, h = (x[..., None, None] for x in jnp.ogrid[:chunks, : sizes.batch, : sizes.heads])
-        block = indices.at[b, h, place].get(mode="fill", fill_value=-1)
-        value = values.at[b, h, place].get(mode="fill", fill_value=-jnp.inf)
+    c, b, h = (x[..., None, None] for x in jnp.ogrid[:chunks, : sizes.batch, : sizes.heads])
+    block = indices.at[b, h, place].get(mode="fill", fill_value=-1)
+    value = values.at[b, h, place].get(mode="fill", fill_value=-jnp.inf)
     filled = (block >= 0) & (block < sizes.num_blocks) & (value != -jnp.inf)
     place = jnp.where(filled, place, indices.shape[-1])
     return place, block, jnp.where(filled, value, 0), filled

@@ -255,8 +255,9 @@ class CompressedRemote(NamedTuple):
         length: jax.Array,
         valid: jax.Array,
         config: AttentionConfig,
+        settle: bool,
     ) -> "CompressedRemote":
-        """As `DeviceRemote.append`; features of blocks are of no use here."""
+        """As `DeviceRemote.append`; it always settles, and features of blocks are of no use."""
         width = config.segment_length
         new = keys.k, keys.v, keys.salience, keys.block_logits
         tokens = [jnp.concatenate(x, axis=1) for x in zip(self[:4], new, strict=True)]
@@ -270,6 +271,10 @@ class CompressedRemote(NamedTuple):
         return CompressedRemote(
             *tail, slots, staged, jnp.broadcast_to(remote, self.pooled.shape), levels
         )
+
+    def settle(self, first: jax.Array, tokens: int, config: AttentionConfig) -> "CompressedRemote":
+        """As `DeviceRemote.settle`: nothing is left to do."""
+        return self
 
     def _of_blocks(self, tokens, begin, count: int, config: AttentionConfig) -> Pooled:
         """The blocks that `count` new tokens lie in, the first of which begins at `begin`."""

@@ -70,6 +70,7 @@ class DeviceRemote(NamedTuple):
         length: jax.Array,
         valid: jax.Array,
         config: AttentionConfig,
+        settle: bool,
     ) -> "DeviceRemote":
         """Remembers new tokens.
 
@@ -79,16 +80,30 @@ class DeviceRemote(NamedTuple):
           length: tokens before, int32 scalar.
           valid: of the new tokens, how many count, int32 scalar.
           config: of the attention.
+          settle: whether landmarks are brought up to date; if not, `settle` does so later.
         """
-        salience = write(self.salience, keys.salience, length)
-        leaves = touched_leaves(salience, length, keys.k.shape[1], config)
-        return DeviceRemote(
+        after = DeviceRemote(
             k=write(self.k, keys.k, length),
             v=write(self.v, keys.v, length),
-            salience=salience,
+            salience=write(self.salience, keys.salience, length),
             features=write(self.features, features, length // config.block_size),
-            pyramid=extend_pyramid(self.pyramid, leaves, length, keys.k.shape[1], config),
+            pyramid=self.pyramid,
         )
+        return after.settle(length, keys.k.shape[1], config) if settle else after
+
+    def settle(self, first: jax.Array, tokens: int, config: AttentionConfig) -> "DeviceRemote":
+        """Brings the landmarks up to date.
+
+        A query sees those of nodes that lie before its window, so up to a window of tokens may be
+        remembered before.
+
+        Args:
+          first: the first token that they do not yet know of, int32 scalar.
+          tokens: how many there may be.
+          config: of the attention.
+        """
+        leaves = touched_leaves(self.salience, first, tokens, config)
+        return self._replace(pyramid=extend_pyramid(self.pyramid, leaves, first, tokens, config))
 
     def landmarks(
         self, first_position: jax.Array, tokens: int, config: AttentionConfig

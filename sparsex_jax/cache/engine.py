@@ -14,7 +14,7 @@ from sparsex_jax.cache.layer import CHUNK, Attends, LayerCache, empty_layers, ex
 from sparsex_jax.cache.memory import Shape, check_fits
 from sparsex_jax.cache.sampling import GREEDY, Sampling
 from sparsex_jax.cache.tiers import TIERS, Tier
-from sparsex_jax.config import SEEDS, ConfigError
+from sparsex_jax.config import SEEDS, AttentionConfig, ConfigError
 from sparsex_jax.modules.transformer import Transformer
 
 SUFFIX_UNIT = 64  # suffixes are padded to a multiple, so that few shapes are compiled
@@ -62,6 +62,7 @@ def extend(
     length: jax.Array,
     valid: jax.Array,
     logits: bool = True,
+    settle: bool = True,
 ) -> tuple[jax.Array | None, Layers]:
     """Reads new tokens.
 
@@ -76,6 +77,7 @@ def extend(
       valid: how many of the C count, likewise; of a sequence with none nothing changes, and its
         logits mean nothing.
       logits: whether they are wanted.
+      settle: whether landmarks are brought up to date; if not, `settle_layers` does so later.
 
     Returns:
       (logits after the last valid token, f32 [B, vocab], or None; the new caches).
@@ -86,7 +88,7 @@ def extend(
         def alone(*operands):
             layers, tokens, length, valid = operands
             layers, tokens = jax.tree.map(lambda x: x[None], (layers, tokens))
-            found = extend(model, layers, tokens, length, valid, logits)
+            found = extend(model, layers, tokens, length, valid, logits, settle)
             return jax.tree.map(lambda x: x[0], found)
 
         return jax.vmap(alone)(layers, tokens, length, valid)
@@ -96,9 +98,31 @@ def extend(
         attends: Attends = "all"
         if len(after) == len(layers) - 1:
             attends = "last" if logits else "none"
-        x, layer = extend_layer(block, layer, x, length, valid, attends=attends)
+        x, layer = extend_layer(block, layer, x, length, valid, attends=attends, settle=settle)
         after.append(layer)
     return None if x is None else model.logits(model.final_norm(x[:, 0])), tuple(after)
+
+
+def settle_layers(layers: Layers, first: jax.Array, tokens: int, config: AttentionConfig) -> Layers:
+    """Brings the landmarks of all layers up to date; see `DeviceRemote.settle`.
+
+    Args:
+      layers: the caches.
+      first: the first token that they do not yet know of, int32: a scalar, or [B].
+      tokens: how many there may be.
+      config: of the attention.
+    """
+    if jnp.ndim(first):
+
+        def alone(layers, first):
+            settled = settle_layers(jax.tree.map(lambda x: x[None], layers), first, tokens, config)
+            return jax.tree.map(lambda x: x[0], settled)
+
+        return jax.vmap(alone)(layers, first)
+    return tuple(
+        x if x.remote is None else x._replace(remote=x.remote.settle(first, tokens, config))
+        for x in layers
+    )
 
 
 class Engine:
@@ -376,24 +400,35 @@ def _answer(
     """The generated tokens, and the parts of the caches whose memory was written to."""
     model = nnx.merge(graph, state)
     logits, layers = extend(model, join_layers(kinds, kept, appended), tokens, length, valid)
-    batch = len(seeds)
+    batch, attention = len(seeds), model.config.attention
+
+    def position(step):
+        """Of the token that step `step` reads: the one chosen before it."""
+        return length + valid + step - 1
 
     def choose(step, logits, out, ended):
         token = sampling.choose(logits, seeds, step)
         out = out.at[:, step].set(jnp.where(ended, -1, token))
         return token, out, ended | (token[:, None] == stop_tokens).any(axis=1)
 
-    def running(carry):
+    def running(carry, end=max_new_tokens):
         step, _, _, ended, _ = carry
-        return (step < max_new_tokens) & ~ended.all()
+        return (step < end) & ~ended.all()
 
     def generate(carry):
         step, token, out, ended, layers = carry
-        before = length + valid + step - 1
-        logits, layers = extend(model, layers, token[:, None], before, jnp.int32(1))
+        logits, layers = extend(
+            model, layers, token[:, None], position(step), jnp.int32(1), settle=False
+        )
         return step + 1, *choose(step, logits, out, ended), layers
+
+    def generate_block(carry):
+        # Landmarks of tokens in the window are not seen: they can wait.
+        first, end = carry[0], jnp.minimum(carry[0] + attention.block_size, max_new_tokens)
+        *rest, layers = jax.lax.while_loop(lambda x: running(x, end), generate, carry)
+        return *rest, settle_layers(layers, position(first), attention.block_size, attention)
 
     out = jnp.full((batch, max_new_tokens), -1, jnp.int32)
     chosen = choose(jnp.int32(0), logits, out, jnp.zeros(batch, bool))
-    carry = jax.lax.while_loop(running, generate, (jnp.int32(1), *chosen, layers))
+    carry = jax.lax.while_loop(running, generate_block, (jnp.int32(1), *chosen, layers))
     return carry[2], split_layers(carry[4])[1]

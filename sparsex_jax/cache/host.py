@@ -88,7 +88,7 @@ class HostRemote(NamedTuple):
     """The past of a sparse layer; one sequence (B = 1).
 
     Attributes:
-      tail_k: keys of the last L tokens as they are stored, [1, L, Hkv, D].
+      tail_k: keys of the last L + S tokens as they are stored, [1, L + S, Hkv, D].
       tail_v: their values.
       number: of the HostStore, int32 scalar.
       salience: f32 [1, N, Hkv].
@@ -137,8 +137,9 @@ class HostRemote(NamedTuple):
         def keys(count):
             return jnp.zeros((1, count, heads, config.head_dim), dtype)
 
+        tail = attention.segment_length + size
         return cls(
-            keys(attention.segment_length), keys(attention.segment_length),
+            keys(tail), keys(tail),
             number=jnp.int32(0),
             salience=jnp.zeros((1, tokens, heads), jnp.float32),
             features=jnp.zeros((1, tokens // size, heads, attention.score_dim), dtype),
@@ -168,33 +169,45 @@ class HostRemote(NamedTuple):
         length: jax.Array,
         valid: jax.Array,
         config: AttentionConfig,
+        settle: bool,
     ) -> "HostRemote":
-        """As `DeviceRemote.append`."""
+        """As `DeviceRemote.append`; it settles if there are more than a block of tokens."""
         io_callback(_write, None, self.number, length, keys.k, keys.v, ordered=True)
-        salience = write(self.salience, keys.salience, length)
-        tokens, width = keys.k.shape[1], config.segment_length
+        kept, tokens = self.tail_k.shape[1], keys.k.shape[1]
         joined = [
             jnp.concatenate(x, axis=1) for x in ((self.tail_k, keys.k), (self.tail_v, keys.v))
         ]
-        leaves = touched_leaves(salience, length, tokens, config)
+        tail = (jax.lax.dynamic_slice_in_dim(x, valid, kept, axis=1) for x in joined)
+        after = self._replace(
+            salience=write(self.salience, keys.salience, length),
+            features=write(self.features, features, length // config.block_size),
+        )
+        if settle:
+            after = after._settle(length, tokens, joined, length - kept, config)
+        after = after._replace(**dict(zip(("tail_k", "tail_v"), tail, strict=True)))
+        return after._forget(length // config.block_size, touched(tokens, config.block_size))
+
+    def settle(self, first: jax.Array, tokens: int, config: AttentionConfig) -> "HostRemote":
+        """As `DeviceRemote.settle`, of the last tokens, no more than a block of them."""
+        tail, end = [self.tail_k, self.tail_v], first + tokens
+        return self._settle(first, tokens, tail, end - self.tail_k.shape[1], config)
+
+    def _settle(self, first, tokens: int, keys, first_key, config) -> "HostRemote":
+        """`settle` with keys and values of all tokens of the leaves, from `first_key` on."""
+        leaves = touched_leaves(self.salience, first, tokens, config)
         place = leaves.token.reshape(1, leaves.token.shape[1], -1).swapaxes(1, 2)
-        local = jnp.clip(place - (length - width), 0, width + tokens - 1)[..., None]
-        first = length // width * config.landmarks_per_segment
-        number = first + jnp.arange(place.shape[1], dtype=jnp.int32).reshape(leaves.token.shape[2:])
+        local = jnp.clip(place - first_key, 0, keys[0].shape[1] - 1)[..., None]
+        mark = first // config.segment_length * config.landmarks_per_segment
+        number = mark + jnp.arange(place.shape[1], dtype=jnp.int32).reshape(leaves.token.shape[2:])
         numbered = leaves._replace(token=jnp.broadcast_to(number, leaves.token.shape))
         marked = leaves.salience.reshape(1, leaves.token.shape[1], -1).swapaxes(1, 2)
-        mark_k, mark_v = (jnp.take_along_axis(x, local, axis=1, mode="clip") for x in joined)
-        changed = self._replace(
-            tail_k=jax.lax.dynamic_slice_in_dim(joined[0], valid, width, axis=1),
-            tail_v=jax.lax.dynamic_slice_in_dim(joined[1], valid, width, axis=1),
-            salience=salience,
-            features=write(self.features, features, length // config.block_size),
-            pyramid=extend_pyramid(self.pyramid, numbered, length, tokens, config),
-            mark_k=write(self.mark_k, mark_k, first),
-            mark_v=write(self.mark_v, mark_v, first),
-            mark_salience=write(self.mark_salience, marked, first),
+        mark_k, mark_v = (jnp.take_along_axis(x, local, axis=1, mode="clip") for x in keys)
+        return self._replace(
+            pyramid=extend_pyramid(self.pyramid, numbered, first, tokens, config),
+            mark_k=write(self.mark_k, mark_k, mark),
+            mark_v=write(self.mark_v, mark_v, mark),
+            mark_salience=write(self.mark_salience, marked, mark),
         )
-        return changed._forget(length // config.block_size, touched(tokens, config.block_size))
 
     def _forget(self, first: jax.Array, count: int) -> "HostRemote":
         """Takes blocks that were written to out of the slots."""

@@ -102,6 +102,7 @@ def extend_layer(
     valid: jax.Array,
     *,
     attends: Attends,
+    settle: bool,
 ) -> tuple[jax.Array | None, LayerCache]:
     """Applies a block to new tokens and remembers them.
 
@@ -113,6 +114,7 @@ def extend_layer(
       valid: of the new tokens, how many count, int32 scalar.
       attends: which of them do; all are remembered. In the last layer the last valid one is enough,
         and in a prefill none.
+      settle: whether landmarks are brought up to date; see `DeviceRemote.settle`.
 
     Returns:
       ([B, 1 or C, channels], None if none attends; the new cache).
@@ -126,7 +128,7 @@ def extend_layer(
     if remote is not None:
         stored = keys._replace(k=turned_k) if config.fusion == "softmax" else keys
         features = _features(recent, keys, length, config)
-        remote = remote.append(stored, features, length, valid, config)
+        remote = remote.append(stored, features, length, valid, config, settle)
     near = _joined(recent.window_k, turned_k), _joined(recent.window_v, keys.v)
     recent = Recent(
         _newest(recent.history, normed, valid),

@@ -291,7 +291,7 @@ def _filled(x: np.ndarray, count: int, size: int) -> np.ndarray:
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="config")
 def _append(remote, k, v, salience, features, length, valid, config):
     keys = KeySide(k, v, salience, None, None)
-    return remote.append(keys, features, length, valid, config)
+    return remote.append(keys, features, length, valid, config, True)
 
 
 def _crc32(tokens: np.ndarray) -> int:

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from pallas_kernels.range_attention import range_attention
 from sparsex_jax.cache import Engine, compressed, host
 from sparsex_jax.cache.compressed import CompressedRemote, most_slots, partition
 from sparsex_jax.cache.device import DeviceRemote, touched
+from sparsex_jax.cache.engine import extend, settle_layers
 from sparsex_jax.cache.memory import Bytes, CacheMemoryError, Shape, check_fits
 from sparsex_jax.config import ConfigError, ModelConfig
 from sparsex_jax.modules.attention import KeySide, QuerySide
@@ -38,10 +40,11 @@ def engine(tier, chunk=48):
 
 @pytest.mark.usefixtures("small_host")
 def test_exact_tiers_equal_the_forward_pass():
+    """Answers are so long that their own landmarks and blocks are attended to."""
     tokens = make_tokens(1, 150)
-    expected = greedy(make(SPARSE_FIRST), tokens, 3)
+    expected = greedy(make(SPARSE_FIRST), tokens, 20)
     for tier in ("device", "host"):
-        np.testing.assert_array_equal(engine(tier).generate(tokens, 3), expected)
+        np.testing.assert_array_equal(engine(tier).generate(tokens, 20), expected)
 
 
 @pytest.mark.usefixtures("small_host")
@@ -56,6 +59,30 @@ def test_an_answer_leaves_nothing_behind_in_the_host_tier():
     np.testing.assert_array_equal(found["host"][0], found["host"][2])
     hits, misses = cache.block_hits
     assert hits > 0 and misses > 0 and (hits + misses) % TINY.num_kv_heads == 0
+
+
+@pytest.mark.usefixtures("small_host")
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_landmarks_of_tokens_in_the_window_can_wait(tier):
+    """They are brought up to date a block at a time, with the logits of token by token; or never."""
+    tokens, size = make_tokens(1, 180), ATTENTION.block_size
+    step = nnx.jit(extend, static_argnames="settle")
+    settle = jax.jit(functools.partial(settle_layers, tokens=size, config=ATTENTION))
+    begin, found = 100, {}
+    for way in ("at once", "block by block", "never"):
+        cache = engine(tier).prefill(tokens[:, :begin])
+        layers = cache.layers
+        found[way] = []
+        for n in range(begin, 180):
+            part, at = tokens[:, n : n + 1], jnp.int32(n)
+            logits, layers = step(
+                make(SPARSE_FIRST), layers, part, at, jnp.int32(1), settle=way == "at once"
+            )
+            if way == "block by block" and (n - begin) % size == size - 1:
+                layers = settle(layers, jnp.int32(n - size + 1))
+            found[way].append(np.asarray(logits))
+    np.testing.assert_array_equal(found["block by block"], found["at once"])
+    assert not np.array_equal(found["never"], found["at once"])
 
 
 def no_devices(platform):
@@ -121,7 +148,7 @@ CHUNK, CAPACITY = 40, 520
 def step(kind, remote, keys, queries, length, valid):
     """Appends a chunk, and what its tokens see."""
     features = jnp.zeros((1, touched(CHUNK, 8), TINY.num_kv_heads, ATTENTION.score_dim))
-    remote = remote.append(keys, features, length, valid, ATTENTION)
+    remote = remote.append(keys, features, length, valid, ATTENTION, True)
     local_start = remote_end(length + jnp.arange(CHUNK), 0, ATTENTION)
     return remote, kind(remote, queries, length, local_start)
 

@@ -89,19 +89,23 @@ def _join(lists, at):
 
 def _take_best(scores, numbers, at):
     """Writes out the best of scores [64, N] in order; of equal ones the lowest number first."""
-    score, number = _join(_lists(scores, numbers, at.out_score.shape[1]), at)
+    found = _join(_lists(scores, numbers, at.out_score.shape[1]), at)
     plgpu.commit_smem()  # All warps have read the lists.
+    _store(at, *found)
+
+
+def _store(at, score, number):
+    """Writes out the first places of f32 [64] both; the numbers of the last kernel are integers."""
+    number_tile = at.number_tile.at[0]
+    if at.out_number.dtype == jnp.int32:
+        number = jnp.where(score > -jnp.inf, number, -1).astype(jnp.int32)
+        number_tile = at.integer_tile
     at.score_tile[0] = score
-    at.number_tile[0] = number
-    _store(at, (at.score_tile, at.out_score), (at.number_tile, at.out_number))
-
-
-def _store(at, *results):
-    """Copies out the first places of tiles."""
+    number_tile[...] = number
     plgpu.commit_smem()
-    for tile, out in results:
-        places = pl.ds(0, at.out_score.shape[1])
-        plgpu.copy_smem_to_gmem(tile.at[0, places], out.at[at.program])
+    places = pl.ds(0, at.out_score.shape[1])
+    plgpu.copy_smem_to_gmem(at.score_tile.at[0, places], at.out_score.at[at.program])
+    plgpu.copy_smem_to_gmem(number_tile.at[places], at.out_number.at[at.program])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -119,12 +123,16 @@ def _score(heads: int, tokens: int, parts: int, at):
         for n, tile in enumerate(tiles):
             blocks = pl.ds(pl.multiple_of(first + n * HALF, HALF), HALF)
             plgpu.copy_gmem_to_smem(at.c.at[b, blocks, h], at.c_tile.at[tile], at.ready)
-        plgpu.copy_gmem_to_smem(at.u.at[query], at.u_tile, at.ready)
+        # The query in each row: of a tile that `wgmma` reads, copies take 8 rows at least.
+        u = plgpu.load(at.u.at[query], layout=hopper.COLUMN, optimized=False)
+        at.u_tile[...] = along_columns(u, (HALF, u.shape[0]))
+        plgpu.commit_smem()
         plgpu.barrier_wait(at.ready)
+        columns = hopper.transposed(at.u_tile.at[pl.ds(0, _COLUMNS)])
 
         def multiply(*accs):
             for acc, tile in zip(accs, tiles, strict=True):
-                plgpu.wgmma(acc, at.c_tile.at[tile], hopper.transposed(at.u_tile))
+                plgpu.wgmma(acc, at.c_tile.at[tile], columns)
             return [acc[...] for acc in accs]
 
         return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for _ in tiles))
@@ -143,8 +151,7 @@ def _score(heads: int, tokens: int, parts: int, at):
 
     @pl.when((low >= _PART) | (high <= 0))
     def _():
-        at.score_tile[0] = hopper.full((HALF,), -jnp.inf, hopper.ROW)
-        _store(at, (at.score_tile, at.out_score))
+        _store(at, *(hopper.full((HALF,), x, hopper.ROW) for x in (-jnp.inf, 0)))
 
 
 def _merge(at):
@@ -156,20 +163,25 @@ def _merge(at):
     _take_best(scores, numbers, at)
 
 
-def _launch(name, run, programs, width, operands, scratch):
+def _launch(name, run, programs, width, last, operands, scratch):
+    lists = dict.fromkeys(
+        ("score_tile", "number_tile"), plgpu.SMEM((width // _LIST, HALF), jnp.float32)
+    )
     results = hopper.launch(
         name,
         run,
         programs=programs,
         warpgroups=1,
         operands=operands,
-        outputs=dict.fromkeys(
-            ("out_score", "out_number"), jax.ShapeDtypeStruct((programs, width), jnp.float32)
-        ),
+        outputs={
+            "out_score": jax.ShapeDtypeStruct((programs, width), jnp.float32),
+            "out_number": jax.ShapeDtypeStruct(
+                (programs, width), jnp.int32 if last else jnp.float32
+            ),
+        },
         scratch=scratch
-        | dict.fromkeys(
-            ("score_tile", "number_tile"), plgpu.SMEM((width // _LIST, HALF), jnp.float32)
-        ),
+        | lists
+        | {"integer_tile": plgpu.SMEM((HALF,), jnp.int32) if last else None},
     )
     return results["out_score"], results["out_number"]
 
@@ -186,13 +198,13 @@ def select_few(u, c, limit, start, *, count: int):
     parts = -(-c.shape[1] // _PART)
     if parts > 1:  # as many as fill the rows of the next kernel
         parts = -(-parts * width // _PART) * _PART // width
-    u = jnp.broadcast_to(u.reshape(queries, 1, dim), (queries, _COLUMNS, dim))
     score, number = _launch(
         "score_few", functools.partial(_score, heads, tokens, parts), queries * parts, width,
-        {"u": u, "c": c, "limit": limit.ravel(), "start": start.ravel()},
-        {"u_tile": hopper.operand_tile((_COLUMNS, dim)),
+        parts == 1,
+        {"u": u.reshape(queries, dim), "c": c, "limit": limit.ravel(), "start": start.ravel()},
+        {"u_tile": hopper.operand_tile((HALF, dim)),
          "c_tile": hopper.operand_tile((_PART, dim)),
-         "ready": plgpu.Barrier(num_arrivals=_COLUMNS + 1)},
+         "ready": plgpu.Barrier(num_arrivals=_COLUMNS)},
     )  # fmt: skip
     while parts > 1:
         each = min(-(-parts * width // _PART) * _PART, _CANDIDATES)
@@ -200,10 +212,11 @@ def select_few(u, c, limit, start, *, count: int):
             shapes.pad(x.reshape(queries, -1), 1, each, fill=fill).reshape(-1, HALF, each // HALF)
             for x, fill in ((score, -jnp.inf), (number, 0))
         )
-        score, number = _launch(
-            "merge_few", _merge, len(score), width, {"score": score, "number": number}, {}
-        )
         parts = len(score) // queries
+        score, number = _launch(
+            "merge_few", _merge, len(score), width, parts == 1,
+            {"score": score, "number": number}, {},
+        )  # fmt: skip
     shape = batch, tokens, heads, width
     score, number = (x.reshape(shape)[..., :count] for x in (score, number))
-    return jnp.where(score > -jnp.inf, number, -1).astype(jnp.int32), score
+    return number, score

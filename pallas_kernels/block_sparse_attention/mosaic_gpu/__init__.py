@@ -166,13 +166,17 @@ def _attend_bwd(sizes, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _attend_few(q, k, v, indptr, indices, values, *, sizes: Sizes):
+def _attend_few(q, k, v, indptr, indices, values, *, sizes: Sizes, uniform: bool):
     """As `_attend`, an entry being a piece of keys."""
     sizes = dataclasses.replace(sizes, batch=len(q), chunk=q.shape[1])
-    entries = find_entries(jnp.zeros(1, jnp.int32), indptr, indices, values, sizes)
-    _, block, value, filled = (x[0] for x in entries)
-    block = jnp.where(filled, block, -1)
-    return attend_blocks(q, k, v, block, value, num_keys=sizes.num_keys, scale=sizes.scale)
+    if uniform:  # The entries as they are: nothing that XLA would compute beforehand.
+        value, indptr = values.reshape(*values.shape[:2], q.shape[1], sizes.capacity), None
+    else:
+        value = find_entries(jnp.zeros(1, jnp.int32), indptr, indices, values, sizes)[2][0]
+    return attend_blocks(
+        q, k, v, indptr, indices, values, value,
+        num_keys=sizes.num_keys, num_blocks=sizes.num_blocks, scale=sizes.scale,
+    )  # fmt: skip
 
 
 def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
@@ -192,7 +196,7 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     k, v = (shapes.pad(x, 1, 8) for x in (k, v))
     operands = q, k, v, blocks.indptr, blocks.indices, blocks.values
     many = functools.partial(_attend, sizes=sizes)
-    few = shapes.batchable(functools.partial(_attend_few, sizes=sizes))
+    few = shapes.batchable(functools.partial(_attend_few, sizes=sizes, uniform=blocks.uniform))
     out, lse = (differentiated_as(many, few) if takes(q) else many)(*operands)
 
     def unpad(x):
