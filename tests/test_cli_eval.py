@@ -1,14 +1,19 @@
+import itertools
 import json
 
 import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 from sparsex_jax import cli
 from sparsex_jax.cache import Engine
-from sparsex_jax.commands import evaluate
+from sparsex_jax.commands import answering, evaluate
 from sparsex_jax.commands.model import read_haystack
+from sparsex_jax.config import AttentionConfig, ModelConfig
+from sparsex_jax.modules import Transformer
 from sparsex_jax.tasks import load
-from sparsex_jax.training import model_crc32
+from sparsex_jax.training import load_model, model_crc32, save_model
 from tests.test_cli import fail, model, text
 
 __all__ = ["fail", "model", "text"]  # fixtures
@@ -27,13 +32,13 @@ def test_out_is_checked_before_any_work(name, model, text, tmp_path, fail, monke
 
 
 def test_a_task_that_does_not_fit_is_a_row(model, text, tmp_path, capsys, monkeypatch):
-    def generate(self, prompt, max_new_tokens, stop_tokens=(), progress=None):
+    def answer(self, *arguments):
         if self.capacity > 1024:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
-        return real(self, prompt, max_new_tokens, stop_tokens, progress)
+        return real(self, *arguments)
 
-    real = Engine.generate
-    monkeypatch.setattr(Engine, "generate", generate)
+    real = Engine.answer
+    monkeypatch.setattr(Engine, "answer", answer)
     out = tmp_path / "needle.json"
     command = ["eval", "needle", "--checkpoint", model, "--haystack", text, "--out", out]
     command += ["--lengths", "1K", "2K", "--samples", 2, "--tasks", "single_2", "single_3"]
@@ -45,15 +50,15 @@ def test_a_task_that_does_not_fit_is_a_row(model, text, tmp_path, capsys, monkey
     assert [(row["task"], row["tokens"], row["status"]) for row in full] == [
         ("single_2", 2048, "out_of_memory"), ("single_3", 2048, "out_of_memory"),
     ]  # fmt: skip
-    assert full[0]["accuracy"] is None
+    assert full[0]["accuracy"] is None and "allocating 9 bytes" in full[0]["note"]
     assert "single_3 at 2K: out of memory" in capsys.readouterr().out
 
 
 def test_other_errors_of_the_device_are_not_hidden(model, text, tmp_path, monkeypatch):
-    def generate(*arguments):
+    def answer(*arguments):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
-    monkeypatch.setattr(Engine, "generate", generate)
+    monkeypatch.setattr(Engine, "answer", answer)
     command = ["eval", "needle", "--checkpoint", model, "--haystack", text, "--lengths", "1K"]
     with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
         cli.run([*map(str, command), "--out", str(tmp_path / "needle.json")])
@@ -62,3 +67,57 @@ def test_other_errors_of_the_device_are_not_hidden(model, text, tmp_path, monkey
 def test_haystack_is_not_claimed_to_be_new_to_every_model():
     description = read_haystack(None, load(), count=100)[1]
     assert "held-out split" in description and "never" not in description
+
+
+@pytest.fixture(scope="module")
+def dense_model(tmp_path_factory):
+    """A dense model that knows nothing."""
+    path = tmp_path_factory.mktemp("model") / "dense"
+    config = ModelConfig(
+        vocab_size=4096, model_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16,
+        layers="ld", attention=AttentionConfig(window=64, top_k=2, score_dim=8),
+    )  # fmt: skip
+    save_model(path, Transformer(config, rngs=nnx.Rngs(0)), config, load().fingerprint)
+    return path
+
+
+def test_baselines_have_rows_of_their_own_name(dense_model, text, tmp_path, fail):
+    out = tmp_path / "needle.json"
+    command = ["eval", "needle", "--checkpoint", dense_model, "--haystack", text, "--out", out]
+    command += ["--lengths", "1K", "--samples", 1, "--tasks", "single_2"]
+    assert cli.run([str(word) for word in command]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["system"], row["status"]) == ("dense", "measured") and row["seconds"] > 0
+    message = fail(*command, "--tiers", "device", "host")
+    assert "this model has dense ones: use --tiers device" in message
+
+
+def test_what_takes_too_long_is_a_row_that_shows_it(
+    dense_model, text, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(answering, "_STRETCH", 1)
+    monkeypatch.setattr(answering, "_PROOF", 0)
+    seconds = itertools.count()
+    monkeypatch.setattr(answering.time, "perf_counter", lambda: 100.0 * next(seconds))
+    out = tmp_path / "needle.json"
+    command = ["eval", "needle", "--checkpoint", dense_model, "--haystack", text, "--out", out]
+    command += ["--lengths", "1K", "16K", "--samples", 1, "--tasks", "single_2"]
+    assert cli.run([str(word) for word in command]) == 0
+    short, long = json.loads(out.read_text())["rows"]
+    assert short["status"] == "measured"
+    # 2048 of 16K tokens took 100 s behind the stretch that compiles
+    assert (long["status"], long["accuracy"], long["samples"]) == ("too_slow", None, 0)
+    assert long["seconds"] == pytest.approx(100 * 16368 / 2048)
+    assert "takes at least 799 s, more than the 600 s allowed: 2048 tokens" in long["note"]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "single_2 at 16K: too slow (a sample of 16368 tokens takes at least 799 s" in shown
+
+
+def test_answers_within_the_limit_are_those_of_the_engine(dense_model, monkeypatch):
+    monkeypatch.setattr(answering, "_STRETCH", 2)
+    _, model = load_model(dense_model, "float32", compute_dtype="float32")
+    tokens = np.random.default_rng(0).integers(0, 4096, (2, 700))
+    engine = Engine(model, 1024, batch_size=2, chunk=64)
+    expected = engine.generate(tokens, 4)
+    found = answering.generate_within(engine, tokens, 4, (), limit=1e9)
+    np.testing.assert_array_equal(found, expected)

@@ -19,7 +19,7 @@ from sparsex_jax.commands.arguments import (
     parse_lengths,
 )
 from sparsex_jax.config import ConfigError
-from sparsex_jax.errors import is_memory_full
+from sparsex_jax.errors import first_line, is_memory_full
 
 if TYPE_CHECKING:
     from sparsex_jax.cache import Engine, Tier
@@ -44,6 +44,7 @@ class NeedleArguments:
         compressed forgets; each gets rows of its own.
       batch_size: questions answered at the same time; auto fits them to the device. In the tier
         host it is 1.
+      max_seconds: a sample that would take longer makes its row "too_slow".
       haystack: folder of text files; by default the held-out split of the sources of Python's
         standard library.
       seed: decides the questions.
@@ -56,6 +57,7 @@ class NeedleArguments:
     samples: int = 100
     tiers: tuple[Literal["device", "host", "compressed"], ...] = ("device",)
     batch_size: int | Literal["auto"] = "auto"
+    max_seconds: float = 600.0
     haystack: Path | None = None
     seed: int = 0
     out: Path | None = None
@@ -76,6 +78,7 @@ def main(arguments: list[str]) -> None:
 def needle(arguments: NeedleArguments, command: str) -> None:
     """Runs the command, which is quoted in what it writes."""
     from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
+    from sparsex_jax.cache.tiers import why_not_in
     from sparsex_jax.commands.model import describe_run, load, read_haystack
     from sparsex_jax.tasks import load as load_tokenizer
     from sparsex_jax.tasks.needle import check_length
@@ -91,6 +94,8 @@ def needle(arguments: NeedleArguments, command: str) -> None:
         value = getattr(arguments, name)
         if value != "auto" and value < 1:
             raise ConfigError(f"{name}={value} must be positive: use at least 1")
+    if not arguments.max_seconds > 0:
+        raise ConfigError(f"max_seconds={arguments.max_seconds} must be positive: use 600, say")
     for task in arguments.tasks:
         for length in lengths:
             check_length(task, length, load_tokenizer())
@@ -101,6 +106,9 @@ def needle(arguments: NeedleArguments, command: str) -> None:
     console.print(f"model: {description}", markup=False, soft_wrap=True)
     haystack, description = read_haystack(arguments.haystack, tokenizer)
     console.print(f"haystack: {description}", markup=False, soft_wrap=True)
+    for tier in arguments.tiers:
+        if (reason := why_not_in(tier, model.config)) is not None:
+            raise ConfigError(f"{reason}: use --tiers device")
     crc32 = model_crc32(arguments.checkpoint)
     config = describe_run(arguments.checkpoint, model.config, description, arguments.seed)
     config["batch_size"] = arguments.batch_size
@@ -142,32 +150,42 @@ class _Questions:
         return Engine(self.model, self.length, self.batch_size, chunk_size(), self.tier)
 
     def __call__(self, task: str, bar) -> dict[str, Any]:
-        """The row of a task, without numbers if the device's memory is too small for it."""
+        """The row of a task, without accuracy if it takes too much memory or too much time."""
         from jax.errors import JaxRuntimeError
 
         from sparsex_jax.cache import CacheMemoryError
+        from sparsex_jax.commands.answering import TooSlow, generate_within
         from sparsex_jax.tasks import evaluate, make_row
 
         name = f"{task}, {format_length(self.length)}"
         shown = bar.add_task(name, total=self.arguments.samples)
+        system = self.model.config.system
+
+        def generate(prompts, room: int):
+            return generate_within(
+                self.engine, prompts, room, self.tokenizer.stop_ids, self.arguments.max_seconds
+            )  # fmt: skip
+
         try:
             return evaluate(
-                lambda prompts, room: self.engine.generate(prompts, room, self.tokenizer.stop_ids),
-                task, self.length, self.arguments.samples, tokenizer=self.tokenizer,
+                generate, task, self.length, self.arguments.samples, tokenizer=self.tokenizer,
                 haystack=self.haystack, batch_size=self.batch_size, seed=self.arguments.seed,
-                on_answer=lambda answer: bar.advance(shown),
+                system=system, on_answer=lambda answer: bar.advance(shown),
             ).row  # fmt: skip
-        except CacheMemoryError:
-            return make_row("sparsex", task, self.length, [], status="out_of_memory")
+        except TooSlow as error:
+            status, note, seconds = "too_slow", str(error), error.seconds
+        except CacheMemoryError as error:
+            status, note, seconds = "out_of_memory", str(error), None
         except JaxRuntimeError as error:
             if not is_memory_full(error):
                 raise
-            return make_row("sparsex", task, self.length, [], status="out_of_memory")
+            status, note, seconds = "out_of_memory", first_line(error), None
+        return make_row(system, task, self.length, [], status, seconds=seconds, note=note)
 
 
 def _outcome(row: dict[str, Any]) -> str:
-    if row["status"] == "out_of_memory":
-        return "out of memory"
+    if row["status"] != "measured":
+        return f"{row['status'].replace('_', ' ')} ({row['note']})"
     return f"{row['correct']:g} of {row['samples']} right"
 
 
@@ -189,6 +207,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
             interval = f"{row['low']:.1%} to {row['high']:.1%}"
             cells += [f"{row['correct']:g}", f"{row['accuracy']:.1%}", interval]
         else:
-            cells.append(_outcome(row))
+            cells.append(row["status"].replace("_", " "))
         table.add_row(*cells)
     return table

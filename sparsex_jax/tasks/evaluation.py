@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -73,15 +74,30 @@ def decode_answer(generated: Iterable[int], tokenizer: Tokenizer) -> str:
 
 
 def make_row(
-    system: str, task: str, tokens: int, scores: Sequence[float], status: str = "measured"
+    system: str,
+    task: str,
+    tokens: int,
+    scores: Sequence[float],
+    status: str = "measured",
+    *,
+    seconds: float | None = None,
+    note: str | None = None,
 ) -> dict[str, object]:
-    """A row of accuracy; without scores (status "out_of_memory", say) its numbers are None.
+    """A row of accuracy; without scores its numbers are None.
 
     `correct` is the sum of the scores, which is fractional where a task has several answers.
+
+    Args:
+      system, task, tokens: what was measured.
+      scores: of the samples.
+      status: "out_of_memory" or "too_slow" where there are no scores.
+      seconds: of a sample.
+      note: the figure that shows the status, in words.
     """
     row: dict[str, object] = {
         "system": system, "task": task, "tokens": tokens, "samples": len(scores),
-        "correct": None, "accuracy": None, "low": None, "high": None, "status": status,
+        "correct": None, "accuracy": None, "low": None, "high": None, "seconds": seconds,
+        "status": status, "note": note,
     }  # fmt: skip
     if scores:
         correct = float(sum(scores))
@@ -144,7 +160,10 @@ def evaluate(
             answers.append(answer)
             if on_answer is not None:
                 on_answer(answer)
-    row = make_row(system, task, length, [answer.score for answer in answers])
+    row = make_row(
+        system, task, length, [answer.score for answer in answers],
+        seconds=statistics.median(answer.seconds for answer in answers),
+    )  # fmt: skip
     return Evaluation(row, tuple(answers))
 
 
