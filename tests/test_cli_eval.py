@@ -121,3 +121,22 @@ def test_answers_within_the_limit_are_those_of_the_engine(dense_model, monkeypat
     expected = engine.generate(tokens, 4)
     found = answering.generate_within(engine, tokens, 4, (), limit=1e9)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("which", ["model", "dense_model"])
+def test_misses_are_diagnosed(which, request, text, tmp_path, capsys, fail):
+    out = tmp_path / "needle.json"
+    command = ["eval", "needle", "--checkpoint", request.getfixturevalue(which)]
+    command += ["--haystack", text, "--out", out, "--lengths", "1K", "--samples", 3]
+    command += ["--batch-size", 2, "--tasks", "single_2", "multiquery", "--diagnose"]
+    assert cli.run([str(word) for word in command]) == 0
+    for row in json.loads(out.read_text())["rows"]:
+        assert row["correct"] == 0
+        counts = [row[name] for name in ("not_selected", "not_attended", "not_copied")]
+        assert sum(counts) == row["samples"] == 3
+        if which == "dense_model":
+            assert counts == [0, 3, 0]  # sees all, and knows nothing
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "multiquery at 1K: 0 of 3 right (" in shown and " not " in shown
+    message = fail(*command, "--tiers", "device", "compressed")
+    assert "diagnose looks into the cache of the tier device: use --tiers device" in message

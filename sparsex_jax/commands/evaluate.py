@@ -47,6 +47,8 @@ class NeedleArguments:
       max_seconds: a sample that would take longer makes its row "too_slow".
       haystack: folder of text files; by default the held-out split of the sources of Python's
         standard library.
+      diagnose: finds out why answers are wrong: the block was not selected, it was selected but not
+        attended to, or it was attended to but not copied; reads the text of each again.
       seed: decides the questions.
       out: results file (JSON); by default results/HARDWARE/needle.json (cpu, h200, ...).
     """
@@ -59,6 +61,7 @@ class NeedleArguments:
     batch_size: int | Literal["auto"] = "auto"
     max_seconds: float = 600.0
     haystack: Path | None = None
+    diagnose: bool = False
     seed: int = 0
     out: Path | None = None
 
@@ -94,6 +97,8 @@ def needle(arguments: NeedleArguments, command: str) -> None:
         value = getattr(arguments, name)
         if value != "auto" and value < 1:
             raise ConfigError(f"{name}={value} must be positive: use at least 1")
+    if arguments.diagnose and arguments.tiers != ("device",):
+        raise ConfigError("diagnose looks into the cache of the tier device: use --tiers device")
     if not arguments.max_seconds > 0:
         raise ConfigError(f"max_seconds={arguments.max_seconds} must be positive: use 600, say")
     for task in arguments.tasks:
@@ -122,7 +127,7 @@ def needle(arguments: NeedleArguments, command: str) -> None:
             write_results(path, "needle", command, config, rows, crc32)
             where = "" if arguments.tiers == ("device",) else f", tier {tier}"
             console.print(f"{task} at {format_length(length)}{where}: {_outcome(rows[-1])}")
-    console.print(_table(rows))
+    console.print(_table(rows, arguments.diagnose))
     console.print(f"results: {path}", markup=False, soft_wrap=True)
 
 
@@ -144,10 +149,18 @@ class _Questions:
     @functools.cached_property
     def engine(self) -> "Engine":
         """Reads and answers; raises CacheMemoryError where its cache does not fit."""
+        return self._engine(self.batch_size)
+
+    @functools.cached_property
+    def single(self) -> "Engine":
+        """The same for one sequence."""
+        return self.engine if self.batch_size == 1 else self._engine(1)
+
+    def _engine(self, batch_size: int) -> "Engine":
         from sparsex_jax.cache import Engine
         from sparsex_jax.commands.model import chunk_size
 
-        return Engine(self.model, self.length, self.batch_size, chunk_size(), self.tier)
+        return Engine(self.model, self.length, batch_size, chunk_size(), self.tier)
 
     def __call__(self, task: str, bar) -> dict[str, Any]:
         """The row of a task, without accuracy if it takes too much memory or too much time."""
@@ -166,11 +179,17 @@ class _Questions:
                 self.engine, prompts, room, self.tokenizer.stop_ids, self.arguments.max_seconds
             )  # fmt: skip
 
+        def why(sample, generated) -> str:
+            from sparsex_jax.tasks.diagnosis import diagnose
+
+            return diagnose(self.model, self.single, sample, generated)
+
         try:
             return evaluate(
                 generate, task, self.length, self.arguments.samples, tokenizer=self.tokenizer,
                 haystack=self.haystack, batch_size=self.batch_size, seed=self.arguments.seed,
                 system=system, on_answer=lambda answer: bar.advance(shown),
+                diagnose=why if self.arguments.diagnose else None,
             ).row  # fmt: skip
         except TooSlow as error:
             status, note, seconds = "too_slow", str(error), error.seconds
@@ -186,26 +205,29 @@ class _Questions:
 def _outcome(row: dict[str, Any]) -> str:
     if row["status"] != "measured":
         return f"{row['status'].replace('_', ' ')} ({row['note']})"
-    return f"{row['correct']:g} of {row['samples']} right"
+    misses = _misses(row)
+    return f"{row['correct']:g} of {row['samples']} right" + (f" ({misses})" if misses else "")
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
+def _misses(row: dict[str, Any]) -> str:
+    """Why answers of a row are wrong, in words; "" where none is or nobody asked."""
+    from sparsex_jax.tasks.evaluation import DIAGNOSES
+
+    found = [(row.get(name, 0), name.replace("_", " ")) for name in DIAGNOSES]
+    return ", ".join(f"{count} {name}" for count, name in found if count)
+
+
+def _table(rows: Sequence[dict[str, Any]], diagnosed: bool) -> rich.table.Table:
     table = rich.table.Table()
-    for name in (
-        "task",
-        "length",
-        "tier",
-        "samples",
-        "correct",
-        "accuracy",
-        "95 % interval (Wilson)",
-    ):
+    head = ["task", "length", "tier", "samples", "correct", "accuracy", "95 % interval (Wilson)"]
+    for name in head + ["misses"] * diagnosed:
         table.add_column(name)
     for row in rows:
         cells = [row["task"], format_length(row["tokens"]), row["tier"], str(row["samples"])]
         if row["status"] == "measured":
             interval = f"{row['low']:.1%} to {row['high']:.1%}"
             cells += [f"{row['correct']:g}", f"{row['accuracy']:.1%}", interval]
+            cells += [_misses(row)] * diagnosed
         else:
             cells.append(row["status"].replace("_", " "))
         table.add_row(*cells)

@@ -6,11 +6,16 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
 from sparsex_jax.tasks.needle import Sample, make_sample, score
 from sparsex_jax.tasks.tokenizer import Tokenizer
+
+# Why an answer is wrong, as `sparsex_jax.tasks.diagnosis` finds out.
+Diagnosis = Literal["not_selected", "not_attended", "not_copied"]
+DIAGNOSES: tuple[Diagnosis, ...] = get_args(Diagnosis)
 
 # (prompts int32 [B, P], max_new_tokens) -> B sequences of new tokens, each at most that long.
 GenerateFn = Callable[[np.ndarray, int], Iterable[Sequence[int]]]
@@ -24,6 +29,7 @@ class Answer:
       index: number of the sample. depth: per cent. question: for people to read.
       references: strings that a right answer contains. text: what was generated.
       score: share of the references found. seconds: of the sample's batch, divided evenly.
+      diagnosis: why it is wrong, where that was asked for.
     """
 
     index: int
@@ -33,6 +39,7 @@ class Answer:
     text: str
     score: float
     seconds: float
+    diagnosis: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +131,7 @@ def evaluate(
     depths: Sequence[float] | None = None,
     system: str = "sparsex",
     on_answer: Callable[[Answer], None] | None = None,
+    diagnose: Callable[[Sample, Sequence[int]], str] | None = None,
 ) -> Evaluation:
     """Asks a model questions of a task and scores what it generates.
 
@@ -138,6 +146,8 @@ def evaluate(
       depths: per cent, taken in turn; None draws each from RULER's grid.
       system: name in the row.
       on_answer: called with each answer, in order (for progress).
+      diagnose: says of a sample and what was generated why it is wrong; asked for each that is not
+        wholly right. The row then counts what it says, by the names in `DIAGNOSES`.
 
     Raises:
       ValueError: as `make_sample`, or `samples` or `batch_size` is not positive.
@@ -156,7 +166,7 @@ def evaluate(
     answers: list[Answer] = []
     for first in range(0, samples, batch_size):
         batch = [make(index) for index in range(first, min(first + batch_size, samples))]
-        for answer in _ask(generate_fn, batch, first, batch_size, tokenizer):
+        for answer in _ask(generate_fn, batch, first, batch_size, tokenizer, diagnose):
             answers.append(answer)
             if on_answer is not None:
                 on_answer(answer)
@@ -164,6 +174,9 @@ def evaluate(
         system, task, length, [answer.score for answer in answers],
         seconds=statistics.median(answer.seconds for answer in answers),
     )  # fmt: skip
+    if diagnose is not None:
+        found = [answer.diagnosis for answer in answers]
+        row.update((name, found.count(name)) for name in DIAGNOSES)
     return Evaluation(row, tuple(answers))
 
 
@@ -173,6 +186,7 @@ def _ask(
     first: int,
     batch_size: int,
     tokenizer: Tokenizer,
+    diagnose: Callable[[Sample, Sequence[int]], str] | None,
 ) -> Iterator[Answer]:
     """The answers to a batch of samples, which are numbered from `first`."""
     # A last batch that is not full repeats its last prompt: one shape, one compilation.
@@ -183,7 +197,9 @@ def _ask(
     seconds = (time.perf_counter() - began) / len(batch)
     for offset, (sample, output) in enumerate(zip(batch, outputs, strict=False)):
         text = decode_answer(output, tokenizer)
+        share = score(text, sample.references)
+        diagnosis = None if diagnose is None or share == 1 else diagnose(sample, output)
         yield Answer(
-            first + offset, sample.depth, sample.question, sample.references, text,
-            score(text, sample.references), seconds,
+            first + offset, sample.depth, sample.question, sample.references, text, share, seconds,
+            diagnosis,
         )  # fmt: skip

@@ -73,6 +73,9 @@ class Sample:
       question: for people to read.
       depth: of the (first) needle asked for, in per cent of the haystack.
       answer_room: tokens kept for the answer.
+      lines: where the line that hides each reference begins and ends in the prompt.
+      sources: int64 [len(answer)], the place in the prompt that each token of the answer is to be
+        copied from; -1 for punctuation.
     """
 
     task: str
@@ -82,6 +85,8 @@ class Sample:
     question: str
     depth: float
     answer_room: int
+    lines: tuple[tuple[int, int], ...]
+    sources: np.ndarray
 
 
 @functools.cache
@@ -201,9 +206,13 @@ def make_sample(
     if task == VT:
         chain = tracking.Chain.draw(rng, tokenizer)
         room = answer_room or len(chain.answer)
-        prompt, depth = tracking.make_prompt(chain, length - room, rng, tokenizer, depth)
-        references = chain.variables
-        return Sample(task, prompt, chain.answer, references, tracking.question(chain), depth, room)
+        prompt, depth, positions = tracking.make_prompt(
+            chain, length - room, rng, tokenizer, depth
+        )  # fmt: skip
+        return Sample(
+            task, prompt, chain.answer, chain.variables, tracking.question(chain), depth, room,
+            _spans(positions, chain.statements), tracking.sources(chain, positions, tokenizer),
+        )  # fmt: skip
     return _needle_sample(task, spec, length, rng, tokenizer, haystack, depth, split, answer_room)
 
 
@@ -248,10 +257,29 @@ def _needle_sample(
         text = noise_text(count, tokenizer)
     else:
         text = _needle_text(count, spec, rng, phrases, split, set(keys))
-    context, _ = insert(text, needles, depths, tokenizer)
+    context, positions = insert(text, needles, depths, tokenizer)
     prompt = np.concatenate([preface, context, question])
     readable = question_text(spec.value, queries, spec.single)
-    return Sample(task, prompt, answer, references, readable, depths[0], room)
+    places = [len(preface) + position for position in positions[: len(references)]]
+    lines = _spans(places, needles[: len(references)])
+    sources = _sources(references, [end for _, end in lines], phrases)
+    return Sample(task, prompt, answer, references, readable, depths[0], room, lines, sources)
+
+
+def _spans(begins: Sequence[int], lines: Sequence[np.ndarray]) -> tuple[tuple[int, int], ...]:
+    """Begin and end of lines that begin at these places."""
+    return tuple((begin, begin + len(line)) for begin, line in zip(begins, lines, strict=True))
+
+
+def _sources(references: Sequence[str], ends: Sequence[int], phrases: Phrases) -> np.ndarray:
+    """`Sample.sources` for values whose lines end at these places of the prompt."""
+    closing = len(phrases.tokenizer.fixed(".\n"))  # of the answer, and of each line
+    parts = []
+    for number, (value, end) in enumerate(zip(references, ends, strict=True)):
+        size = len(phrases.value(value))
+        parts.append(np.full(len(phrases.before(number, len(references))), -1))
+        parts.append(np.arange(size) + end - closing - size)
+    return np.concatenate([*parts, np.full(closing, -1)])
 
 
 def _draw_depths(rng: np.random.Generator, count: int, depth: float | None) -> list[float]:
