@@ -14,7 +14,8 @@ import numpy as np
 
 from sparsex_jax.tasks import tracking, words
 from sparsex_jax.tasks.haystack import DEPTHS, insert, noise_text, take_text
-from sparsex_jax.tasks.phrases import Kind, Phrases, draw_value, join_tokens, question_text
+from sparsex_jax.tasks.lines import needle_lines
+from sparsex_jax.tasks.phrases import Kind, Phrases, draw_value, question_text
 from sparsex_jax.tasks.tokenizer import Tokenizer
 
 
@@ -256,14 +257,16 @@ def _needle_sample(
     elif spec.haystack == "noise":
         text = noise_text(count, tokenizer)
     else:
-        text = _needle_text(count, spec, rng, phrases, split, set(keys))
+        lines = needle_lines(count, spec.key, spec.value, rng, tokenizer, split, set(keys))
+        # What is left is less than a needle: noise, since half a needle would be a wrong one.
+        text = np.concatenate((noise_text(count - len(lines), tokenizer), lines))
     context, positions = insert(text, needles, depths, tokenizer)
     prompt = np.concatenate([preface, context, question])
     readable = question_text(spec.value, queries, spec.single)
     places = [len(preface) + position for position in positions[: len(references)]]
-    lines = _spans(places, needles[: len(references)])
-    sources = _sources(references, [end for _, end in lines], phrases)
-    return Sample(task, prompt, answer, references, readable, depths[0], room, lines, sources)
+    spans = _spans(places, needles[: len(references)])
+    sources = _sources(references, [end for _, end in spans], phrases)
+    return Sample(task, prompt, answer, references, readable, depths[0], room, spans, sources)
 
 
 def _spans(begins: Sequence[int], lines: Sequence[np.ndarray]) -> tuple[tuple[int, int], ...]:
@@ -287,30 +290,6 @@ def _draw_depths(rng: np.random.Generator, count: int, depth: float | None) -> l
     if depth is not None:
         depths[0] = float(depth)
     return depths
-
-
-def _needle_text(
-    count: int,
-    spec: TaskSpec,
-    rng: np.random.Generator,
-    phrases: Phrases,
-    split: words.KeySplit,
-    taken: set[str],
-) -> np.ndarray:
-    """Lines that are all needles, with keys that nobody asks for."""
-    lines: list[np.ndarray] = []
-    while True:
-        key = draw_value(rng, spec.key, split)
-        if key in taken:
-            continue
-        taken.add(key)
-        line = phrases.needle(spec.value, key, draw_value(rng, spec.value, split))
-        if len(line) > count:
-            break
-        lines.append(line)
-        count -= len(line)
-    # What is left is less than a needle: noise, since half a needle would be a wrong one.
-    return join_tokens([noise_text(count, phrases.tokenizer), *lines])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -81,16 +81,13 @@ class Phrases:
 
     def needle(self, kind: Kind, key: str, value: str) -> np.ndarray:
         """The line that hides a value."""
+        before, between, after = self.frame(kind)
+        return np.concatenate([before, self.value(key), between, self.value(value), after])
+
+    def frame(self, kind: Kind) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What stands in such a line before the key, between the two, and behind the value."""
         fixed = self.tokenizer.fixed
-        return np.concatenate(
-            [
-                fixed(f"One of the special magic {kind} for"),
-                self.value(key),
-                fixed(" is:"),
-                self.value(value),
-                fixed(".\n"),
-            ]
-        )
+        return fixed(f"One of the special magic {kind} for"), fixed(" is:"), fixed(".\n")
 
     def question(self, kind: Kind, keys: Sequence[str], single: bool) -> np.ndarray:
         """The question and the beginning of its answer."""
