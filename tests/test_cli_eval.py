@@ -8,7 +8,7 @@ from flax import nnx
 
 from sparsex_jax import cli
 from sparsex_jax.cache import Engine
-from sparsex_jax.commands import answering, evaluate
+from sparsex_jax.commands import answering, eval_needle
 from sparsex_jax.commands.model import read_haystack
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.modules import Transformer
@@ -23,7 +23,7 @@ __all__ = ["fail", "model", "text"]  # fixtures
 def test_out_is_checked_before_any_work(name, model, text, tmp_path, fail, monkeypatch):
     (tmp_path / "a file").write_text("")
     (tmp_path / "a folder").mkdir()
-    monkeypatch.setattr(evaluate, "make_console", lambda: pytest.fail("the work has begun"))
+    monkeypatch.setattr(eval_needle, "make_console", lambda: pytest.fail("the work has begun"))
     out = tmp_path / name
     command = ["eval", "needle", "--checkpoint", model, "--haystack", text, "--out", out]
     message = fail(*command, "--lengths", "1K", "--samples", 1)
@@ -140,3 +140,65 @@ def test_misses_are_diagnosed(which, request, text, tmp_path, capsys, fail):
     assert "multiquery at 1K: 0 of 3 right (" in shown and " not " in shown
     message = fail(*command, "--tiers", "device", "compressed")
     assert "diagnose looks into the cache of the tier device: use --tiers device" in message
+
+
+def test_depths_have_rows_and_answers_are_kept(model, text, tmp_path, fail, monkeypatch, capsys):
+    out, log = tmp_path / "needle.json", tmp_path / "needle.answers.jsonl"
+    command = ["eval", "needle", "--checkpoint", model, "--haystack", text, "--out", out]
+    command += ["--lengths", "1K", "--batch-size", 2, "--tasks", "single_2", "multiquery"]
+    command += ["--depths", 3]
+
+    def run(*more):
+        assert cli.run([str(word) for word in (*command, *more)]) == 0
+        return json.loads(out.read_text())["rows"]
+
+    rows = run("--samples", 6)
+    names = [(row["task"], row["depth"], row["samples"]) for row in rows]
+    assert names == [
+        ("single_2", None, 6), ("single_2", 0, 2), ("single_2", 50, 2), ("single_2", 100, 2),
+        ("multiquery", None, 6),
+    ]  # fmt: skip
+    lines = log.read_text().splitlines()
+    answers = [x for line in lines[1:] for x in json.loads(line)["answers"]]
+    assert [x["index"] for x in answers] == [*range(6)] * 2
+    # killed while the third batch of the second task was written
+    log.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])
+    asked = []
+    real = Engine.answer
+    monkeypatch.setattr(
+        Engine, "answer", lambda self, *rest: asked.append(len(rest[1])) or real(self, *rest)
+    )
+    assert run("--samples", 6, "--resume") == rows_but_seconds(rows, out)
+    assert asked == [2] and len(log.read_text().splitlines()) == len(lines)
+    asked.clear()
+    assert [row["samples"] for row in run("--samples", 9, "--resume")] == [9, 3, 3, 3, 9]
+    assert asked == [2, 2] * 2
+    message = fail(*command, "--samples", 6, "--resume", "--seed", 1)
+    assert "are of another run (config.seed is 0 there and 1 here)" in message
+    assert "samples=7 must be a multiple of depths=3: use 9" in fail(*command, "--samples", 7)
+    log.write_text("nonsense\n")
+    assert "is no log of answers" in fail(*command, "--samples", 6, "--resume")
+    run("--samples", 3)
+    assert len(log.read_text().splitlines()) == 5
+
+
+def rows_but_seconds(rows, out):
+    """Rows with the times of those in a file."""
+    found = json.loads(out.read_text())["rows"]
+    return [row | {"seconds": new["seconds"]} for row, new in zip(rows, found, strict=True)]
+
+
+def test_what_takes_too_long_is_not_tried_again(dense_model, text, tmp_path, monkeypatch):
+    out = tmp_path / "needle.json"
+    command = ["eval", "needle", "--checkpoint", dense_model, "--haystack", text, "--out", out]
+    command += ["--lengths", "1K", "--samples", 1, "--tasks", "single_2"]
+
+    def generate(*arguments):
+        raise answering.TooSlow("much too slow", 700.0)
+
+    monkeypatch.setattr(answering, "generate_within", generate)
+    for more in ([], ["--resume"]):
+        assert cli.run([*map(str, command), *more]) == 0
+        (row,) = json.loads(out.read_text())["rows"]
+        assert (row["status"], row["seconds"], row["note"]) == ("too_slow", 700, "much too slow")
+        monkeypatch.setattr(answering, "generate_within", lambda *x: pytest.fail("tried again"))

@@ -135,6 +135,7 @@ def compiled_table(rows: Sequence[Row], label: Label) -> str:
 
 def accuracy_table(rows: Sequence[Row], label: Label) -> str:
     """Accuracy in per cent by task, tier and length, with 95 % intervals in brackets."""
+    rows = [row for row in rows if row.get("depth") is None]
 
     def name(row: Row) -> tuple[str, str]:
         tier = row.get("tier")

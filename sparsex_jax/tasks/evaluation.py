@@ -6,6 +6,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, get_args
 
 import numpy as np
@@ -130,12 +131,14 @@ def evaluate(
     seed: int = 0,
     depths: Sequence[float] | None = None,
     system: str = "sparsex",
-    on_answer: Callable[[Answer], None] | None = None,
+    on_batch: Callable[[Sequence[Answer]], None] | None = None,
     diagnose: Callable[[Sample, Sequence[int]], str] | None = None,
+    answered: Sequence[Answer] = (),
 ) -> Evaluation:
     """Asks a model questions of a task and scores what it generates.
 
-    Sample i is decided by (seed, task, length, i) alone, whatever the batch size.
+    Sample i is decided by (seed, task, length, i) alone, whatever the batch size. While the model
+    reads a batch, another thread makes the next.
 
     Args:
       generate_fn: greedy generation from prompts int32 [B, P], at most `max_new_tokens` each.
@@ -145,9 +148,10 @@ def evaluate(
       batch_size: prompts in a call.
       depths: per cent, taken in turn; None draws each from RULER's grid.
       system: name in the row.
-      on_answer: called with each answer, in order (for progress).
+      on_batch: called with the answers of each batch, in order (for progress).
       diagnose: says of a sample and what was generated why it is wrong; asked for each that is not
         wholly right. The row then counts what it says, by the names in `DIAGNOSES`.
+      answered: the first answers, given before; only the others are asked for.
 
     Raises:
       ValueError: as `make_sample`, or `samples` or `batch_size` is not positive.
@@ -163,21 +167,39 @@ def evaluate(
             task, length, rng=rng, tokenizer=tokenizer, haystack=haystack, depth=depth
         )
 
-    answers: list[Answer] = []
-    for first in range(0, samples, batch_size):
-        batch = [make(index) for index in range(first, min(first + batch_size, samples))]
-        for answer in _ask(generate_fn, batch, first, batch_size, tokenizer, diagnose):
-            answers.append(answer)
-            if on_answer is not None:
-                on_answer(answer)
+    def make_batch(first: int) -> list[Sample]:
+        return [make(index) for index in range(first, min(first + batch_size, samples))]
+
+    answers = list(answered[:samples])
+    starts = range(len(answers), samples, batch_size)
+    with ThreadPoolExecutor(1) as maker:
+        following = maker.submit(make_batch, starts[0]) if starts else None
+        for first in starts:
+            assert following is not None
+            batch = following.result()
+            if first + batch_size < samples:
+                following = maker.submit(make_batch, first + batch_size)
+            found = list(_ask(generate_fn, batch, first, batch_size, tokenizer, diagnose))
+            answers += found
+            if on_batch is not None:
+                on_batch(found)
+    return Evaluation(
+        summarize(system, task, length, answers, diagnosed=diagnose is not None), tuple(answers)
+    )
+
+
+def summarize(
+    system: str, task: str, tokens: int, answers: Sequence[Answer], *, diagnosed: bool
+) -> dict[str, object]:
+    """The row of some answers, at least one; `diagnosed` adds why they are wrong."""
     row = make_row(
-        system, task, length, [answer.score for answer in answers],
+        system, task, tokens, [answer.score for answer in answers],
         seconds=statistics.median(answer.seconds for answer in answers),
     )  # fmt: skip
-    if diagnose is not None:
+    if diagnosed:
         found = [answer.diagnosis for answer in answers]
         row.update((name, found.count(name)) for name in DIAGNOSES)
-    return Evaluation(row, tuple(answers))
+    return row
 
 
 def _ask(

@@ -32,7 +32,7 @@ def test_a_reader_is_always_right(task, tokenizer, haystack):
     model, seen = Reader(tokenizer), []
     result = evaluate(
         model, task, 512, 5, tokenizer=tokenizer, haystack=haystack, batch_size=2,
-        depths=[0, 50, 100], on_answer=seen.append,
+        depths=[0, 50, 100], on_batch=seen.extend,
     )  # fmt: skip
     assert len(set(model.shapes)) == 1
     assert model.shapes[0][0][1] + model.shapes[0][1] == 512
