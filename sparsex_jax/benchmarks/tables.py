@@ -154,6 +154,35 @@ def accuracy_table(rows: Sequence[Row], label: Label) -> str:
     return markdown(["task", *(f"{label(length)} tokens" for length in lengths)], lines)
 
 
+def headline_table(rows: Sequence[Row], label: Label) -> str:
+    """Accuracy of all systems by task and length; why there is none is told below the table."""
+    rows = [row for row in rows if row.get("depth") is None]
+    lengths = sorted({row["tokens"] for row in rows})
+    names = list(dict.fromkeys((row["task"], row["system"]) for row in rows))
+    tasks = [task for task, _ in names]
+    names.sort(key=lambda name: tasks.index(name[0]))
+    found = {(row["task"], row["system"], row["tokens"]): row for row in rows}
+    notes = list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return ""
+        if row["status"] == "measured":
+            low, high = (f"{100 * row[name]:.1f}" for name in ("low", "high"))
+            return f"{100 * row['accuracy']:.1f} % ({low} to {high})"
+        mark = f" {_mark(notes.index(row['note']))}" if row.get("note") else ""
+        return row["status"].replace("_", " ") + mark
+
+    lines = [[*name, *(cell(found.get((*name, length))) for length in lengths)] for name in names]
+    head = ["task", "system", *(label(length) for length in lengths)]
+    remarks = [f"{_mark(i)} {note}" for i, note in enumerate(notes)]
+    samples = sorted({row["samples"] for row in rows if row["status"] == "measured"})
+    if samples:
+        spread = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
+        remarks.append(f"{spread} samples a cell; in brackets 95 % intervals of Wilson.")
+    return "\n\n".join((markdown(head, lines), *remarks))
+
+
 def numerics_table(rows: Sequence[Row], label: Label) -> str:
     """Relative errors by logits, system and length: of the worst query's output, and of lse."""
     lengths = sorted({row["tokens"] for row in rows})
