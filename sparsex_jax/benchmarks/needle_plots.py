@@ -82,7 +82,7 @@ def curves(rows: Sequence[Row], label: Label) -> matplotlib.figure.Figure:
             axes.plot(tokens, accuracy, marker="o", ms=4, color=f"C{number}", label=system)
             axes.fill_between(tokens, low, high, color=f"C{number}", alpha=0.15, lw=0)
             bad = [row["tokens"] for row in found if row["status"] != "measured"]
-            axes.plot(bad, [0] * len(bad), "x", color=f"C{number}")
+            axes.plot(bad, [0] * len(bad), "x", color=f"C{number}", ms=9, mew=2, zorder=3)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [label(length) for length in lengths])
         axes.minorticks_off()
@@ -103,7 +103,7 @@ def heat_maps(rows: Sequence[Row], label: Label) -> matplotlib.figure.Figure:
         share = np.full((len(depths), len(lengths)), np.nan)
         for (depth, length), row in found.items():
             share[depths.index(depth), lengths.index(length)] = 100 * row["accuracy"]
-        axes.imshow(share, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        axes.imshow(share, cmap="RdYlGn", vmin=-40, vmax=140, aspect="auto")  # pale, for the text
         for (line, column), value in np.ndenumerate(share):
             if not np.isnan(value):
                 axes.text(column, line, f"{value:.0f}", ha="center", va="center", fontsize=8)

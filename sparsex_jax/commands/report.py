@@ -217,6 +217,13 @@ KINDS = {
     "attention": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn=True),
     "attention_peers": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn=True),
     "needle": Kind(tables.ACCURACY_FIELDS, _show_table(tables.accuracy_table)),
+    "perplexity": Kind(
+        tables.PERPLEXITY_FIELDS,
+        _show_table(
+            tables.perplexity_table,
+            "On the same held-out text; behind the semicolon, how much more than the first line's.",
+        ),
+    ),
     "numerics": Kind(
         tables.NUMERICS_FIELDS,
         _show_table(
