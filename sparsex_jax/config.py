@@ -136,12 +136,19 @@ class AttentionConfig:
             " use landmarks='off', or fusion='sum'",
         )
 
+    @property
+    def turns_remote(self) -> bool:
+        """Whether what is attended to beyond the window has RoPE."""
+        return self.fusion == "softmax"
+
 
 @dataclasses.dataclass(frozen=True)
 class BaselineConfig:
     """What a query of a Longformer or BigBird layer attends to (docs/baselines.md).
 
     Attributes:
+      rope: of which keys the positions count, in dense layers, too: "all", or those of the
+        "window" alone, as in Sparse-X, in the same softmax as the others.
       window: tokens of exact local attention, a multiple of the attention's `block_size`. None:
         as many as give a query the keys of a sparse layer, window + top_k * block_size in all.
       global_tokens: first tokens of a document, which its later tokens see; likewise a multiple.
@@ -149,6 +156,7 @@ class BaselineConfig:
       random_seed: decides them; from 0 to 2^32 - 1.
     """
 
+    rope: Literal["all", "window"] = "all"
     window: int | None = None
     global_tokens: int = 128
     random_blocks: int = 3

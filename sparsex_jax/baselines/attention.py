@@ -50,11 +50,13 @@ def baseline_attention(
     positions = jnp.arange(tokens, dtype=jnp.int32)
     document_start = None if segment_ids is None else document_starts(segment_ids)
     local_start, first_block, _ = pasts(positions, document_start, pattern)
-    turned_q, turned_k = (apply_rotary(x, positions, pattern.rope_base) for x in (q, k))
-    if pattern.kind == "dense":
+    far_q, far_k = q, k
+    if pattern.turns_remote:
+        far_q, far_k = (apply_rotary(x, positions, pattern.rope_base) for x in (q, k))
+    if pattern.kind == "dense" and pattern.turns_remote:
         start = jnp.zeros_like(positions) if document_start is None else document_start
         return range_attention(
-            turned_q, turned_k, v, start, positions + 1, implementation=implementation
+            far_q, far_k, v, start, positions + 1, implementation=implementation
         )[0]
     local = local_branch(
         q, k, v, 0, local_start, config=pattern, implementation=implementation
@@ -62,7 +64,7 @@ def baseline_attention(
     remote = None
     if tokens > pattern.window:
         remote = remote_branch(
-            turned_q, turned_k, v, positions, local_start, document_start, first_block,
+            far_q, far_k, v, positions, local_start, document_start, first_block,
             pattern=pattern, implementation=implementation,
         )  # fmt: skip
     return fuse(local, None, remote, None, None, pattern)
@@ -83,7 +85,7 @@ def remote_branch(
     """Attention of each query to what its pattern shows it before its window.
 
     Args:
-      q: [B, T, Hq, D], with RoPE.
+      q: [B, T, Hq, D], with RoPE exactly if the pattern says so.
       k: [B, N, Hkv, D], likewise; key n stands at position n. Longformer's may be the global
         tokens alone.
       v: [B, N, Hkv, D].

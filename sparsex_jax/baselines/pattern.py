@@ -13,10 +13,11 @@ from sparsex_jax.config import LAYERS, AttentionConfig, ModelConfig
 class Pattern(AttentionConfig):
     """The attention of one baseline layer, as its window and what is seen before the window.
 
-    Both are one softmax with RoPE throughout, as in those models: `fusion` is "softmax".
+    Both are one softmax, as in those models: `fusion` is "softmax".
 
     Attributes:
       kind: which one.
+      rope: as in `BaselineConfig`.
       layer: number of the layer, from 0.
       global_tokens: as in `BaselineConfig`, and so the two below.
       random_blocks: r.
@@ -24,10 +25,16 @@ class Pattern(AttentionConfig):
     """
 
     kind: Literal["dense", "longformer", "bigbird"] = "dense"
+    rope: Literal["all", "window"] = "all"
     layer: int = 0
     global_tokens: int = 128
     random_blocks: int = 3
     random_seed: int = 0
+
+    @property
+    def turns_remote(self) -> bool:
+        """Whether what is attended to beyond the window has RoPE."""
+        return self.rope == "all"
 
 
 def make_pattern(config: ModelConfig, number: int) -> Pattern:
@@ -40,8 +47,8 @@ def make_pattern(config: ModelConfig, number: int) -> Pattern:
     shared |= {"window": config.baseline_window(letter), "top_k": 0, "landmarks": "off"}
     return Pattern(
         **shared | {"fusion": "softmax", "kind": LAYERS[letter], "layer": number},
-        global_tokens=baseline.global_tokens, random_blocks=baseline.random_blocks,
-        random_seed=baseline.random_seed,
+        rope=baseline.rope, global_tokens=baseline.global_tokens,
+        random_blocks=baseline.random_blocks, random_seed=baseline.random_seed,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What layers of the baselines keep of the past before their window, in the device's memory.
 
-With the methods of `DeviceRemote`. Keys have RoPE, and Longformer keeps its global tokens only.
+With the methods of `DeviceRemote`. Keys have RoPE if the pattern says so, and Longformer keeps
+its global tokens only.
 """
 
 from typing import NamedTuple

@@ -32,17 +32,23 @@ class Attended(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """Keys that a query may attend to in one softmax.
+    """Keys that a query may attend to, and their logits.
 
     Attributes:
-      k: [M, Hkv, D], or [M, 1, D] shared by the heads; as the logits need them.
-      place: positions, int32 [M, Hkv] or [M, 1]; -1 where there is none.
-      bias: f32, likewise.
+      place: positions, int32 [Hkv, M]; -1 where there is none.
+      logits: f32 [Hkv, G, M], -inf where there is none.
     """
 
-    k: jax.Array
     place: jax.Array
-    bias: jax.Array
+    logits: jax.Array
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, place: jax.Array, bias: jax.Array) -> "_Keys":
+        """Of q [1, 1, Hq, D], k [M, Hkv, D], place int32 [M, Hkv] and bias f32 [M, Hkv]."""
+        grouped = q.reshape(k.shape[1], -1, q.shape[-1]).astype(jnp.float32)
+        logits = jnp.einsum("hgd,mhd->hgm", grouped, k.astype(jnp.float32))
+        logits = logits * q.shape[-1] ** -0.5 + bias.T[:, None]
+        return cls(place.T, jnp.where((place >= 0).T[:, None], logits, -jnp.inf))
 
 
 @nnx.jit
@@ -76,8 +82,7 @@ def explain(
         x, after = extend_layer(block, layer, x, length, jnp.int32(1), attends="all")
         config = attention.attention_config()
         found += [
-            _measure(q, keys, place, span)
-            for q, keys in _softmaxes(queries, after, length, config)
+            _measure(parts, place, span) for parts in _softmaxes(queries, after, length, config)
         ]  # fmt: skip
     return Attended(
         jnp.stack([each.selected for each in found]).any(),
@@ -87,27 +92,25 @@ def explain(
 
 def _softmaxes(
     queries: QuerySide, cache: LayerCache, position: jax.Array, config: AttentionConfig
-) -> list[tuple[jax.Array, _Keys]]:
-    """The queries [Hq, D] and keys of each softmax of a layer, the landmarks' aside."""
+) -> list[list[_Keys]]:
+    """The keys of each softmax of a layer, in parts that have queries of their own."""
     local_start = remote_end(position, 0, config)
-    turned = apply_rotary(queries.q, position[None], config.rope_base)[0, 0]
+    plain = queries.q
+    turned = apply_rotary(plain, position[None], config.rope_base)
     k = cache.recent.window_k[0]
     place = position + 1 - len(k) + jnp.arange(len(k), dtype=jnp.int32)
-    window = _of_places(k, jnp.where(place >= local_start, place, -1))
-    remote = _remote_keys(queries, cache.remote, position, local_start, config)
+    window = _of_places(turned, k, jnp.where(place >= local_start, place, -1))
+    far = queries._replace(q=turned if config.turns_remote else plain)
+    remote = _remote_keys(far, cache.remote, position, local_start, config)
     if remote is None:
-        return [(turned, window)]
-    if config.fusion == "sum":
-        return [(turned, window), (queries.q[0, 0], remote)]
-    heads = window.k.shape[1]
-    wide = (jnp.broadcast_to(x, (len(x), heads, *x.shape[2:])) for x in window), remote
-    return [(turned, _Keys(*(jnp.concatenate(pair) for pair in zip(*wide, strict=True))))]
+        return [[window]]
+    return [[window], [remote]] if config.fusion == "sum" else [[window, remote]]
 
 
-def _of_places(k: jax.Array, place: jax.Array) -> _Keys:
+def _of_places(q: jax.Array, k: jax.Array, place: jax.Array) -> _Keys:
     """Keys [M, Hkv, D] at places [M], without bias."""
     shared = jnp.broadcast_to(place[:, None], k.shape[:2])
-    return _Keys(k, shared, jnp.zeros(shared.shape, jnp.float32))
+    return _Keys.of(q, k, shared, jnp.zeros(shared.shape, jnp.float32))
 
 
 def _remote_keys(
@@ -120,43 +123,36 @@ def _remote_keys(
         index, bias = select_remote(
             queries.features, remote.features, local_start[None], None, config
         )
-        return _of_blocks(remote.k[0], index[0, 0], bias[0, 0], config.block_size)
+        return _of_blocks(queries.q, remote.k[0], index[0, 0], bias[0, 0], config.block_size)
     if isinstance(remote, FirstTokens):
         place = jnp.arange(remote.k.shape[1], dtype=jnp.int32)
-        return _of_places(remote.k[0], jnp.where(place < local_start, place, -1))
+        return _of_places(queries.q, remote.k[0], jnp.where(place < local_start, place, -1))
     if isinstance(remote, AllTokens):
         assert isinstance(config, Pattern)
         if config.kind == "dense":
             place = jnp.arange(remote.k.shape[1], dtype=jnp.int32)
-            return _of_places(remote.k[0], jnp.where(place < local_start, place, -1))
+            return _of_places(queries.q, remote.k[0], jnp.where(place < local_start, place, -1))
         size, heads = config.block_size, remote.k.shape[2]
         first = jnp.arange(config.global_tokens // size, dtype=jnp.int32)
         first = jnp.where(first < local_start // size, first, -1)
         index = jnp.concatenate((first, random_blocks(position[None], 0, config)[0]))
         index = jnp.broadcast_to(index, (heads, len(index)))
-        return _of_blocks(remote.k[0], index, jnp.zeros(index.shape, jnp.float32), size)
+        return _of_blocks(queries.q, remote.k[0], index, jnp.zeros(index.shape, jnp.float32), size)
     return None
 
 
-def _of_blocks(k: jax.Array, index: jax.Array, bias: jax.Array, size: int) -> _Keys:
+def _of_blocks(q: jax.Array, k: jax.Array, index: jax.Array, bias: jax.Array, size: int) -> _Keys:
     """Keys of blocks, numbers and biases [Hkv, K], of k [N, Hkv, D]."""
     place = index[:, :, None] * size + jnp.arange(size, dtype=jnp.int32)
     place = jnp.where(index[:, :, None] < 0, -1, place).reshape(len(index), -1).T
     chosen = jnp.take_along_axis(k, jnp.maximum(place, 0)[..., None], axis=0)
-    return _Keys(chosen, place, jnp.repeat(bias, size, axis=1).T)
+    return _Keys.of(q, chosen, place, jnp.repeat(bias, size, axis=1).T)
 
 
-def _measure(q: jax.Array, keys: _Keys, place: jax.Array, span) -> Attended:
-    """Of one softmax, for q [Hq, D]."""
-    heads = keys.k.shape[1]
-    grouped = q.reshape(heads, -1, q.shape[-1]).astype(jnp.float32)
-    logits = jnp.einsum("hgd,mhd->hgm", grouped, keys.k.astype(jnp.float32)) * q.shape[-1] ** -0.5
-    logits = logits + keys.bias.T[:, None]
-    there = (keys.place >= 0).T[:, None]
-    logits = jnp.where(there, logits, -jnp.inf)
-    top = jnp.max(logits, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
-    shares = jnp.exp(logits - top)
-    within = ((keys.place >= span[0]) & (keys.place < span[1])).T[:, None]
-    total = shares.sum(-1)
-    weight = jnp.where(within, shares, 0).sum(-1) / jnp.where(total > 0, total, 1)
-    return Attended((keys.place == place).any(), weight.max())
+def _measure(parts: list[_Keys], place: jax.Array, span) -> Attended:
+    """Of one softmax over all parts."""
+    places = jnp.concatenate([part.place for part in parts], axis=-1)
+    shares = jax.nn.softmax(jnp.concatenate([part.logits for part in parts], axis=-1))
+    within = (places >= span[0]) & (places < span[1])
+    weight = jnp.where(within[:, None], shares, 0).sum(-1)
+    return Attended((places == place).any(), jnp.max(jnp.nan_to_num(weight)))

@@ -131,7 +131,7 @@ def extend_layer(
     keys = layer.key_side(normed, mixed)
     turned_k = _turn(keys.k, length, config)
     if remote is not None:
-        stored = keys._replace(k=turned_k) if config.fusion == "softmax" else keys
+        stored = keys._replace(k=turned_k) if config.turns_remote else keys
         features = None if keys.block_inputs is None else _features(recent, keys, length, config)
         remote = remote.append(stored, features, length, valid, config)
     near = _joined(recent.window_k, turned_k), _joined(recent.window_v, keys.v)
@@ -193,7 +193,7 @@ def attend(
         dynamic = None
         after: Remote | Past | None = None
         if remote is not None:
-            far = part._replace(q=turned_q) if config.fusion == "softmax" else part
+            far = part._replace(q=turned_q) if config.turns_remote else part
             other, dynamic, after = remote.attend(
                 far, position, local_start, config, implementation
             )

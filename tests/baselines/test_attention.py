@@ -18,6 +18,10 @@ CONFIG = ModelConfig(
     baseline=BaselineConfig(window=16, global_tokens=8, random_blocks=2),
 )  # fmt: skip
 PATTERNS = {kind: make_pattern(CONFIG, number) for number, kind in enumerate(KINDS)}
+PATTERNS |= {
+    f"{kind}, window": dataclasses.replace(pattern, rope="window")
+    for kind, pattern in PATTERNS.items()
+}
 
 
 def mask_of(pattern, starts):
@@ -39,12 +43,18 @@ def mask_of(pattern, starts):
     return mask
 
 
-def expected(q, k, v, mask, base):
-    positions = np.arange(len(mask))
-    q, k = (np.asarray(apply_rotary(x, positions, base), np.float64) for x in (q, k))
+def expected(q, k, v, pattern, starts):
+    mask, positions = mask_of(pattern, starts), np.arange(len(starts))
     groups = q.shape[2] // k.shape[2]
-    k, v = (np.repeat(np.asarray(x, np.float64), groups, axis=2) for x in (k, v))
-    logits = np.einsum("bthd,bnhd->bhtn", q, k) / np.sqrt(q.shape[-1])
+    k, v = (np.repeat(x, groups, axis=2) for x in (k, v))
+
+    def product(q, k):
+        return np.einsum("bthd,bnhd->bhtn", *(np.asarray(x, np.float64) for x in (q, k)))
+
+    turned, plain = product(*(apply_rotary(x, positions, 1e4) for x in (q, k))), product(q, k)
+    local = np.maximum(starts, SIZE * ((positions - pattern.window + 1) // SIZE))
+    near = positions >= local[:, None]
+    logits = np.where(near | (pattern.rope == "all"), turned, plain) / np.sqrt(q.shape[-1])
     logits = np.where(mask, logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     return np.einsum("bhtn,bnhd->bthd", weights / weights.sum(-1, keepdims=True), v)
@@ -56,20 +66,19 @@ def draw(tokens, seed=0):
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [7, 16, 123])
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [(kind, 123) for kind in PATTERNS] + [("d", 7), ("f", 16), ("b", 16)]
+)
 def test_equals_a_softmax_over_the_pattern(kind, tokens):
     q, k, v = draw(tokens)
     pattern = PATTERNS[kind]
-    mask = mask_of(pattern, [0] * tokens)
-    assert not np.triu(mask, 1).any()
+    starts = np.zeros(tokens, int)
+    assert not np.triu(mask_of(pattern, starts), 1).any()
     out = baseline_attention(q, k, v, pattern=pattern)
-    np.testing.assert_allclose(
-        out, expected(q, k, v, mask, pattern.rope_base), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(out, expected(q, k, v, pattern, starts), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "d, window"])
 def test_packed_documents_see_their_own(kind):
     q, k, v = draw(160)
     segment_ids = np.broadcast_to(np.repeat([4, 2, 9], [16, 104, 40]), (2, 160)).astype(np.int32)
@@ -77,16 +86,14 @@ def test_packed_documents_see_their_own(kind):
     pattern = PATTERNS[kind]
     mask = mask_of(pattern, starts)
     out = baseline_attention(q, k, v, pattern=pattern, segment_ids=segment_ids)
-    np.testing.assert_allclose(
-        out, expected(q, k, v, mask, pattern.rope_base), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(out, expected(q, k, v, pattern, starts), rtol=1e-4, atol=1e-5)
     alone = mask_of(pattern, [0] * 104)
     np.testing.assert_array_equal(mask[16:120, 16:120], alone)
     with pytest.raises(ValueError, match="multiple of block_size=8"):
         baseline_attention(q, k, v, pattern=pattern, segment_ids=np.roll(segment_ids, 1, axis=1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "d, window"])
 def test_causality_is_strict(kind):
     attend = jax.jit(lambda *x: baseline_attention(*x, pattern=PATTERNS[kind]))
     first, other = draw(120), draw(120, seed=1)

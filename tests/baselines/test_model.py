@@ -26,6 +26,8 @@ CONFIGS = {
     layers: dataclasses.replace(TINY, layers=layers, baseline=BASELINE)
     for layers in ("ld", "fl", "lb", "dfb")
 }
+WINDOW = dataclasses.replace(BASELINE, rope="window")
+CONFIGS["dfb, window"] = dataclasses.replace(TINY, layers="dfb", baseline=WINDOW)
 
 
 def count(config):

@@ -24,11 +24,11 @@ LAYERS = {
                                                         landmarks="off"),
     ),
 } | {
-    layers: dataclasses.replace(
+    f"{layers}, {rope}": dataclasses.replace(
         TINY, layers=layers,
-        baseline=BaselineConfig(window=16, global_tokens=16, random_blocks=2),
+        baseline=BaselineConfig(rope=rope, window=16, global_tokens=16, random_blocks=2),
     )
-    for layers in "ldfb"
+    for layers, rope in (("l", "all"), ("d", "all"), ("f", "all"), ("b", "all"), ("b", "window"))
 }  # fmt: skip
 
 
@@ -64,6 +64,8 @@ def heads_of(model, tokens):
             for p in range(block * SIZE, (block + 1) * SIZE):
                 if config.fusion == "sum":
                     remote[p] = q[0, -1, head] @ k[0, p, kv] + np.sqrt(8) * scores[block]
+                elif not config.turns_remote:
+                    remote[p] = q[0, -1, head] @ k[0, p, kv]
                 else:
                     remote[p] = turned_q[0, -1, head] @ turned_k[0, p, kv]
         softmaxes = [local, remote] if config.fusion == "sum" and remote else [local | remote]
