@@ -146,7 +146,8 @@ def test_depths_have_rows_and_answers_are_kept(model, text, tmp_path, fail, monk
     out, log = tmp_path / "needle.json", tmp_path / "needle.answers.jsonl"
     command = ["eval", "needle", "--checkpoint", model, "--haystack", text, "--out", out]
     command += ["--lengths", "1K", "--batch-size", 2, "--tasks", "single_2", "multiquery"]
-    command += ["--depths", 3]
+    command += ["--depths", 3, "--chunk", 512]
+    monkeypatch.setattr(eval_needle, "_TELL", -1)
 
     def run(*more):
         assert cli.run([str(word) for word in (*command, *more)]) == 0
@@ -158,6 +159,8 @@ def test_depths_have_rows_and_answers_are_kept(model, text, tmp_path, fail, monk
         ("single_2", None, 6), ("single_2", 0, 2), ("single_2", 50, 2), ("single_2", 100, 2),
         ("multiquery", None, 6),
     ]  # fmt: skip
+    assert json.loads(out.read_text())["config"]["chunk"] == 512
+    assert "single_2, 1K: 0 of 4 right, 6 in all" in capsys.readouterr().out
     lines = log.read_text().splitlines()
     answers = [x for line in lines[1:] for x in json.loads(line)["answers"]]
     assert [x["index"] for x in answers] == [*range(6)] * 2

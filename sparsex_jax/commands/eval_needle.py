@@ -262,9 +262,9 @@ class _Questions:
             return diagnose(self.model, self.single, sample, generated)
 
         there = self.log.answers(cell)
-        told = time.monotonic()
+        told, total = time.monotonic(), arguments.samples
         with make_progress(console) as bar:
-            shown = bar.add_task(name, total=arguments.samples, completed=len(there))
+            shown = bar.add_task(name, total=total, completed=len(there))
 
             def keep(answers) -> None:
                 nonlocal told
@@ -274,13 +274,11 @@ class _Questions:
                     told = time.monotonic()
                     done = self.log.answers(cell)
                     right = sum(answer.score for answer in done)
-                    console.print(
-                        f"{name}: {right:g} of {len(done)} right, {arguments.samples} to be asked"
-                    )  # fmt: skip
+                    console.print(f"{name}: {right:g} of {len(done)} right, {total} in all")
 
             try:
                 evaluate(
-                    generate, task, self.length, arguments.samples, tokenizer=self.tokenizer,
+                    generate, task, self.length, total, tokenizer=self.tokenizer,
                     haystack=self.haystack, batch_size=self.batch_size, seed=arguments.seed,
                     depths=depths, on_batch=keep, diagnose=why if arguments.diagnose else None,
                     answered=tuple(there),
