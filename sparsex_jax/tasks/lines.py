@@ -14,7 +14,7 @@ from sparsex_jax.tasks.phrases import Kind, Phrases, join_tokens
 from sparsex_jax.tasks.ragged import Ragged, gather
 from sparsex_jax.tasks.tokenizer import Tokenizer
 
-_LINES = 1 << 12  # made at a time, so that what they need stays in the processor's cache
+_LINES = 1 << 11  # made at a time, so that what they need stays in the processor's cache
 _LETTERS = 5  # of the runs whose tokens are in a table; one run in 150 is longer
 _HYPHEN, _SPACE, _HEX = 16, 17, "0123456789abcdef"
 
@@ -109,30 +109,40 @@ class _UuidLines:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        frame = Phrases(tokenizer).frame("uuids")
-        self.frame = Ragged.of(frame)
 
     def draw(self, rng: np.random.Generator, most: int) -> Ragged:
-        keys, values = (encode_uuids(rng.bytes(16 * most), self.tokenizer) for _ in range(2))
-        index = np.arange(most)
-        before, between, after = ((self.frame, np.full(most, number)) for number in range(3))
-        return gather([before, (keys, index), between, (values, index), after])
+        line = np.empty((most, 2 * _UUID + 3), np.uint8)
+        line[:, [0, _UUID + 1, -1]] = _FRAME, _FRAME + 1, _FRAME + 2
+        for begin in (1, _UUID + 2):
+            _write_uuids(rng.bytes(16 * most), line[:, begin : begin + _UUID])
+        return _encode(line, self.tokenizer)
 
 
 def encode_uuids(data: bytes, tokenizer: Tokenizer) -> Ragged:
-    """Tokens of random uuids (version 4) from 16 bytes each, with a space before.
+    """Tokens of random uuids (version 4) from 16 bytes each, with a space before."""
+    characters = np.empty((len(data) // 16, _UUID), np.uint8)
+    _write_uuids(data, characters)
+    return _encode(characters, tokenizer)
+
+
+def _write_uuids(data: bytes, characters: np.ndarray) -> None:
+    """Writes a space and a uuid from each 16 bytes, as codes, into uint8 [uuids, _UUID]."""
+    digits = np.frombuffer(data, np.uint8).reshape(-1, 16).copy()
+    digits[:, 6] = digits[:, 6] & 0x0F | 0x40
+    digits[:, 8] = digits[:, 8] & 0x3F | 0x80
+    characters[:] = _HYPHEN
+    characters[:, 0] = _SPACE
+    places = np.flatnonzero([c == "0" for c in " 00000000-0000-0000-0000-000000000000"])
+    characters[:, places[::2]] = digits >> 4
+    characters[:, places[1::2]] = digits & 15
+
+
+def _encode(characters: np.ndarray, tokenizer: Tokenizer) -> Ragged:
+    """Tokens of rows of codes, uint8 [rows, columns], the last or first of which is no letter.
 
     A digit or hyphen is a token, and a run of letters has its own, from a table or, where it is
     long, the tokenizer: that is how the tokenizer splits text.
     """
-    digits = np.frombuffer(data, np.uint8).reshape(-1, 16).copy()
-    digits[:, 6] = digits[:, 6] & 0x0F | 0x40
-    digits[:, 8] = digits[:, 8] & 0x3F | 0x80
-    characters = np.full((len(digits), 37), _HYPHEN, np.uint8)
-    characters[:, 0] = _SPACE
-    places = np.flatnonzero([c != "-" for c in " 00000000-0000-0000-0000-000000000000"])[1:]
-    characters[:, places[::2]] = digits >> 4
-    characters[:, places[1::2]] = digits & 15
     flat = characters.ravel()
     letter = (flat >= 10) & (flat < 16)
     follows = np.concatenate([[False], letter[:-1]])
@@ -140,10 +150,9 @@ def encode_uuids(data: bytes, tokenizer: Tokenizer) -> Ragged:
     size = np.diff(starts, append=np.int32(len(flat)))  # 1, but for runs of letters
     code = flat[starts].astype(np.int32)
     runs = np.flatnonzero(letter[starts])
-    first = starts[runs]
+    first, run_size = starts[runs], size[runs]
     spaced = flat[first - 1] == _SPACE
-    run_size = size[runs]
-    table = _run_table(tokenizer)
+    table = _table(tokenizer)
     number = flat[first].astype(np.int32) - 10
     for place in range(1, _LETTERS):
         longer = np.flatnonzero(run_size > place)
@@ -165,25 +174,26 @@ def encode_uuids(data: bytes, tokenizer: Tokenizer) -> Ragged:
             np.concatenate((table.begin, more.begin[1:] + table.begin[-1])),
         )
     found = gather([(table, code)])
-    uuids = np.flatnonzero(flat[starts] == _SPACE)
-    return Ragged(found.tokens, np.append(found.begin[uuids], found.begin[-1]))
+    rows = np.searchsorted(starts, np.arange(0, len(flat), characters.shape[1]))
+    return Ragged(found.tokens, np.append(found.begin[rows], found.begin[-1]))
 
 
-# Rows of the table: hexadecimal digits, hyphen, space, nothing, then runs of letters.
-_NOTHING, _RUNS = 18, 19
-
-
+# Rows of the table: hexadecimal digits, hyphen, space, nothing, the three parts of a line around
+# key and value, then runs of letters.
+_NOTHING, _FRAME, _RUNS = 18, 19, 22
+_UUID = 37  # characters, the space before it among them
 # How many runs are shorter than a size.
 _FIRST_OF_SIZE = np.cumsum([0, 0, *(6**size for size in range(1, _LETTERS))], dtype=np.int32)
 
 
 @functools.cache
-def _run_table(tokenizer: Tokenizer) -> Ragged:
+def _table(tokenizer: Tokenizer) -> Ragged:
     """Tokens by code: a run's is `_RUNS` + 2 (its number) + (whether a space is before it)."""
     runs = [
         "".join(letters)
         for size in range(1, _LETTERS + 1)
         for letters in itertools.product("abcdef", repeat=size)
     ]
-    texts = [*_HEX, "-", " ", "", *(space + run for run in runs for space in ("", " "))]
-    return Ragged.of(tokenizer.encode_batch(texts))
+    encoded = tokenizer.encode_batch([space + run for run in runs for space in ("", " ")])
+    single = tokenizer.encode_batch([*_HEX, "-", " ", ""])
+    return Ragged.of([*single, *Phrases(tokenizer).frame("uuids"), *encoded])
