@@ -138,7 +138,7 @@ def _write_uuids(data: bytes, characters: np.ndarray) -> None:
 
 
 def _encode(characters: np.ndarray, tokenizer: Tokenizer) -> Ragged:
-    """Tokens of rows of codes, uint8 [rows, columns], the last or first of which is no letter.
+    """Tokens of rows of codes, uint8 [rows, columns]; the first column holds no letters.
 
     A digit or hyphen is a token, and a run of letters has its own, from a table or, where it is
     long, the tokenizer: that is how the tokenizer splits text.
