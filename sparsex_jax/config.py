@@ -7,6 +7,14 @@ import typing
 from typing import Any, Literal
 
 SEEDS = 1 << 32  # JAX's random keys hold 32 bits of a seed
+# What attends in a layer, by its letter in `ModelConfig.layers`.
+LAYERS = {"l": "local", "s": "sparsex", "d": "dense", "f": "longformer", "b": "bigbird"}
+BASELINES = ("d", "f", "b")
+
+
+def baselines_in(layers: str) -> str:
+    """The names of the baselines among a model's layers, "dense and bigbird" say; "" for none."""
+    return " and ".join(LAYERS[kind] for kind in BASELINES if kind in layers)
 
 
 class ConfigError(ValueError):
@@ -128,6 +136,37 @@ class AttentionConfig:
             " use landmarks='off', or fusion='sum'",
         )
 
+    @property
+    def turns_remote(self) -> bool:
+        """Whether what is attended to beyond the window has RoPE."""
+        return self.fusion == "softmax"
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineConfig:
+    """What a query of a Longformer or BigBird layer attends to (docs/baselines.md).
+
+    Attributes:
+      rope: of which keys the positions count, in dense layers, too: "all", or those of the
+        "window" alone, as in Sparse-X, in the same softmax as the others.
+      window: tokens of exact local attention, a multiple of the attention's `block_size`. None:
+        as many as give a query the keys of a sparse layer, window + top_k * block_size in all.
+      global_tokens: first tokens of a document, which its later tokens see; likewise a multiple.
+      random_blocks: of a BigBird layer, for each block of queries.
+      random_seed: decides them; from 0 to 2^32 - 1.
+    """
+
+    rope: Literal["all", "window"] = "all"
+    window: int | None = None
+    global_tokens: int = 128
+    random_blocks: int = 3
+    random_seed: int = 0
+
+    def __post_init__(self):
+        _check_types(self)
+        _require_positive(self, "global_tokens", "random_blocks")
+        check_seed(self.random_seed)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -141,7 +180,9 @@ class ModelConfig:
       head_dim: width of a head; even, for RoPE.
       mlp_dim: hidden width of SwiGLU.
       conv_width: taps of the causal convolution before q, k and v; 0 switches it off.
-      layers: one letter a layer: "l" local attention only, "s" all three branches.
+      layers: one letter a layer: "l" local attention only, "s" all three branches; for comparison
+        "d" dense, "f" Longformer's and "b" BigBird's attention, in the place of an "s".
+      baseline: patterns of the last two.
       remat: what the backward pass recomputes: nothing ("none") or each layer ("layer").
       loss_chunk: tokens for which logits are held at a time by the loss.
       selection_loss: weight, beside the loss, of the divergence that teaches block scores
@@ -158,6 +199,7 @@ class ModelConfig:
     conv_width: int = 4
     layers: str = "llls"
     attention: AttentionConfig = AttentionConfig()
+    baseline: BaselineConfig = BaselineConfig()
     remat: Literal["none", "layer"] = "none"
     loss_chunk: int = 8192
     selection_loss: float = 0.0
@@ -184,9 +226,38 @@ class ModelConfig:
             f"head_dim={self.head_dim} must be even: use {self.head_dim + 1}",
         )
         _require(
-            bool(self.layers) and set(self.layers) <= {"l", "s"},
-            f"layers={self.layers!r} must consist of 'l' (local) and 's' (sparse): use 'llls', say",
+            bool(self.layers) and set(self.layers) <= set(LAYERS),
+            f"layers={self.layers!r} must consist of 'l' (local), 's' (sparse), 'd' (dense),"
+            " 'f' (Longformer) and 'b' (BigBird): use 'llls', say",
         )
+        for kind in set(self.layers) & {"f", "b"}:
+            self._check_baseline(kind)
+
+    def _check_baseline(self, kind: str) -> None:
+        size, window = self.attention.block_size, self.baseline_window(kind)
+        for name, value in (("global_tokens", self.baseline.global_tokens), ("window", window)):
+            _require(
+                value >= size and value % size == 0,
+                f"baseline.{name}={value} of {LAYERS[kind]} layers must be a positive multiple of"
+                f" block_size={size}: set it to one, {size} say",
+            )
+
+    def baseline_window(self, kind: str) -> int:
+        """Tokens of the window of a baseline's layer, "d", "f" or "b"."""
+        attention, baseline = self.attention, self.baseline
+        if kind == "d":
+            return attention.window
+        if baseline.window is not None:
+            return baseline.window
+        keys = attention.window + attention.top_k * attention.block_size
+        random = baseline.random_blocks * attention.block_size if kind == "b" else 0
+        return keys - baseline.global_tokens - random
+
+    @property
+    def system(self) -> str:
+        """The name of what attends, in results: "sparsex", "dense", ...; "local" if all is."""
+        names = [LAYERS[kind] for kind in dict.fromkeys(self.layers) if kind != "l"]
+        return "+".join(names) or "local"
 
 
 @dataclasses.dataclass(frozen=True)

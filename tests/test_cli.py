@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from sparsex_jax import cli
-from sparsex_jax.commands import evaluate
+from sparsex_jax.commands import eval_needle
 from sparsex_jax.commands.arguments import format_length, parse_length
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.demo import Finding, draw_heat_map
@@ -78,7 +78,7 @@ def test_lengths():
 
 
 def test_evaluation_knows_every_task():
-    assert set(evaluate.Task.__args__) == set(TASKS)
+    assert set(eval_needle.Task.__args__) == set(TASKS)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_eval_needle_writes_results(model, text, tmp_path, capsys):
     assert str(out) in shown.replace("\n", "")
     assert "0.0% to 56.1%" in shown
     assert results["command"].startswith("sparsex eval needle --checkpoint")
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert {path.name for path in out.parent.iterdir()} == {out.name, "needle.answers.jsonl"}
 
 
 def test_unknown_command(fail):
@@ -295,7 +295,11 @@ def test_results_name_the_weights(tmp_path):
 def test_no_space_for_results(model, text, tmp_path, fail, monkeypatch):
     from sparsex_jax.benchmarks import results
 
+    real = results.Path.write_text
+
     def full(self, text):
+        if self.suffix == ".jsonl":
+            return real(self, text)
         self.touch()
         raise OSError(28, "No space left on device", str(self))
 
@@ -305,7 +309,8 @@ def test_no_space_for_results(model, text, tmp_path, fail, monkeypatch):
     command = ["eval", "needle", "--checkpoint", model, "--haystack", text, "--out", out]
     assert "No space left on device" in fail(*command, "--lengths", "1K", "--samples", 1)
     assert out.read_text() == "before"
-    assert {path.name for path in tmp_path.iterdir()} == {"needle.json", "text"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"needle.json", "needle.answers.jsonl", "text"}
 
 
 def test_out_of_memory_is_one_line(monkeypatch, fail):

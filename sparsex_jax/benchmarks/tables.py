@@ -13,6 +13,10 @@ ATTENTION_FIELDS = ("system", "part", "direction", "tokens", *SHAPE, "millisecon
 MEMORY = ("argument_bytes", "output_bytes", "temporary_bytes", "peak_bytes")
 COMPILED_FIELDS = ("chips", *MEMORY)  # of rows that name a target, too
 ACCURACY_FIELDS = ("system", "task", "tokens", "samples", "accuracy", "low", "high", "status")
+PERPLEXITY_FIELDS = (
+    "system", "checkpoint", "tokens", "sequences", "perplexity", "low", "high", "ratio",
+    "ratio_low", "ratio_high", "status",
+)  # fmt: skip
 NUMERICS_FIELDS = (
     "system", "logits", "tokens", "queries", "head_dim", "output_error", "output_error_max",
     "lse_error", "lse_relative_error", "status",
@@ -135,6 +139,7 @@ def compiled_table(rows: Sequence[Row], label: Label) -> str:
 
 def accuracy_table(rows: Sequence[Row], label: Label) -> str:
     """Accuracy in per cent by task, tier and length, with 95 % intervals in brackets."""
+    rows = [row for row in rows if row.get("depth") is None]
 
     def name(row: Row) -> tuple[str, str]:
         tier = row.get("tier")
@@ -151,6 +156,57 @@ def accuracy_table(rows: Sequence[Row], label: Label) -> str:
         for system, task in names
     ]
     return markdown(["task", *(f"{label(length)} tokens" for length in lengths)], lines)
+
+
+def headline_table(rows: Sequence[Row], label: Label) -> str:
+    """Accuracy of all systems by task and length; why there is none is told below the table."""
+    rows = [row for row in rows if row.get("depth") is None]
+    lengths = sorted({row["tokens"] for row in rows})
+    names = list(dict.fromkeys((row["task"], row["system"]) for row in rows))
+    tasks = [task for task, _ in names]
+    names.sort(key=lambda name: tasks.index(name[0]))
+    found = {(row["task"], row["system"], row["tokens"]): row for row in rows}
+    notes = list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return ""
+        if row["status"] == "measured":
+            low, high = (f"{100 * row[name]:.1f}" for name in ("low", "high"))
+            return f"{100 * row['accuracy']:.1f} % ({low} to {high})"
+        mark = f" {_mark(notes.index(row['note']))}" if row.get("note") else ""
+        return row["status"].replace("_", " ") + mark
+
+    lines = [[*name, *(cell(found.get((*name, length))) for length in lengths)] for name in names]
+    head = ["task", "system", *(label(length) for length in lengths)]
+    remarks = [f"{_mark(i)} {note}" for i, note in enumerate(notes)]
+    samples = sorted({row["samples"] for row in rows if row["status"] == "measured"})
+    if samples:
+        spread = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
+        remarks.append(f"{spread} samples a cell; in brackets 95 % intervals of Wilson.")
+    return "\n\n".join((markdown(head, lines), *remarks))
+
+
+def perplexity_table(rows: Sequence[Row], label: Label) -> str:
+    """Perplexity by system and length with 95 % intervals, and that of the first in per cent."""
+    lengths = sorted({row["tokens"] for row in rows})
+    names = list(dict.fromkeys((row["system"], row["checkpoint"]) for row in rows))
+    found = {(row["system"], row["checkpoint"], row["tokens"]): row for row in rows}
+
+    def cell(row: Row | None) -> str:
+        if row is None or row["status"] != "measured":
+            return "" if row is None else row["status"].replace("_", " ")
+        text = f"{row['perplexity']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        if row["ratio"] is None:
+            return text
+        more, low, high = (
+            f"{100 * (row[name] - 1):+.2f}" for name in ("ratio", "ratio_low", "ratio_high")
+        )
+        return f"{text}; {more} % ({low} to {high})"
+
+    lines = [[*name, *(cell(found.get((*name, length))) for length in lengths)] for name in names]
+    head = ["system", "checkpoint", *(f"{label(length)} tokens" for length in lengths)]
+    return markdown(head, lines)
 
 
 def numerics_table(rows: Sequence[Row], label: Label) -> str:

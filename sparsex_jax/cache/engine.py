@@ -13,7 +13,7 @@ from sparsex_jax.cache.host import HostRemote, HostStore
 from sparsex_jax.cache.layer import CHUNK, Attends, LayerCache, empty_layers, extend_layer
 from sparsex_jax.cache.memory import Shape, check_fits
 from sparsex_jax.cache.sampling import GREEDY, Sampling
-from sparsex_jax.cache.tiers import TIERS, Tier
+from sparsex_jax.cache.tiers import TIERS, Tier, why_not_in
 from sparsex_jax.config import SEEDS, AttentionConfig, ConfigError
 from sparsex_jax.modules.transformer import Transformer
 
@@ -345,6 +345,8 @@ def _check_tier(model: Transformer, tier: Tier, batch_size: int, chunk: int) -> 
         raise ValueError("landmarks='all' is for ablation and has no cache: use 'pyramid' or 'off'")
     if tier not in TIERS:
         raise ConfigError(f"tier={tier!r} must be one of {', '.join(TIERS)}: use device, say")
+    if (reason := why_not_in(tier, model.config)) is not None:
+        raise ConfigError(f"{reason}: use tier='device'")
     if tier == "host" and not _has_cpu():
         raise ConfigError(
             "tier='host' calls back to JAX's CPU platform, which is switched off: use"

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.range_attention import range_attention
 from sparsex_jax.attention import Ranges
+from sparsex_jax.baselines.pattern import Pattern, make_pattern
+from sparsex_jax.cache.baselines import Past, empty_past
 from sparsex_jax.cache.device import touched
 from sparsex_jax.cache.tiers import Remote, Tier, empty_remote
-from sparsex_jax.config import AttentionConfig, ModelConfig
+from sparsex_jax.config import BASELINES, AttentionConfig, ModelConfig
 from sparsex_jax.fusion import Branch, fuse
 from sparsex_jax.modules.attention import KeySide, QuerySide
 from sparsex_jax.modules.transformer import Block
@@ -51,18 +53,22 @@ class LayerCache(NamedTuple):
     Attributes:
       recent: its last tokens; new arrays with each token.
       remote: in a sparse layer, all tokens; see `DeviceRemote`, `HostRemote` and
-        `CompressedRemote`.
+        `CompressedRemote`. In a baseline's, what it attends to before its window.
     """
 
     recent: Recent
-    remote: Remote | None
+    remote: Remote | Past | None
 
 
 def empty_layer(
-    config: ModelConfig, *, sparse: bool, batch_size: int, capacity: int, chunk: int, tier: Tier
+    config: ModelConfig, number: int, *, batch_size: int, capacity: int, chunk: int, tier: Tier
 ) -> LayerCache:
-    """A cache without tokens, for up to `capacity` of them in chunks of up to `chunk`."""
-    attention, heads, dtype = config.attention, config.num_kv_heads, jnp.dtype(config.dtype)
+    """A layer's cache without tokens, for up to `capacity` of them in chunks of up to `chunk`."""
+    kind = config.layers[number]
+    sparse, attention = kind == "s", config.attention
+    if kind in BASELINES:
+        attention = make_pattern(config, number)
+    heads, dtype = config.num_kv_heads, jnp.dtype(config.dtype)
 
     def zeros(*shape, dtype=dtype):
         return jnp.zeros((batch_size, *shape), dtype)
@@ -76,6 +82,8 @@ def empty_layer(
         pool_inputs=zeros(size, heads, attention.score_dim) if sparse else None,
         pool_logits=zeros(size, heads, dtype=jnp.float32) if sparse else None,
     )
+    if isinstance(attention, Pattern):
+        return LayerCache(recent, empty_past(attention, config, batch_size, capacity, chunk))
     if not sparse:
         return LayerCache(recent, None)
     return LayerCache(recent, empty_remote(tier, config, batch_size, capacity, chunk))
@@ -87,10 +95,9 @@ def empty_layers(
     """Caches of all layers for up to `capacity` tokens a sequence, in chunks of up to `chunk`."""
     return tuple(
         empty_layer(
-            config, sparse=kind == "s", batch_size=batch_size, capacity=capacity, chunk=chunk,
-            tier=tier,
+            config, number, batch_size=batch_size, capacity=capacity, chunk=chunk, tier=tier
         )
-        for kind in config.layers
+        for number in range(len(config.layers))
     )  # fmt: skip
 
 
@@ -126,8 +133,8 @@ def extend_layer(
     keys = layer.key_side(normed, mixed)
     turned_k = _turn(keys.k, length, config)
     if remote is not None:
-        stored = keys._replace(k=turned_k) if config.fusion == "softmax" else keys
-        features = _features(recent, keys, length, config)
+        stored = keys._replace(k=turned_k) if config.turns_remote else keys
+        features = None if keys.block_inputs is None else _features(recent, keys, length, config)
         remote = remote.append(stored, features, length, valid, config, settle)
     near = _joined(recent.window_k, turned_k), _joined(recent.window_v, keys.v)
     recent = Recent(
@@ -155,10 +162,10 @@ def attend(
     first: jax.Array,
     length: jax.Array,
     near: tuple[jax.Array, jax.Array],
-    remote: Remote | None,
+    remote: Remote | Past | None,
     config: AttentionConfig,
     implementation: str | None = None,
-) -> tuple[jax.Array, Remote | None]:
+) -> tuple[jax.Array, Remote | Past | None]:
     """Attention of new tokens to their window and to the remote past.
 
     Args:
@@ -186,9 +193,9 @@ def attend(
         marks = None if remote is None else remote.landmarks(position, tokens, config)
         local, landmarks = _attend_ranges(turned_q, part.q, window, marks, implementation)
         dynamic = None
-        after: Remote | None = None
+        after: Remote | Past | None = None
         if remote is not None:
-            far = part._replace(q=turned_q) if config.fusion == "softmax" else part
+            far = part._replace(q=turned_q) if config.turns_remote else part
             other, dynamic, after = remote.attend(
                 far, position, local_start, config, implementation
             )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from sparsex_jax.cache.device import room
 from sparsex_jax.cache.host import PAGE
 from sparsex_jax.cache.layer import empty_layers
-from sparsex_jax.cache.tiers import EXACT, TIERS, Tier
+from sparsex_jax.cache.tiers import EXACT, TIERS, Tier, why_not_in
 from sparsex_jax.config import ConfigError, ModelConfig
 
 _LIVE = 6  # arrays of a chunk's tokens, as wide as the widest layer, that are there at once
@@ -101,6 +101,8 @@ def check_fits(shape: Shape, tier: Tier, there: Bytes | None = None) -> None:
 
 
 def _why_not(shape: Shape, tier: Tier, there: Bytes) -> str | None:
+    if (reason := why_not_in(tier, shape.config)) is not None:
+        return reason
     if tier == "host" and shape.batch_size > 1:
         return "tier='host' takes one sequence at a time"
     needed = shape.needed(tier)

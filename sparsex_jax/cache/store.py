@@ -23,11 +23,12 @@ import orbax.checkpoint as ocp
 
 from sparsex_jax import manifest
 from sparsex_jax.cache.compressed import CompressedRemote
-from sparsex_jax.cache.device import touched
+from sparsex_jax.cache.device import DeviceRemote, touched
 from sparsex_jax.cache.engine import Cache, Engine
 from sparsex_jax.cache.host import HostRemote
 from sparsex_jax.cache.layer import LayerCache, Recent
 from sparsex_jax.cache.tiers import EXACT, Tier
+from sparsex_jax.config import ModelConfig, baselines_in
 from sparsex_jax.errors import reading, writing
 from sparsex_jax.modules.attention import KeySide
 
@@ -86,6 +87,15 @@ class CacheDirectory:
         """Whether there is a cache, complete or not."""
         return self.tier is not None
 
+    @staticmethod
+    def check_model(config: ModelConfig) -> None:
+        """Raises CacheError where what the layers of a model remember cannot be kept on disk."""
+        if baselines := baselines_in(config.layers):
+            raise CacheError(
+                f"caches of {baselines} layers cannot be kept on disk: use a model of local and"
+                " sparse layers"
+            )
+
     def parts(self) -> list[tuple[int, int]]:
         """First token, and the one behind the last, of the parts that follow one another from 0."""
         folder = self.path / "parts"
@@ -115,6 +125,7 @@ class CacheDirectory:
         Raises:
           CacheError: it cannot be written; what was there before is intact.
         """
+        self.check_model(engine.config)
         if engine.batch_size != 1:
             raise CacheError(f"{self.path} takes one sequence: use batch_size=1")
         begin, end = self.length if engine.tier in EXACT else 0, cache.length
@@ -228,7 +239,7 @@ def _arrays(engine: Engine, cache: Cache, begin: int, end: int) -> Iterator[tupl
         if isinstance(remote, CompressedRemote):
             for number, x in enumerate(jax.tree.leaves(remote)):
                 yield f"{i}.state.{number}", np.asarray(x)
-        elif remote is not None:
+        elif isinstance(remote, DeviceRemote | HostRemote):
             keys = (remote.salience, remote.features)
             spans = (begin, end), (begin // size, -(-end // size))
             for name, x, span in zip(("salience", "features"), keys, spans, strict=True):

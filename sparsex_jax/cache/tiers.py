@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from sparsex_jax.cache.compressed import CompressedRemote
 from sparsex_jax.cache.device import DeviceRemote
 from sparsex_jax.cache.host import HostRemote
-from sparsex_jax.config import ModelConfig
+from sparsex_jax.config import ModelConfig, baselines_in
 
 Tier = Literal["device", "host", "compressed"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
@@ -27,3 +27,11 @@ def empty_remote(
 ) -> Remote:
     """The remote past of a sparse layer, without tokens."""
     return _CLASSES[tier].empty(config, batch_size, capacity, chunk)
+
+
+def why_not_in(tier: Tier, config: ModelConfig) -> str | None:
+    """Why a model has no cache in a tier; None where it has one."""
+    baselines = baselines_in(config.layers)
+    if baselines and tier != "device":
+        return f"tier={tier!r} is for sparse layers, and this model has {baselines} ones"
+    return None

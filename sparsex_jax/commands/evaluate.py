@@ -1,194 +1,42 @@
 """`sparsex eval`."""
 
-import dataclasses
-import functools
-import itertools
+import importlib
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import NamedTuple
 
-import rich.table
-
-from sparsex_jax.commands.arguments import (
-    SHIPPED_MODEL,
-    format_length,
-    make_console,
-    make_progress,
-    parse,
-    parse_lengths,
-)
 from sparsex_jax.config import ConfigError
-from sparsex_jax.errors import is_memory_full
-
-if TYPE_CHECKING:
-    from sparsex_jax.cache import Engine, Tier
-    from sparsex_jax.modules import Transformer
-
-Task = Literal[
-    "single_1", "single_2", "single_3", "multikey_1", "multikey_2", "multikey_3", "multivalue",
-    "multiquery", "vt",
-]  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class NeedleArguments:
-    """Scores a model on RULER's needle tasks by free greedy generation.
+class What(NamedTuple):
+    """Something to evaluate.
 
     Attributes:
-      checkpoint: directory of a model; by default the one that comes with sparsex.
-      tasks: which ones.
-      lengths: tokens of a prompt with its answer; 4096, 16K and 1M are understood.
-      samples: questions for each task and length.
-      tiers: where the cache keeps keys and values of old blocks: device and host are exact,
-        compressed forgets; each gets rows of its own.
-      batch_size: questions answered at the same time; auto fits them to the device. In the tier
-        host it is 1.
-      haystack: folder of text files; by default the held-out split of the sources of Python's
-        standard library.
-      seed: decides the questions.
-      out: results file (JSON); by default results/HARDWARE/needle.json (cpu, h200, ...).
+      module: of `sparsex_jax.commands`; its `main(arguments, command)` does it.
+      summary: a line for `sparsex eval --help`.
     """
 
-    checkpoint: Path = SHIPPED_MODEL
-    tasks: tuple[Task, ...] = ("single_2", "single_3")
-    lengths: tuple[str, ...] = ("16K", "128K")
-    samples: int = 100
-    tiers: tuple[Literal["device", "host", "compressed"], ...] = ("device",)
-    batch_size: int | Literal["auto"] = "auto"
-    haystack: Path | None = None
-    seed: int = 0
-    out: Path | None = None
+    module: str
+    summary: str
+
+
+KINDS = {
+    "needle": What("eval_needle", "RULER's needle tasks by free generation, with intervals"),
+    "perplexity": What("eval_perplexity", "perplexity of models on the same held-out text"),
+}
 
 
 def main(arguments: list[str]) -> None:
-    """Parses the arguments and runs the command."""
+    """Runs the command that the first argument names."""
     if arguments[:1] in (["-h"], ["--help"]):
-        print("usage: sparsex eval needle [arguments]\n\n`sparsex eval needle --help` tells more.")
-    elif arguments[:1] == ["needle"]:
-        command = shlex.join(["sparsex", "eval", *arguments])
-        needle(parse(NeedleArguments, "eval needle", arguments[1:]), command)
+        print("usage: sparsex eval WHAT [arguments]\n")
+        for name, what in KINDS.items():
+            print(f"  {name:<12}{what.summary}")
+        print("\n`sparsex eval WHAT --help` tells more.")
+    elif arguments and arguments[0] in KINDS:
+        module = importlib.import_module(f"sparsex_jax.commands.{KINDS[arguments[0]].module}")
+        module.main(arguments[1:], shlex.join(["sparsex", "eval", *arguments]))
     else:
         given = f"{arguments[0]!r}" if arguments else "nothing"
-        raise ConfigError(f"eval must be followed by what to evaluate, not {given}: use needle")
-
-
-def needle(arguments: NeedleArguments, command: str) -> None:
-    """Runs the command, which is quoted in what it writes."""
-    from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
-    from sparsex_jax.commands.model import describe_run, load, read_haystack
-    from sparsex_jax.tasks import load as load_tokenizer
-    from sparsex_jax.tasks.needle import check_length
-    from sparsex_jax.training import model_crc32
-
-    # What is wrong with the arguments is told before an hour of work.
-    lengths = parse_lengths(arguments.lengths)
-    if not arguments.tasks:
-        raise ConfigError("tasks must name at least one: use single_2, say")
-    if not arguments.tiers:
-        raise ConfigError("tiers must name at least one: use device, say")
-    for name in ("samples", "batch_size"):
-        value = getattr(arguments, name)
-        if value != "auto" and value < 1:
-            raise ConfigError(f"{name}={value} must be positive: use at least 1")
-    for task in arguments.tasks:
-        for length in lengths:
-            check_length(task, length, load_tokenizer())
-    path = arguments.out or default_path("needle")
-    check_writable(path)
-    console = make_console()
-    model, tokenizer, description = load(arguments.checkpoint)
-    console.print(f"model: {description}", markup=False, soft_wrap=True)
-    haystack, description = read_haystack(arguments.haystack, tokenizer)
-    console.print(f"haystack: {description}", markup=False, soft_wrap=True)
-    crc32 = model_crc32(arguments.checkpoint)
-    config = describe_run(arguments.checkpoint, model.config, description, arguments.seed)
-    config["batch_size"] = arguments.batch_size
-    rows: list[dict[str, Any]] = []
-    for length, tier in itertools.product(lengths, arguments.tiers):
-        ask = _Questions(arguments, model, length, tier, tokenizer, haystack)
-        for task in arguments.tasks:
-            with make_progress(console) as bar:
-                rows.append(ask(task, bar) | {"tier": tier})
-            # After each task, since a later one may fail.
-            write_results(path, "needle", command, config, rows, crc32)
-            where = "" if arguments.tiers == ("device",) else f", tier {tier}"
-            console.print(f"{task} at {format_length(length)}{where}: {_outcome(rows[-1])}")
-    console.print(_table(rows))
-    console.print(f"results: {path}", markup=False, soft_wrap=True)
-
-
-class _Questions:
-    """Asks the questions of any task at one length, with one compiled engine."""
-
-    def __init__(
-        self, arguments, model: "Transformer", length: int, tier: "Tier", tokenizer, haystack
-    ):
-        from sparsex_jax.commands.model import fitting_batch_size
-
-        size = arguments.batch_size
-        if size == "auto":
-            size = fitting_batch_size(length, arguments.samples)
-        self.arguments, self.model, self.length, self.tier = arguments, model, length, tier
-        self.batch_size = 1 if tier == "host" else size
-        self.tokenizer, self.haystack = tokenizer, haystack
-
-    @functools.cached_property
-    def engine(self) -> "Engine":
-        """Reads and answers; raises CacheMemoryError where its cache does not fit."""
-        from sparsex_jax.cache import Engine
-        from sparsex_jax.commands.model import chunk_size
-
-        return Engine(self.model, self.length, self.batch_size, chunk_size(), self.tier)
-
-    def __call__(self, task: str, bar) -> dict[str, Any]:
-        """The row of a task, without numbers if the device's memory is too small for it."""
-        from jax.errors import JaxRuntimeError
-
-        from sparsex_jax.cache import CacheMemoryError
-        from sparsex_jax.tasks import evaluate, make_row
-
-        name = f"{task}, {format_length(self.length)}"
-        shown = bar.add_task(name, total=self.arguments.samples)
-        try:
-            return evaluate(
-                lambda prompts, room: self.engine.generate(prompts, room, self.tokenizer.stop_ids),
-                task, self.length, self.arguments.samples, tokenizer=self.tokenizer,
-                haystack=self.haystack, batch_size=self.batch_size, seed=self.arguments.seed,
-                on_answer=lambda answer: bar.advance(shown),
-            ).row  # fmt: skip
-        except CacheMemoryError:
-            return make_row("sparsex", task, self.length, [], status="out_of_memory")
-        except JaxRuntimeError as error:
-            if not is_memory_full(error):
-                raise
-            return make_row("sparsex", task, self.length, [], status="out_of_memory")
-
-
-def _outcome(row: dict[str, Any]) -> str:
-    if row["status"] == "out_of_memory":
-        return "out of memory"
-    return f"{row['correct']:g} of {row['samples']} right"
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
-    table = rich.table.Table()
-    for name in (
-        "task",
-        "length",
-        "tier",
-        "samples",
-        "correct",
-        "accuracy",
-        "95 % interval (Wilson)",
-    ):
-        table.add_column(name)
-    for row in rows:
-        cells = [row["task"], format_length(row["tokens"]), row["tier"], str(row["samples"])]
-        if row["status"] == "measured":
-            interval = f"{row['low']:.1%} to {row['high']:.1%}"
-            cells += [f"{row['correct']:g}", f"{row['accuracy']:.1%}", interval]
-        else:
-            cells.append(_outcome(row))
-        table.add_row(*cells)
-    return table
+        raise ConfigError(
+            f"eval must be followed by what to evaluate, not {given}: use {', '.join(KINDS)}"
+        )

@@ -65,6 +65,7 @@ def ingest(arguments: Arguments) -> None:
     chunk = chunk_size() if arguments.chunk == "auto" else parse_length(arguments.chunk, "chunk")
     console = make_console()
     model, tokenizer, description = load(arguments.model)
+    CacheDirectory.check_model(model.config)
     console.print(f"model: {description}", markup=False, soft_wrap=True)
     directory = CacheDirectory(arguments.out, fingerprint(arguments.model, model, tokenizer))
     if directory.exists and directory.tier != arguments.tier:

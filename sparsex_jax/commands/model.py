@@ -54,10 +54,12 @@ def load(checkpoint: Path) -> tuple[Transformer, Tokenizer, str]:
     assert isinstance(model, Transformer)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     attention = config.attention
+    attends = ""
+    if "s" in config.layers:
+        attends = f"{attention.top_k} blocks of {attention.block_size} a query, "
     description = (
         f"{name_of(checkpoint)}, {parameters / 1e6:.1f}M parameters, layers {config.layers},"
-        f" window {attention.window}, {attention.top_k} blocks of {attention.block_size} a query,"
-        f" {config.dtype} on {jax.default_backend()}"
+        f" window {attention.window}, {attends}{config.dtype} on {jax.default_backend()}"
     )
     return model, tokenizer, description
 

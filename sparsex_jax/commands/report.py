@@ -1,6 +1,7 @@
 """`sparsex report`."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,19 +12,24 @@ from sparsex_jax.benchmarks.names import DIRECTIONS
 from sparsex_jax.commands.arguments import format_length, parse
 from sparsex_jax.config import ConfigError
 
+Files = list[tuple[Path, dict[str, Any]]]  # results files and what is in them
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Prints tables of all results (Markdown) and draws those of `sparsex bench attention`.
+    """Prints tables of all results (Markdown) and draws those of attention and of needles.
 
     Attributes:
       results: folder with a folder for each hardware, which holds results files.
       out: folder for the pictures, one in it for each hardware; by default
         RESULTS/HARDWARE/plots.
+      readme: a text in which what stands between a line `<!-- results:needles HARDWARE -->` and the
+        next `<!-- /results -->` is replaced by the table of all systems.
     """
 
     results: Path = Path("results")
     out: Path | None = None
+    readme: Path | None = None
 
 
 def main(arguments: list[str]) -> None:
@@ -33,6 +39,7 @@ def main(arguments: list[str]) -> None:
 
 def report(arguments: Arguments) -> None:
     """Runs the command."""
+    from sparsex_jax.benchmarks.needle_plots import draw_needles
     from sparsex_jax.benchmarks.plots import draw_attention
 
     found = _read(arguments.results)
@@ -52,18 +59,65 @@ def report(arguments: Arguments) -> None:
             suffix = "" if len(shapes) == 1 else "-" + "-".join(map(str, shape))
             chosen = tables.of_shape(rows, shape)
             pictures += draw_attention(chosen, folder, format_length, suffix)
+        needles = needle_rows(files)
+        pictures += draw_needles(needles, folder, format_length) if needles else []
         for path, results in files:
             _print_section(hardware, path, results)
+        if len({row["system"] for row in needles}) > 1:
+            print(f"### {hardware}: needles, all systems\n")
+            print(tables.headline_table(needles, format_length), end="\n\n")
         for path in pictures:
             print(f"![{path.stem}]({path})")
         print()
+    if arguments.readme is not None:
+        _write_readme(arguments.readme, found)
 
 
-def _read(folder: Path) -> dict[str, list[tuple[Path, dict[str, Any]]]]:
+def needle_rows(files: Files) -> list[dict[str, Any]]:
+    """Rows of all needle files; a system that several files or tiers have gets a longer name."""
+    chosen = [(path, x["rows"]) for path, x in files if x["benchmark"] == "needle"]
+    kinds = {
+        (path.stem, row["system"], row.get("tier")) for path, rows in chosen for row in rows
+    }  # fmt: skip
+
+    def name(path: Path, row: dict[str, Any]) -> str:
+        same = [(stem, tier) for stem, system, tier in kinds if system == row["system"]]
+        details = []
+        if len({stem for stem, _ in same}) > 1:
+            details.append(path.stem)
+        if len({tier for _, tier in same}) > 1:
+            details.append(f"tier {row.get('tier') or 'device'}")
+        return row["system"] + (f" ({', '.join(details)})" if details else "")
+
+    return [row | {"system": name(path, row)} for path, rows in chosen for row in rows]
+
+
+def _write_readme(path: Path, found: dict[str, Files]) -> None:
+    """Puts tables between their marks; raises ConfigError where there are none."""
+    text = path.read_text()
+    marks = list(re.finditer(r"^<!-- results:needles (\S+) -->\n", text, re.M))
+    for mark in reversed(marks):
+        end = text.find("<!-- /results -->", mark.end())
+        rows = needle_rows(found.get(mark[1], []))
+        if end < 0 or not rows:
+            raise ConfigError(
+                f"{path}: {mark[0].strip()} needs a line <!-- /results --> below it, and results of"
+                f" needles in {mark[1]}/: add what is missing"
+            )
+        text = text[: mark.end()] + tables.headline_table(rows, format_length) + "\n" + text[end:]
+    if not marks:
+        raise ConfigError(
+            f"readme='{path}' must have a line <!-- results:needles HARDWARE --> and, below it,"
+            " <!-- /results -->: add them"
+        )
+    path.write_text(text)
+
+
+def _read(folder: Path) -> dict[str, Files]:
     """Results files by hardware; what is no such file is named on stderr and left out."""
     from sparsex_jax.benchmarks.results import read_results
 
-    found: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    found: dict[str, Files] = {}
     for path in sorted(folder.glob("*/*.json")):
         try:
             results = read_results(path)
@@ -163,6 +217,13 @@ KINDS = {
     "attention": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn=True),
     "attention_peers": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn=True),
     "needle": Kind(tables.ACCURACY_FIELDS, _show_table(tables.accuracy_table)),
+    "perplexity": Kind(
+        tables.PERPLEXITY_FIELDS,
+        _show_table(
+            tables.perplexity_table,
+            "On the same held-out text; behind the semicolon, how much more than the first line's.",
+        ),
+    ),
     "numerics": Kind(
         tables.NUMERICS_FIELDS,
         _show_table(

@@ -149,7 +149,6 @@ class SparseXAttention(nnx.Module):
         Returns:
           [B, T, C].
         """
-        config = self.attention_config(top_k)
         age = None
         if segment_ids is not None:
             positions = sequence.first_position(x.shape[1]) + jnp.arange(x.shape[1])
@@ -159,6 +158,22 @@ class SparseXAttention(nnx.Module):
             history = sequence.from_left(x, self.config.conv_width - 1)
         mixed = enter_split(self.mix(x, history, age))
         keys, queries = self.key_side(enter_split(x), mixed), self.query_side(x, mixed)
+        attended = self.attend(
+            keys, queries, segment_ids, top_k, implementation, sequence_strategy
+        )  # fmt: skip
+        return self.project_out(attended)
+
+    def attend(
+        self,
+        keys: KeySide,
+        queries: QuerySide,
+        segment_ids: jax.Array | None,
+        top_k: int | None,
+        implementation: str | None,
+        sequence_strategy: str,
+    ) -> jax.Array:
+        """Attention of projected tokens, [B, T, Hq, D]; arguments as in `__call__`."""
+        config = self.attention_config(top_k)
         learned = {}
         if config.landmarks != "off":
             learned["salience"] = keys.salience
@@ -176,11 +191,10 @@ class SparseXAttention(nnx.Module):
             attend = sparse_attention
         else:
             attend = functools.partial(sequence.sparse_attention, strategy=sequence_strategy)
-        attended = attend(
+        return attend(
             queries.q, keys.k, keys.v, config=config, segment_ids=segment_ids,
             implementation=implementation, **learned,
         )  # fmt: skip
-        return self.project_out(attended)
 
     def selection_loss(
         self, x: jax.Array, queries: jax.Array, segment_ids: jax.Array | None = None

@@ -1,26 +1,38 @@
-"""A decoder-only Transformer with a pattern of local and sparse attention layers."""
+"""A decoder-only Transformer with a pattern of local, sparse and baselines' attention layers."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.mesh_axes import vary_with
-from sparsex_jax.config import ModelConfig
+from sparsex_jax.config import BASELINES, ModelConfig
 from sparsex_jax.modules.attention import SparseXAttention
+from sparsex_jax.modules.baselines import BaselineAttention, more_hidden
 from sparsex_jax.modules.layers import RMSNorm, SwiGLU
 from sparsex_jax.parallel.rules import whole
 from sparsex_jax.selection_loss import sample_queries
 
 
 class Block(nnx.Module):
-    """Attention and SwiGLU, each behind a norm and beside a residual connection."""
+    """Attention and SwiGLU, each behind a norm and beside a residual connection.
 
-    def __init__(self, config: ModelConfig, *, sparse: bool, rngs: nnx.Rngs):
+    Args:
+      config: of the model.
+      number: of the layer, from 0; its letter in `config.layers` says what attends.
+      rngs: random streams; "params" is used.
+    """
+
+    def __init__(self, config: ModelConfig, number: int, *, rngs: nnx.Rngs):
+        kind, hidden = config.layers[number], config.mlp_dim
         self.attention_norm = RMSNorm(config.model_dim)
-        self.attention = SparseXAttention(config, sparse=sparse, rngs=rngs)
+        if kind in BASELINES:
+            self.attention: SparseXAttention = BaselineAttention(config, number, rngs=rngs)
+            hidden += more_hidden(config)
+        else:
+            self.attention = SparseXAttention(config, sparse=kind == "s", rngs=rngs)
         self.mlp_norm = RMSNorm(config.model_dim)
         self.mlp = SwiGLU(
-            config.model_dim, config.mlp_dim, jnp.dtype(config.dtype),
+            config.model_dim, hidden, jnp.dtype(config.dtype),
             output_scale=(2 * len(config.layers)) ** -0.5, rngs=rngs,
         )  # fmt: skip
 
@@ -62,7 +74,7 @@ class Transformer(nnx.Module):
             axis_names=("vocab", "model"),
         )
         self.blocks = nnx.List(
-            Block(config, sparse=kind == "s", rngs=rngs) for kind in config.layers
+            Block(config, number, rngs=rngs) for number in range(len(config.layers))
         )
         self.final_norm = RMSNorm(config.model_dim)
 

@@ -7,7 +7,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from sparsex_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
+from sparsex_jax.config import (
+    AttentionConfig,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    baselines_in,
+)
 
 AXES = ("data", "fsdp", "seq", "tensor")
 BATCH_AXES = ("data", "fsdp")  # along which sequences are split
@@ -128,9 +134,15 @@ def part_rules(attention: AttentionConfig, *, sparse: bool = True) -> tuple[int,
 
 
 def check_model(model: ModelConfig, mesh: Mesh | None) -> None:
-    """Raises ConfigError unless the axes of a mesh divide the model's sizes."""
+    """Raises ConfigError unless a mesh can split the model: its axes divide the sizes."""
     if mesh is None:
         return
+    baselines = baselines_in(model.layers)
+    if baselines and mesh.shape["seq"] > 1:
+        raise ConfigError(
+            f"mesh.seq={mesh.shape['seq']} splits sequences, which {baselines} layers take whole:"
+            " use mesh.seq=1"
+        )
     for axis, name in (
         ("tensor", "num_kv_heads"), ("tensor", "mlp_dim"), ("fsdp", "model_dim"),
     ):  # fmt: skip

@@ -8,6 +8,7 @@ from sparsex_jax.tasks.evaluation import (
     decode_answer,
     evaluate,
     make_row,
+    summarize,
     wilson_interval,
 )
 from sparsex_jax.tasks.needle import (
@@ -43,5 +44,6 @@ __all__ = [
     "make_sample",
     "score",
     "smallest_length",
+    "summarize",
     "wilson_interval",
 ]

@@ -2,14 +2,21 @@
 
 import dataclasses
 import math
+import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, get_args
 
 import numpy as np
 
 from sparsex_jax.tasks.needle import Sample, make_sample, score
 from sparsex_jax.tasks.tokenizer import Tokenizer
+
+# Why an answer is wrong, as `sparsex_jax.tasks.diagnosis` finds out.
+Diagnosis = Literal["not_selected", "not_attended", "not_copied"]
+DIAGNOSES: tuple[Diagnosis, ...] = get_args(Diagnosis)
 
 # (prompts int32 [B, P], max_new_tokens) -> B sequences of new tokens, each at most that long.
 GenerateFn = Callable[[np.ndarray, int], Iterable[Sequence[int]]]
@@ -23,6 +30,7 @@ class Answer:
       index: number of the sample. depth: per cent. question: for people to read.
       references: strings that a right answer contains. text: what was generated.
       score: share of the references found. seconds: of the sample's batch, divided evenly.
+      diagnosis: why it is wrong, where that was asked for.
     """
 
     index: int
@@ -32,6 +40,7 @@ class Answer:
     text: str
     score: float
     seconds: float
+    diagnosis: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,15 +82,30 @@ def decode_answer(generated: Iterable[int], tokenizer: Tokenizer) -> str:
 
 
 def make_row(
-    system: str, task: str, tokens: int, scores: Sequence[float], status: str = "measured"
+    system: str,
+    task: str,
+    tokens: int,
+    scores: Sequence[float],
+    status: str = "measured",
+    *,
+    seconds: float | None = None,
+    note: str | None = None,
 ) -> dict[str, object]:
-    """A row of accuracy; without scores (status "out_of_memory", say) its numbers are None.
+    """A row of accuracy; without scores its numbers are None.
 
     `correct` is the sum of the scores, which is fractional where a task has several answers.
+
+    Args:
+      system, task, tokens: what was measured.
+      scores: of the samples.
+      status: "out_of_memory" or "too_slow" where there are no scores.
+      seconds: of a sample.
+      note: the figure that shows the status, in words.
     """
     row: dict[str, object] = {
         "system": system, "task": task, "tokens": tokens, "samples": len(scores),
-        "correct": None, "accuracy": None, "low": None, "high": None, "status": status,
+        "correct": None, "accuracy": None, "low": None, "high": None, "seconds": seconds,
+        "status": status, "note": note,
     }  # fmt: skip
     if scores:
         correct = float(sum(scores))
@@ -107,11 +131,14 @@ def evaluate(
     seed: int = 0,
     depths: Sequence[float] | None = None,
     system: str = "sparsex",
-    on_answer: Callable[[Answer], None] | None = None,
+    on_batch: Callable[[Sequence[Answer]], None] | None = None,
+    diagnose: Callable[[Sample, Sequence[int]], str] | None = None,
+    answered: Sequence[Answer] = (),
 ) -> Evaluation:
     """Asks a model questions of a task and scores what it generates.
 
-    Sample i is decided by (seed, task, length, i) alone, whatever the batch size.
+    Sample i is decided by (seed, task, length, i) alone, whatever the batch size. While the model
+    reads a batch, another thread makes the next.
 
     Args:
       generate_fn: greedy generation from prompts int32 [B, P], at most `max_new_tokens` each.
@@ -121,7 +148,10 @@ def evaluate(
       batch_size: prompts in a call.
       depths: per cent, taken in turn; None draws each from RULER's grid.
       system: name in the row.
-      on_answer: called with each answer, in order (for progress).
+      on_batch: called with the answers of each batch, in order (for progress).
+      diagnose: says of a sample and what was generated why it is wrong; asked for each that is not
+        wholly right. The row then counts what it says, by the names in `DIAGNOSES`.
+      answered: the first answers, given before; only the others are asked for.
 
     Raises:
       ValueError: as `make_sample`, or `samples` or `batch_size` is not positive.
@@ -137,15 +167,39 @@ def evaluate(
             task, length, rng=rng, tokenizer=tokenizer, haystack=haystack, depth=depth
         )
 
-    answers: list[Answer] = []
-    for first in range(0, samples, batch_size):
-        batch = [make(index) for index in range(first, min(first + batch_size, samples))]
-        for answer in _ask(generate_fn, batch, first, batch_size, tokenizer):
-            answers.append(answer)
-            if on_answer is not None:
-                on_answer(answer)
-    row = make_row(system, task, length, [answer.score for answer in answers])
-    return Evaluation(row, tuple(answers))
+    def make_batch(first: int) -> list[Sample]:
+        return [make(index) for index in range(first, min(first + batch_size, samples))]
+
+    answers = list(answered[:samples])
+    starts = range(len(answers), samples, batch_size)
+    with ThreadPoolExecutor(1) as maker:
+        following = maker.submit(make_batch, starts[0]) if starts else None
+        for first in starts:
+            assert following is not None
+            batch = following.result()
+            if first + batch_size < samples:
+                following = maker.submit(make_batch, first + batch_size)
+            found = list(_ask(generate_fn, batch, first, batch_size, tokenizer, diagnose))
+            answers += found
+            if on_batch is not None:
+                on_batch(found)
+    return Evaluation(
+        summarize(system, task, length, answers, diagnosed=diagnose is not None), tuple(answers)
+    )
+
+
+def summarize(
+    system: str, task: str, tokens: int, answers: Sequence[Answer], *, diagnosed: bool
+) -> dict[str, object]:
+    """The row of some answers, at least one; `diagnosed` adds why they are wrong."""
+    row = make_row(
+        system, task, tokens, [answer.score for answer in answers],
+        seconds=statistics.median(answer.seconds for answer in answers),
+    )  # fmt: skip
+    if diagnosed:
+        found = [answer.diagnosis for answer in answers]
+        row.update((name, found.count(name)) for name in DIAGNOSES)
+    return row
 
 
 def _ask(
@@ -154,6 +208,7 @@ def _ask(
     first: int,
     batch_size: int,
     tokenizer: Tokenizer,
+    diagnose: Callable[[Sample, Sequence[int]], str] | None,
 ) -> Iterator[Answer]:
     """The answers to a batch of samples, which are numbered from `first`."""
     # A last batch that is not full repeats its last prompt: one shape, one compilation.
@@ -164,7 +219,9 @@ def _ask(
     seconds = (time.perf_counter() - began) / len(batch)
     for offset, (sample, output) in enumerate(zip(batch, outputs, strict=False)):
         text = decode_answer(output, tokenizer)
+        share = score(text, sample.references)
+        diagnosis = None if diagnose is None or share == 1 else diagnose(sample, output)
         yield Answer(
-            first + offset, sample.depth, sample.question, sample.references, text,
-            score(text, sample.references), seconds,
+            first + offset, sample.depth, sample.question, sample.references, text, share, seconds,
+            diagnosis,
         )  # fmt: skip

@@ -14,7 +14,8 @@ import numpy as np
 
 from sparsex_jax.tasks import tracking, words
 from sparsex_jax.tasks.haystack import DEPTHS, insert, noise_text, take_text
-from sparsex_jax.tasks.phrases import Kind, Phrases, draw_value, join_tokens, question_text
+from sparsex_jax.tasks.lines import needle_lines
+from sparsex_jax.tasks.phrases import Kind, Phrases, draw_value, question_text
 from sparsex_jax.tasks.tokenizer import Tokenizer
 
 
@@ -73,6 +74,9 @@ class Sample:
       question: for people to read.
       depth: of the (first) needle asked for, in per cent of the haystack.
       answer_room: tokens kept for the answer.
+      lines: where the line that hides each reference begins and ends in the prompt.
+      sources: int64 [len(answer)], the place in the prompt that each token of the answer is to be
+        copied from; -1 for punctuation.
     """
 
     task: str
@@ -82,6 +86,8 @@ class Sample:
     question: str
     depth: float
     answer_room: int
+    lines: tuple[tuple[int, int], ...]
+    sources: np.ndarray
 
 
 @functools.cache
@@ -201,9 +207,13 @@ def make_sample(
     if task == VT:
         chain = tracking.Chain.draw(rng, tokenizer)
         room = answer_room or len(chain.answer)
-        prompt, depth = tracking.make_prompt(chain, length - room, rng, tokenizer, depth)
-        references = chain.variables
-        return Sample(task, prompt, chain.answer, references, tracking.question(chain), depth, room)
+        prompt, depth, positions = tracking.make_prompt(
+            chain, length - room, rng, tokenizer, depth
+        )  # fmt: skip
+        return Sample(
+            task, prompt, chain.answer, chain.variables, tracking.question(chain), depth, room,
+            _spans(positions, chain.statements), tracking.sources(chain, positions, tokenizer),
+        )  # fmt: skip
     return _needle_sample(task, spec, length, rng, tokenizer, haystack, depth, split, answer_room)
 
 
@@ -247,11 +257,32 @@ def _needle_sample(
     elif spec.haystack == "noise":
         text = noise_text(count, tokenizer)
     else:
-        text = _needle_text(count, spec, rng, phrases, split, set(keys))
-    context, _ = insert(text, needles, depths, tokenizer)
+        lines = needle_lines(count, spec.key, spec.value, rng, tokenizer, split, set(keys))
+        # What is left is less than a needle: noise, since half a needle would be a wrong one.
+        text = np.concatenate((noise_text(count - len(lines), tokenizer), lines))
+    context, positions = insert(text, needles, depths, tokenizer)
     prompt = np.concatenate([preface, context, question])
     readable = question_text(spec.value, queries, spec.single)
-    return Sample(task, prompt, answer, references, readable, depths[0], room)
+    places = [len(preface) + position for position in positions[: len(references)]]
+    spans = _spans(places, needles[: len(references)])
+    sources = _sources(references, [end for _, end in spans], phrases)
+    return Sample(task, prompt, answer, references, readable, depths[0], room, spans, sources)
+
+
+def _spans(begins: Sequence[int], lines: Sequence[np.ndarray]) -> tuple[tuple[int, int], ...]:
+    """Begin and end of lines that begin at these places."""
+    return tuple((begin, begin + len(line)) for begin, line in zip(begins, lines, strict=True))
+
+
+def _sources(references: Sequence[str], ends: Sequence[int], phrases: Phrases) -> np.ndarray:
+    """`Sample.sources` for values whose lines end at these places of the prompt."""
+    closing = len(phrases.tokenizer.fixed(".\n"))  # of the answer, and of each line
+    parts = []
+    for number, (value, end) in enumerate(zip(references, ends, strict=True)):
+        size = len(phrases.value(value))
+        parts.append(np.full(len(phrases.before(number, len(references))), -1))
+        parts.append(np.arange(size) + end - closing - size)
+    return np.concatenate([*parts, np.full(closing, -1)])
 
 
 def _draw_depths(rng: np.random.Generator, count: int, depth: float | None) -> list[float]:
@@ -259,30 +290,6 @@ def _draw_depths(rng: np.random.Generator, count: int, depth: float | None) -> l
     if depth is not None:
         depths[0] = float(depth)
     return depths
-
-
-def _needle_text(
-    count: int,
-    spec: TaskSpec,
-    rng: np.random.Generator,
-    phrases: Phrases,
-    split: words.KeySplit,
-    taken: set[str],
-) -> np.ndarray:
-    """Lines that are all needles, with keys that nobody asks for."""
-    lines: list[np.ndarray] = []
-    while True:
-        key = draw_value(rng, spec.key, split)
-        if key in taken:
-            continue
-        taken.add(key)
-        line = phrases.needle(spec.value, key, draw_value(rng, spec.value, split))
-        if len(line) > count:
-            break
-        lines.append(line)
-        count -= len(line)
-    # What is left is less than a needle: noise, since half a needle would be a wrong one.
-    return join_tokens([noise_text(count, phrases.tokenizer), *lines])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -61,21 +61,18 @@ class Parts:
 
     def _pairs(self, rng: np.random.Generator, count: int, few: int | None) -> np.ndarray:
         """Pairs of words, as rows; if `few`, of so many adjectives and nouns."""
-        numbers = len(words.ADJECTIVES), len(words.NOUNS)
-        pools = None if few is None else [rng.integers(number, size=few) for number in numbers]
-        found: list[tuple[int, int]] = []
-        while len(found) < count:
-            drawn = [rng.integers(few or number, size=count - len(found)) for number in numbers]
-            if pools is not None:
-                drawn = [pool[place] for pool, place in zip(pools, drawn, strict=True)]
-            found += [
-                (i, j)
-                for i, j in zip(*(x.tolist() for x in drawn), strict=True)
-                if words.split_of(words.ADJECTIVES[i], words.NOUNS[j]) == "train"
-            ]
-        rows = np.full((count, 3), self._hyphen, np.int32)
-        rows[:, ::2] = found
-        return rows + np.array([self._words, 0, self._hyphen + 1], np.int32)
+        if few is None:
+            found = rng.choice(words.pairs("train"), count)
+        else:
+            pools = [rng.integers(len(x), size=few) for x in (words.ADJECTIVES, words.NOUNS)]
+            found = np.zeros(0, np.int64)
+            while len(found) < count:
+                adjective, noun = (pool[rng.integers(few, size=count)] for pool in pools)
+                drawn = adjective * len(words.NOUNS) + noun
+                found = np.concatenate([found, drawn[words.is_of(drawn, "train")]])
+        adjective, noun = np.divmod(found[:count], len(words.NOUNS))
+        columns = self._words + adjective, np.full(count, self._hyphen), self._hyphen + 1 + noun
+        return np.stack(columns, axis=1).astype(np.int32)
 
     def least(self, key: Kind, value: Kind) -> int:
         """Tokens that a needle takes at least."""

@@ -58,13 +58,17 @@ class Phrases:
 
     def list(self, items: Sequence[str]) -> np.ndarray:
         """Items as `join_list` writes them, with a space before."""
-        fixed = self.tokenizer.fixed
-        parts = [self.value(items[0])]
-        for item in items[1:-1]:
-            parts += [fixed(","), self.value(item)]
-        if len(items) > 1:
-            parts += [fixed(","), fixed(" and"), self.value(items[-1])]
+        parts: list[np.ndarray] = []
+        for number, item in enumerate(items):
+            parts += [self.before(number, len(items)), self.value(item)]
         return np.concatenate(parts)
+
+    def before(self, number: int, count: int) -> np.ndarray:
+        """What stands before item `number` of a list of `count`, but for its space."""
+        if number == 0:
+            return join_tokens([])
+        fixed = self.tokenizer.fixed
+        return join_tokens([fixed(","), fixed(" and")] if number == count - 1 else [fixed(",")])
 
     def preface(self, kind: Kind, single: bool) -> np.ndarray:
         """The first line of the prompt; `single` when there is one question with one answer."""
@@ -77,16 +81,13 @@ class Phrases:
 
     def needle(self, kind: Kind, key: str, value: str) -> np.ndarray:
         """The line that hides a value."""
+        before, between, after = self.frame(kind)
+        return np.concatenate([before, self.value(key), between, self.value(value), after])
+
+    def frame(self, kind: Kind) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What stands in such a line before the key, between the two, and behind the value."""
         fixed = self.tokenizer.fixed
-        return np.concatenate(
-            [
-                fixed(f"One of the special magic {kind} for"),
-                self.value(key),
-                fixed(" is:"),
-                self.value(value),
-                fixed(".\n"),
-            ]
-        )
+        return fixed(f"One of the special magic {kind} for"), fixed(" is:"), fixed(".\n")
 
     def question(self, kind: Kind, keys: Sequence[str], single: bool) -> np.ndarray:
         """The question and the beginning of its answer."""

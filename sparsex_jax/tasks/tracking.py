@@ -126,12 +126,22 @@ def make_prompt(
     rng: np.random.Generator,
     tokenizer: Tokenizer,
     depth: float | None = None,
-) -> tuple[np.ndarray, float]:
-    """A prompt of exactly `length` tokens, and the depth of the chain's first statement."""
+) -> tuple[np.ndarray, float, list[int]]:
+    """A prompt of `length` tokens, the depth of the first statement, and the places of all."""
     depths = _statement_depths(rng, depth)
     frame = [_example(rng, tokenizer), tokenizer.fixed(TEMPLATE)]
     asked = ending(chain.value, tokenizer)
     count = length - sum(map(len, [*frame, *chain.statements, asked]))
     text = noise_text(count, tokenizer, space=True)
-    context, _ = insert(text, chain.statements, depths, tokenizer)
-    return np.concatenate([*frame, context, asked]), depths[0]
+    context, positions = insert(text, chain.statements, depths, tokenizer)
+    begin = sum(map(len, frame))
+    places = [begin + position for position in positions]
+    return np.concatenate([*frame, context, asked]), depths[0], places
+
+
+def sources(chain: Chain, positions: list[int], tokenizer: Tokenizer) -> np.ndarray:
+    """Places in the prompt that the tokens of the answer are copied from; -1 for its end."""
+    before = len(tokenizer.encode(" VAR"))
+    sizes = [len(tokenizer.encode(f" {name}")) for name in chain.variables]
+    parts = [np.arange(size) + begin + before for begin, size in zip(positions, sizes, strict=True)]
+    return np.concatenate([*parts, np.full(len(chain.answer) - sum(sizes), -1)])

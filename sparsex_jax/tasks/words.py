@@ -1,5 +1,6 @@
 """Keys and values of needles: adjective-noun pairs, 7-digit numbers and uuids."""
 
+import functools
 import pathlib
 import uuid
 import zlib
@@ -38,10 +39,43 @@ def split_of(adjective: str, noun: str) -> KeySplit:
     return "held_out" if held_out else "train"
 
 
+def pair_number(adjective: str, noun: str) -> int:
+    """The number of a pair among all."""
+    return ADJECTIVES.index(adjective) * len(NOUNS) + NOUNS.index(noun)
+
+
+@functools.cache
+def _held_out() -> np.ndarray:
+    """Whether each pair is held out, bool [adjectives * nouns].
+
+    CRC-32 is linear: that of a text is that of its end xor what n zeros make of its beginning's.
+    """
+    heads = [zlib.crc32(f"{word}-".encode()) for word in ADJECTIVES]
+    tails = np.array([zlib.crc32(word.encode()) for word in NOUNS], np.uint32)
+    sizes = np.array([len(word) for word in NOUNS])
+    checksums = np.empty((len(heads), len(tails)), np.uint32)
+    for size in np.unique(sizes):
+        zeros = bytes(int(size))
+        moved = [zlib.crc32(zeros, head) ^ zlib.crc32(zeros) for head in heads]
+        same = sizes == size
+        checksums[:, same] = np.array(moved, np.uint32)[:, None] ^ tails[same]
+    return checksums.ravel() % _HELD_OUT == 0
+
+
+def is_of(numbers: np.ndarray, split: KeySplit) -> np.ndarray:
+    """Whether pairs, by their numbers, are of a split."""
+    return _held_out()[numbers] == (split == "held_out")
+
+
+@functools.cache
+def pairs(split: KeySplit) -> np.ndarray:
+    """The numbers of all pairs of a split, int32, ascending."""
+    return np.flatnonzero(_held_out() == (split == "held_out")).astype(np.int32)
+
+
 def num_pairs(split: KeySplit) -> int:
-    """About how many pairs of words a split has."""
-    held_out = len(ADJECTIVES) * len(NOUNS) // _HELD_OUT
-    return held_out if split == "held_out" else len(ADJECTIVES) * len(NOUNS) - held_out
+    """How many pairs of words a split has."""
+    return len(pairs(split))
 
 
 def draw_pair(rng: np.random.Generator, split: KeySplit) -> tuple[str, str]:

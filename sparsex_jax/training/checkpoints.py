@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 import sparsex_jax
 from sparsex_jax import errors, manifest
-from sparsex_jax.config import AttentionConfig, ConfigError, ModelConfig
+from sparsex_jax.config import AttentionConfig, BaselineConfig, ConfigError, ModelConfig
 from sparsex_jax.training.errors import CheckpointError
 
 
@@ -220,7 +220,11 @@ def check_model(path: Path, saved: dict, wanted: ModelConfig) -> None:
 def model_config(path: Path, saved: dict, written_by: dict[str, str]) -> ModelConfig:
     """The model config of a checkpoint from JSON; raises CheckpointError where it is not known."""
     try:
-        return ModelConfig(**{**saved, "attention": AttentionConfig(**saved["attention"])})
+        parts = {
+            "attention": AttentionConfig(**saved["attention"]),
+            "baseline": BaselineConfig(**saved.get("baseline", {})),
+        }
+        return ModelConfig(**{**saved, **parts})
     except (TypeError, ConfigError) as error:
         raise CheckpointError(
             f"{path} has a config that this version of sparsex does not know ({error}): use version"

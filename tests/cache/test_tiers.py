@@ -64,7 +64,7 @@ def test_an_answer_leaves_nothing_behind_in_the_host_tier():
 @pytest.mark.usefixtures("small_host")
 @pytest.mark.parametrize("tier", ["device", "host"])
 def test_landmarks_of_tokens_in_the_window_can_wait(tier):
-    """They are brought up to date a block at a time, with the logits of token by token; or never."""
+    """Logits are the same bit for bit where they are brought up to date a block at a time."""
     tokens, size = make_tokens(1, 180), ATTENTION.block_size
     step = nnx.jit(extend, static_argnames="settle")
     settle = jax.jit(functools.partial(settle_layers, tokens=size, config=ATTENTION))

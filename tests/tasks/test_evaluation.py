@@ -32,7 +32,7 @@ def test_a_reader_is_always_right(task, tokenizer, haystack):
     model, seen = Reader(tokenizer), []
     result = evaluate(
         model, task, 512, 5, tokenizer=tokenizer, haystack=haystack, batch_size=2,
-        depths=[0, 50, 100], on_answer=seen.append,
+        depths=[0, 50, 100], on_batch=seen.extend,
     )  # fmt: skip
     assert len(set(model.shapes)) == 1
     assert model.shapes[0][0][1] + model.shapes[0][1] == 512
@@ -43,7 +43,8 @@ def test_a_reader_is_always_right(task, tokenizer, haystack):
     assert result.row == {
         "system": "sparsex", "task": task, "tokens": 512, "samples": 5, "correct": 5,
         "accuracy": 1.0, "low": pytest.approx(0.5655, abs=1e-4), "high": 1.0,
-        "status": "measured",
+        "seconds": sorted(answer.seconds for answer in seen)[2], "status": "measured",
+        "note": None,
     }  # fmt: skip
 
 
@@ -57,8 +58,9 @@ def test_errors_are_counted_and_batches_change_nothing(tokenizer, haystack):
 
 
 def test_rows_without_a_measurement(tokenizer, haystack):
-    row = make_row("dense", "single_2", 1 << 22, [], status="out_of_memory")
+    row = make_row("dense", "single_2", 1 << 22, [], "out_of_memory", note="9 bytes")
     assert (row["samples"], row["accuracy"], row["status"]) == (0, None, "out_of_memory")
+    assert row["note"] == "9 bytes"
     assert make_row("a", "multivalue", 512, [0.5, 0.25])["correct"] == 0.75
     for name in ("samples", "batch_size"):
         counts = {"samples": 1, "batch_size": 1, name: 0}

@@ -42,6 +42,15 @@ def test_length_is_exact_and_references_are_hidden(task, tokenizer, haystack):
             assert sample.question in prompt
             assert score(tokenizer.decode(sample.answer), sample.references) == 1
             assert not any(reference in sample.question for reference in sample.references)
+            copied = sample.sources >= 0
+            np.testing.assert_array_equal(
+                sample.prompt[sample.sources[copied]], sample.answer[copied]
+            )
+            assert tokenizer.decode(sample.answer[~copied]).strip(" ,.and\n") == ""
+            for reference, (begin, end) in zip(sample.references, sample.lines, strict=True):
+                line = tokenizer.decode(sample.prompt[begin:end])
+                assert reference in line and line.strip(" ").count("\n") == (task != "vt")
+                assert ((begin <= sample.sources) & (sample.sources < end)).any()
 
 
 @pytest.mark.parametrize("task", TASKS)

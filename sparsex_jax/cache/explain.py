@@ -1,0 +1,158 @@
+"""What one token attends to, layer by layer: slow and exact, for finding out why a model errs."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsex_jax.attention import select_remote
+from sparsex_jax.baselines.pattern import Pattern, random_blocks
+from sparsex_jax.cache.baselines import AllTokens, FirstTokens
+from sparsex_jax.cache.device import DeviceRemote
+from sparsex_jax.cache.layer import LayerCache, extend_layer
+from sparsex_jax.config import AttentionConfig
+from sparsex_jax.modules.attention import QuerySide
+from sparsex_jax.modules.transformer import Transformer
+from sparsex_jax.rotary import apply_rotary
+from sparsex_jax.spans import remote_end
+
+
+class Attended(NamedTuple):
+    """What a token attends to, over all layers and heads.
+
+    Attributes:
+      selected: whether some head can attend to the place asked for: it is in the window, in a
+        selected block, or in what the pattern of a baseline shows; bool scalar.
+      weight: the largest share of a head's softmax that the span asked for gets, f32 scalar.
+    """
+
+    selected: jax.Array
+    weight: jax.Array
+
+
+class _Keys(NamedTuple):
+    """Keys that a query may attend to, and their logits.
+
+    Attributes:
+      place: positions, int32 [Hkv, M]; -1 where there is none.
+      logits: f32 [Hkv, G, M], -inf where there is none.
+    """
+
+    place: jax.Array
+    logits: jax.Array
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, place: jax.Array, bias: jax.Array) -> "_Keys":
+        """Of q [1, 1, Hq, D], k [M, Hkv, D], place int32 [M, Hkv] and bias f32 [M, Hkv]."""
+        grouped = q.reshape(k.shape[1], -1, q.shape[-1]).astype(jnp.float32)
+        logits = jnp.einsum("hgd,mhd->hgm", grouped, k.astype(jnp.float32))
+        logits = logits * q.shape[-1] ** -0.5 + bias.T[:, None]
+        return cls(place.T, jnp.where((place >= 0).T[:, None], logits, -jnp.inf))
+
+
+@nnx.jit
+def explain(
+    model: Transformer,
+    layers: tuple[LayerCache, ...],
+    token: jax.Array,
+    place: jax.Array,
+    span: tuple[jax.Array, jax.Array],
+    length: jax.Array,
+) -> Attended:
+    """Reads one more token and tells what of the past it attends to.
+
+    Landmarks do not count. The dynamic branch and the window each have a softmax of their own with
+    fusion="sum"; else, and in baselines, it is one.
+
+    Args:
+      model: whose caches these are.
+      layers: of one sequence, in the tier "device"; they are not changed.
+      token: int32 scalar.
+      place: position of a token before it, int32 scalar.
+      span: begin and end of the tokens around that one.
+      length: tokens before, int32 scalar.
+    """
+    x: jax.Array | None = model.embed(token[None, None])
+    found: list[Attended] = []
+    for block, layer in zip(model.blocks, layers, strict=True):
+        attention = block.attention
+        normed = block.attention_norm(x)
+        queries = attention.query_side(normed, attention.mix(normed, layer.recent.history))
+        x, after = extend_layer(block, layer, x, length, jnp.int32(1), attends="all", settle=True)
+        config = attention.attention_config()
+        found += [
+            _measure(parts, place, span) for parts in _softmaxes(queries, after, length, config)
+        ]  # fmt: skip
+    return Attended(
+        jnp.stack([each.selected for each in found]).any(),
+        jnp.stack([each.weight for each in found]).max(),
+    )
+
+
+def _softmaxes(
+    queries: QuerySide, cache: LayerCache, position: jax.Array, config: AttentionConfig
+) -> list[list[_Keys]]:
+    """The keys of each softmax of a layer, in parts that have queries of their own."""
+    local_start = remote_end(position, 0, config)
+    plain = queries.q
+    turned = apply_rotary(plain, position[None], config.rope_base)
+    k = cache.recent.window_k[0]
+    place = position + 1 - len(k) + jnp.arange(len(k), dtype=jnp.int32)
+    window = _of_places(turned, k, jnp.where(place >= local_start, place, -1))
+    far = queries._replace(q=turned if config.turns_remote else plain)
+    remote = _remote_keys(far, cache.remote, position, local_start, config)
+    if remote is None:
+        return [[window]]
+    return [[window], [remote]] if config.fusion == "sum" else [[window, remote]]
+
+
+def _of_places(q: jax.Array, k: jax.Array, place: jax.Array) -> _Keys:
+    """Keys [M, Hkv, D] at places [M], without bias."""
+    shared = jnp.broadcast_to(place[:, None], k.shape[:2])
+    return _Keys.of(q, k, shared, jnp.zeros(shared.shape, jnp.float32))
+
+
+def _remote_keys(
+    queries: QuerySide, remote, position: jax.Array, local_start: jax.Array, config: AttentionConfig
+) -> _Keys | None:
+    """What a layer's query can attend to before its window."""
+    if isinstance(remote, DeviceRemote):
+        if not config.top_k:
+            return None
+        index, bias = select_remote(
+            queries.features, remote.features, local_start[None], None, config
+        )
+        return _of_blocks(queries.q, remote.k[0], index[0, 0], bias[0, 0], config.block_size)
+    if isinstance(remote, FirstTokens):
+        place = jnp.arange(remote.k.shape[1], dtype=jnp.int32)
+        return _of_places(queries.q, remote.k[0], jnp.where(place < local_start, place, -1))
+    if isinstance(remote, AllTokens):
+        assert isinstance(config, Pattern)
+        if config.kind == "dense":
+            place = jnp.arange(remote.k.shape[1], dtype=jnp.int32)
+            return _of_places(queries.q, remote.k[0], jnp.where(place < local_start, place, -1))
+        size, heads = config.block_size, remote.k.shape[2]
+        first = jnp.arange(config.global_tokens // size, dtype=jnp.int32)
+        first = jnp.where(first < local_start // size, first, -1)
+        index = jnp.concatenate((first, random_blocks(position[None], 0, config)[0]))
+        index = jnp.broadcast_to(index, (heads, len(index)))
+        return _of_blocks(queries.q, remote.k[0], index, jnp.zeros(index.shape, jnp.float32), size)
+    return None
+
+
+def _of_blocks(q: jax.Array, k: jax.Array, index: jax.Array, bias: jax.Array, size: int) -> _Keys:
+    """Keys of blocks, numbers and biases [Hkv, K], of k [N, Hkv, D]."""
+    place = index[:, :, None] * size + jnp.arange(size, dtype=jnp.int32)
+    place = jnp.where(index[:, :, None] < 0, -1, place).reshape(len(index), -1).T
+    chosen = jnp.take_along_axis(k, jnp.maximum(place, 0)[..., None], axis=0)
+    return _Keys.of(q, chosen, place, jnp.repeat(bias, size, axis=1).T)
+
+
+def _measure(parts: list[_Keys], place: jax.Array, span) -> Attended:
+    """Of one softmax over all parts."""
+    places = jnp.concatenate([part.place for part in parts], axis=-1)
+    shares = jax.nn.softmax(jnp.concatenate([part.logits for part in parts], axis=-1))
+    within = (places >= span[0]) & (places < span[1])
+    weight = jnp.where(within[:, None], shares, 0).sum(-1)
+    return Attended((places == place).any(), jnp.max(jnp.nan_to_num(weight)))

@@ -1,0 +1,74 @@
+"""Answers of a model within a limit of time."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparsex_jax.cache import Engine
+
+_STRETCH = 32  # chunks that are read between two looks at the clock
+_PROOF = 5.0  # seconds of reading from which the rest is foretold
+
+
+class TooSlow(Exception):
+    """A sample takes, or would take, longer than allowed.
+
+    Attributes:
+      seconds: that it would take, at least.
+    """
+
+    def __init__(self, message: str, seconds: float):
+        super().__init__(message)
+        self.seconds = seconds
+
+
+def generate_within(
+    engine: Engine,
+    prompts: np.ndarray,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+    limit: float,
+) -> np.ndarray:
+    """`Engine.generate`, given up as soon as reading turns out to take too long.
+
+    No token costs less than the ones before it, so the time of the rest is foretold from below.
+    The first stretch, which compiles, does not count.
+
+    Args:
+      engine: with a batch of B sequences.
+      prompts: int32 [B, P].
+      max_new_tokens: as in `Engine.generate`.
+      stop_tokens: likewise.
+      limit: seconds of a sample, a B-th of the batch's.
+
+    Returns:
+      int32 [B, max_new_tokens].
+
+    Raises:
+      TooSlow: a sample would take longer.
+    """
+    length, share = prompts.shape[1], engine.batch_size
+    context, stretch = (length - 1) // engine.chunk * engine.chunk, _STRETCH * engine.chunk
+    cache = engine.empty()
+    began = time.perf_counter()
+    for end in range(stretch, context + stretch, stretch):
+        end = min(end, context)
+        cache = engine.prefill(prompts[:, cache.length : end], cache=cache)
+        if end == context:
+            break
+        cache.block_until_ready()
+        spent = time.perf_counter() - began
+        if end == stretch:
+            compiled = spent
+            continue
+        read = end - stretch
+        foretold = (spent - compiled) / read * length / share
+        if foretold > limit and (spent - compiled > _PROOF or spent / share > limit):
+            raise TooSlow(
+                f"a sample of {length} tokens takes at least {foretold:.0f} s, more than the"
+                f" {limit:g} s allowed: {read} tokens were read in {spent - compiled:.1f} s"
+                f" (batches of {share})",
+                foretold,
+            )
+    return engine.answer(cache, prompts[:, context:], max_new_tokens, stop_tokens)

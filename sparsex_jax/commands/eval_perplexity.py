@@ -1,0 +1,104 @@
+"""`sparsex eval perplexity`."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsex_jax.commands.arguments import (
+    SHIPPED_MODEL,
+    format_length,
+    make_console,
+    make_progress,
+    parse,
+    parse_lengths,
+)
+from sparsex_jax.config import ConfigError
+from sparsex_jax.errors import first_line, is_memory_full
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Measures the perplexity of models on the same text, every token of each sequence counting.
+
+    Attributes:
+      checkpoints: directories of models; the others are compared with the first. By default the
+        one that comes with sparsex.
+      lengths: tokens of a sequence; 4096, 4K and 1M are understood.
+      sequences: at most so many, two or more; by default all that the text has.
+      haystack: folder of text files; by default the held-out split of the sources of Python's
+        standard library.
+      out: results file (JSON); by default results/HARDWARE/perplexity.json (cpu, h200, ...).
+    """
+
+    checkpoints: tuple[Path, ...] = (SHIPPED_MODEL,)
+    lengths: tuple[str, ...] = ("4K", "32K")
+    sequences: int | None = None
+    haystack: Path | None = None
+    out: Path | None = None
+
+
+def main(arguments: list[str], command: str) -> None:
+    """Parses the arguments and runs the command, which is quoted in what it writes."""
+    perplexity(parse(Arguments, "eval perplexity", arguments), command)
+
+
+def perplexity(arguments: Arguments, command: str) -> None:
+    """Runs the command."""
+    from jax.errors import JaxRuntimeError
+
+    from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
+    from sparsex_jax.benchmarks.tables import perplexity_table
+    from sparsex_jax.commands.model import load, name_of, read_haystack
+    from sparsex_jax.tasks import load as load_tokenizer
+    from sparsex_jax.tasks.perplexity import cut, make_row, sequence_losses
+    from sparsex_jax.training import model_crc32
+    from sparsex_jax.training.checkpoints import to_json
+
+    lengths = parse_lengths(arguments.lengths)
+    if not arguments.checkpoints:
+        raise ConfigError("checkpoints must name at least one: use runs/a/model, say")
+    if arguments.sequences is not None and arguments.sequences < 2:
+        raise ConfigError(f"sequences={arguments.sequences} leave no interval: use at least 2")
+    path = arguments.out or default_path("perplexity")
+    check_writable(path)
+    console = make_console()
+    stream, description = read_haystack(arguments.haystack, load_tokenizer())
+    texts = {length: cut(stream, length, arguments.sequences) for length in lengths}
+    console.print(f"text: {description}", markup=False, soft_wrap=True)
+    config: dict[str, Any] = {
+        "text": description,
+        "text_tokens": len(stream),
+        "models": [],
+        "sequences": arguments.sequences,
+    }
+    rows: list[dict[str, Any]] = []
+    first: dict[int, np.ndarray] = {}
+    for checkpoint, length in itertools.product(arguments.checkpoints, lengths):
+        name = name_of(checkpoint)
+        if length == lengths[0]:
+            model, _, description = load(checkpoint)
+            console.print(f"model: {description}", markup=False, soft_wrap=True)
+            described = {"model": to_json(model.config), "model_crc32": model_crc32(checkpoint)}
+            config["models"].append({"checkpoint": name} | described)
+        found: list[float] = []
+        status, note = "measured", None
+        with make_progress(console) as bar:
+            shown = bar.add_task(f"{name}, {format_length(length)}", total=len(texts[length]))
+            try:
+                for loss in sequence_losses(model, texts[length]):
+                    found.append(loss)
+                    bar.advance(shown)
+            except JaxRuntimeError as error:
+                if not is_memory_full(error):
+                    raise
+                found, status, note = [], "out_of_memory", first_line(error)
+        losses = np.array(found)
+        compared = first.get(length) if checkpoint != arguments.checkpoints[0] else None
+        first.setdefault(length, losses)
+        rows.append(make_row(model.config.system, name, length, losses, compared, status, note))
+        write_results(path, "perplexity", command, config, rows)
+    console.print(perplexity_table(rows, format_length), markup=False, soft_wrap=True)
+    console.print(f"results: {path}", markup=False, soft_wrap=True)

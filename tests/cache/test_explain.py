@@ -1,0 +1,93 @@
+"""What a token attends to, against weights computed from the whole sequence."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsex_jax.baselines import random_blocks
+from sparsex_jax.cache import Engine
+from sparsex_jax.cache.explain import explain
+from sparsex_jax.config import BaselineConfig
+from sparsex_jax.rotary import apply_rotary
+from sparsex_jax.scoring import block_features
+from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
+
+LENGTH = 101
+SIZE = ATTENTION.block_size
+LOCAL = SIZE * ((LENGTH - 1 - ATTENTION.window + 1) // SIZE)
+LAYERS = {
+    "sum": dataclasses.replace(TINY, layers="s"),
+    "softmax": dataclasses.replace(
+        TINY, layers="s", attention=dataclasses.replace(ATTENTION, fusion="softmax",
+                                                        landmarks="off"),
+    ),
+} | {
+    f"{layers}, {rope}": dataclasses.replace(
+        TINY, layers=layers,
+        baseline=BaselineConfig(rope=rope, window=16, global_tokens=16, random_blocks=2),
+    )
+    for layers, rope in (("l", "all"), ("d", "all"), ("f", "all"), ("b", "all"), ("b", "window"))
+}  # fmt: skip
+
+
+def heads_of(model, tokens):
+    """Each softmax of the last token: a dictionary from position to weight for each query head."""
+    layer = model.blocks[0].attention
+    config = layer.attention_config()
+    normed = model.blocks[0].attention_norm(model.embed(tokens))
+    mixed = layer.mix(normed)
+    keys, queries = layer.key_side(normed, mixed), layer.query_side(normed, mixed)
+    positions = np.arange(LENGTH)
+    turned_q, turned_k = (
+        np.asarray(apply_rotary(x, positions, config.rope_base)) for x in (queries.q, keys.k)
+    )
+    q, k = np.asarray(queries.q), np.asarray(keys.k)
+    found = []
+    for head in range(TINY.num_heads):
+        kv = head // 2
+        local = {p: turned_q[0, -1, head] @ turned_k[0, p, kv] for p in range(LOCAL, LENGTH)}
+        remote = {}
+        kind = model.config.layers
+        if kind == "s":
+            blocks = block_features(keys.block_inputs, keys.block_logits, SIZE)
+            scores = (
+                np.asarray(blocks)[0, : LOCAL // SIZE, kv] @ np.asarray(queries.features)[0, -1, kv]
+            )
+            chosen = np.argsort(-scores)[: config.top_k]
+        elif kind == "b":
+            chosen = [0, 1, *np.asarray(random_blocks(positions[-1:], 0, config))[0]]
+        else:
+            chosen = {"l": [], "d": range(LOCAL // SIZE), "f": range(2)}[kind]
+        for block in chosen:
+            for p in range(block * SIZE, (block + 1) * SIZE):
+                if config.fusion == "sum":
+                    remote[p] = q[0, -1, head] @ k[0, p, kv] + np.sqrt(8) * scores[block]
+                elif not config.turns_remote:
+                    remote[p] = q[0, -1, head] @ k[0, p, kv]
+                else:
+                    remote[p] = turned_q[0, -1, head] @ turned_k[0, p, kv]
+        softmaxes = [local, remote] if config.fusion == "sum" and remote else [local | remote]
+        for logits in softmaxes:
+            exponentials = {p: np.exp(x / np.sqrt(8)) for p, x in logits.items()}
+            total = sum(exponentials.values())
+            found.append({p: x / total for p, x in exponentials.items()})
+    return found
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_selection_and_weights(name):
+    model, tokens = make(LAYERS[name]), make_tokens(1, LENGTH)
+    cache = Engine(model, 128, chunk=32).prefill(tokens[:, :-1])
+    softmaxes = heads_of(model, tokens)
+    selected = set().union(*softmaxes)
+    for begin in (0, 13, 40, 64, 90):
+        span = begin, begin + 6
+        found = explain(
+            model, cache.layers, jnp.int32(tokens[0, -1]), jnp.int32(begin + 1),
+            tuple(map(jnp.int32, span)), jnp.int32(LENGTH - 1),
+        )  # fmt: skip
+        assert bool(found.selected) == (begin + 1 in selected)
+        expected = max(sum(x.get(p, 0) for p in range(*span)) for x in softmaxes)
+        np.testing.assert_allclose(found.weight, expected, rtol=1e-3, atol=1e-6)
