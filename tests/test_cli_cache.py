@@ -67,6 +67,7 @@ def test_prompts_are_continued(model, tmp_path, capsys):
         (["ask", "nowhere", "why?"], "nowhere does not exist: run `sparsex ingest`"),
         (["bench", "decode", "--lengths", "1000"], "length=1000 must be a multiple of 64"),
         (["bench", "decode", "--steps", "0"], "steps=0 must be positive"),
+        (["bench", "decode", "--steps", "65"], "steps=65 must be a multiple of the block size"),
         (["bench", "prefill", "--lengths", "4096M"], "must be below 2^31"),
         (["bench", "prefill", "--layers", "lsl"], "layers='lsl' is for a preset"),
         (["bench", "prefill", "--chunk", "x"], "chunk='x'"),
@@ -88,6 +89,8 @@ def test_decoding_is_compared_and_timed(tmp_path, monkeypatch, capsys):
     ]  # fmt: skip
     assert all(row["status"] == "measured" and row["max_error"] < 0.02 for row in rows)
     assert rows[1]["speedup_over_dense"] == rows[0]["milliseconds"] / rows[1]["milliseconds"]
+    assert run(*command, "--parts", "writing", "--steps", 64) == 0
+    assert json.loads(out.read_text())["rows"][0]["status"] == "measured"
     monkeypatch.setattr(decode, "relative_error", lambda *_: float("nan"))
     assert run(*command, "--parts", "selection") == 1
     assert json.loads(out.read_text())["rows"][0]["milliseconds"] is None

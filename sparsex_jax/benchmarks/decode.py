@@ -26,10 +26,11 @@ from sparsex_jax.benchmarks.names import DecodePart
 from sparsex_jax.benchmarks.runner import Row, require_positive, require_some
 from sparsex_jax.benchmarks.timing import compile_program, measure
 from sparsex_jax.benchmarks.workload import Workload
-from sparsex_jax.cache.device import DeviceRemote
+from sparsex_jax.cache.device import DeviceRemote, touched
 from sparsex_jax.cache.layer import attend, reach
+from sparsex_jax.config import ConfigError
 from sparsex_jax.landmarks import build_pyramid, leaf_nodes
-from sparsex_jax.modules.attention import QuerySide
+from sparsex_jax.modules.attention import KeySide, QuerySide
 from sparsex_jax.rotary import apply_rotary
 
 TOLERANCE = 0.02  # relative error in norm: outputs and weights are rounded to bfloat16
@@ -40,6 +41,7 @@ _PRIMITIVES = {
     "local": ("range_attention",),
     "landmarks": ("range_attention",),
     "dynamic": ("block_sparse_attention",),
+    "writing": (),
 }
 
 
@@ -75,7 +77,12 @@ class Settings:
         require_some(self, "lengths", "parts")
         require_positive(self, "steps", "samples", "seconds")
         for length in self.lengths:
-            self.workload(length)
+            size = self.workload(length).config.block_size
+            if "writing" in self.parts and self.steps % size:
+                raise ConfigError(
+                    f"steps={self.steps} must be a multiple of the block size for part 'writing':"
+                    f" use {size}"
+                )
 
     def workload(self, length: int) -> Workload:
         """The shapes at a length."""
@@ -211,6 +218,31 @@ def _loop(step: Callable, past: Past, queries: Queries) -> jax.Array:
     return jax.lax.scan(body, jnp.float32(0), queries)[0]
 
 
+def _write(work: Workload, settled: bool, remote: DeviceRemote, queries: Queries) -> DeviceRemote:
+    """Writes a token a step, keys and values made of the queries.
+
+    As in an answer they are brought up to date once a block; after each token if `settled`.
+    """
+    config, heads = work.config, work.kv_heads
+    first = work.tokens // 2  # behind it is room, as a cache has at its end
+
+    def write(n, remote):
+        k = jax.lax.dynamic_index_in_dim(queries.q, n, keepdims=False)[:, :, :heads]
+        feature = jax.lax.dynamic_index_in_dim(queries.features, n, keepdims=False)
+        keys = KeySide(k, k, k[..., 0].astype(jnp.float32), feature, k[..., 0])
+        # Two, of which the second one is of no block yet, as the cache makes them.
+        features = jnp.concatenate((feature, feature), axis=1)[:, : touched(1, config.block_size)]
+        return remote.append(keys, features, first + n, jnp.int32(1), config, settled)
+
+    def write_block(n, remote):
+        size = config.block_size
+        remote = jax.lax.fori_loop(n * size, (n + 1) * size, write, remote)
+        return remote if settled else remote.settle(first + n * size, size, config)
+
+    blocks = len(queries.q) // config.block_size
+    return jax.lax.fori_loop(0, blocks, write_block, remote)
+
+
 class Benchmark(runner.Benchmark[Step]):
     """Times the parts of `settings` and dense attention; see `runner.Benchmark`."""
 
@@ -271,8 +303,10 @@ class Benchmark(runner.Benchmark[Step]):
 
     def run(self, step: Step) -> Row:
         """The fields beyond `identity`."""
-        settings, work = self.settings, self.settings.workload(step.length)
+        work = self.settings.workload(step.length)
         past, queries = self.inputs(step.length)
+        if step.part == "writing":
+            return self._time_writing(work, past, queries)
         attend = self._function(step, work)
         one = jax.tree.map(lambda x: x[0], queries)
         error = relative_error(
@@ -283,7 +317,33 @@ class Benchmark(runner.Benchmark[Step]):
             note = f"the output differs from the reference by {error:.3g}, over {tolerance:g}"
             return {"max_error": _finite(error), "status": "wrong", "note": note}
         program, temporaries = compile_program(functools.partial(_loop, attend), past, queries)
-        timing = measure(lambda: program(past, queries), settings.samples, settings.seconds)
+        row = self._time(lambda: program(past, queries), temporaries)
+        speedup = self._speedup(step, row["milliseconds"])
+        return row | {"speedup_over_dense": speedup, "max_error": error}
+
+    def _time_writing(self, work: Workload, past: Past, queries: Queries) -> Row:
+        landmarks = [
+            jax.jit(lambda *x, settled=settled: _write(work, settled, *x).pyramid)
+            for settled in (False, True)
+        ]
+        found = [jax.tree.leaves(function(past.remote, queries)) for function in landmarks]
+        if not all(map(np.array_equal, *found)):
+            note = "landmarks differ from those that are brought up to date after each token"
+            return {"status": "wrong", "note": note}
+        write = functools.partial(_write, work, False)
+        program, temporaries = compile_program(write, past.remote, queries, donate=(0,))
+        state = [jax.tree.map(jnp.copy, past.remote)]
+
+        def run():
+            state[0] = program(state[0], queries)
+            return state[0].salience
+
+        return self._time(run, temporaries)
+
+    def _time(self, run: Callable, temporaries: int) -> Row:
+        """Times of a step, of what runs all of them."""
+        settings = self.settings
+        timing = measure(run, settings.samples, settings.seconds)
         q1, median, q3 = (x / settings.steps for x in timing.quartiles())
         return {
             "milliseconds": median,
@@ -291,9 +351,7 @@ class Benchmark(runner.Benchmark[Step]):
             "milliseconds_q3": q3,
             "samples": len(timing.seconds),
             "steps": settings.steps,
-            "speedup_over_dense": self._speedup(step, median),
             "peak_bytes": temporaries,
-            "max_error": error,
             "status": "measured",
         }
 

@@ -3,7 +3,7 @@
 from typing import Literal, get_args
 
 Part = Literal["op", "scoring", "selection", "rotary", "local", "landmarks", "dynamic", "fusion"]
-DecodePart = Literal["op", "selection", "local", "landmarks", "dynamic"]
+DecodePart = Literal["op", "selection", "local", "landmarks", "dynamic", "writing"]
 Direction = Literal["forward", "forward_backward"]
 Selection = Literal["random", "correlated"]
 Logits = Literal["normal", "peaked", "large"]

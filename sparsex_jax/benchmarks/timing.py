@@ -40,12 +40,15 @@ def device_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def compile_program(function: Callable, *arguments: Any) -> tuple[Any, int]:
+def compile_program(
+    function: Callable, *arguments: Any, donate: tuple[int, ...] = ()
+) -> tuple[Any, int]:
     """Compiles a function for the first device, without running it.
 
     Args:
       function: traceable by JAX.
       arguments: pytrees of `jax.ShapeDtypeStruct`.
+      donate: which of them the program uses up.
 
     Returns:
       The program, and the bytes of its temporaries: those beyond its inputs and outputs, as
@@ -55,11 +58,12 @@ def compile_program(function: Callable, *arguments: Any) -> tuple[Any, int]:
       OutOfMemory: inputs, outputs and temporaries together exceed the device's memory. (A CPU
         would hand them out, and the system would then end the process.)
     """
-    program = jax.jit(function).lower(*arguments).compile()
+    program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
     analysis = program.memory_analysis()
     assert analysis is not None, "this back end does not count a program's memory"
     temporaries = analysis.temp_size_in_bytes
     needed = temporaries + analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    needed -= analysis.alias_size_in_bytes
     available = device_memory()
     if needed > available:
         raise OutOfMemory(f"needs {needed / 2**30:.1f} of {available / 2**30:.1f} GiB")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class DecodeArguments:
     """Times the attention of one decoding step over a full cache against dense attention over it.
 
+    Part "writing" is what it takes to remember the step's token: keys, values, features, landmarks.
+
     The cache has random keys, in bfloat16. A sample is a loop of steps in one program, each of
     which needs the one before, so that launching from the host does not count. Nothing gets a time
     whose output differs from a reference in float32; the command then exits with 1.
