@@ -1,4 +1,4 @@
-"""A model on meshes of all shapes, against the same on one device; checkpoints between meshes."""
+"""A model on meshes of all shapes, against the same on one device, and against its cache."""
 
 import dataclasses
 import functools
@@ -8,10 +8,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from sparsex_jax.cache import Engine
+from sparsex_jax.cache.engine import extend
 from sparsex_jax.config import AttentionConfig, MeshConfig, ModelConfig
 from sparsex_jax.modules import Transformer
 from sparsex_jax.parallel.mesh import make_mesh
+from sparsex_jax.parallel.rules import partitions
 from sparsex_jax.training.parameters import split_model
 from sparsex_jax.training.step import gradients_of, place_batch, place_state
 from tests.parallel.devices import COUNT, compile_quickly, on_devices
@@ -101,3 +105,30 @@ def test_loss_and_gradients_equal_one_device():
 @on_devices
 def test_every_mesh_equals_one_device(data, fsdp, seq, tensor, strategy, accumulation):
     compare((data, fsdp, seq, tensor), strategy, accumulation)
+
+
+@on_devices
+def test_reading_in_chunks_equals_the_forward_pass_of_a_split_sequence():
+    tokens = make_batch()["tokens"][:1]
+    skeleton, params = make_model(model_for(1))
+    mesh = make_mesh(MeshConfig(1, 1, COUNT, 1))
+
+    def logits(params, tokens):
+        model = skeleton.build(params)
+        return model.logits(model(tokens, implementation="reference", sequence_strategy="ring"))
+
+    specs = partitions(params, skeleton.axes, mesh.shape)
+    forward = jax.shard_map(
+        logits, mesh=mesh, in_specs=(specs, P(None, "seq")), out_specs=P(None, "seq")
+    )
+    operands = place_state({"params": params}, skeleton, mesh)["params"], tokens
+    whole = np.asarray(compile_quickly(jax.jit(forward).lower(*operands))(*operands))
+
+    model, greedy = skeleton.build(params), whole[0].argmax(-1)
+    engine = Engine(model, capacity=2 * LENGTH, chunk=64)
+    cache = engine.prefill(tokens[:, :200])
+    step = jax.jit(lambda *x: extend(model, *x)[0])
+    part = tokens[:, 200:249], np.int32(200), np.int32(49)
+    np.testing.assert_allclose(step(cache.layers, *part), whole[:, 248], rtol=2e-4, atol=2e-4)
+    for place in (200, 230, 255):
+        assert engine.answer(cache, tokens[:, 200 : place + 1], 1)[0, 0] == greedy[place]
