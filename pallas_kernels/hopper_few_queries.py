@@ -6,7 +6,6 @@ joins the results (flash-decoding). So also one token's attention has work for m
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -128,17 +127,6 @@ class _Piece:
 def takes(q) -> bool:
     """Whether queries [B, T, ...] are few."""
     return q.shape[1] <= FEW
-
-
-def differentiated_as(general: Callable, few: Callable) -> Callable:
-    """A function that `few` computes, and `general` where it is differentiated."""
-
-    @jax.custom_vjp
-    def compute(*operands):
-        return few(*operands)
-
-    compute.defvjp(lambda *operands: jax.vjp(general, *operands), lambda vjp, bars: vjp(bars))
-    return compute
 
 
 def attend_blocks(q, k, v, block, value, *, num_keys: int, scale: float):

@@ -125,6 +125,11 @@ def combine(value, filled, out, lse, sizes: Sizes):
     """
     out, lse = (by_token(x, sizes) for x in (out, lse))
     value, filled = (jnp.moveaxis(x, 1, 2)[..., None] for x in (value, filled))
+    return combine_by_token(value, filled, out, lse)
+
+
+def combine_by_token(value, filled, out, lse):
+    """As `combine`, of arrays [B, chunk, Hkv, capacity, ...]: value and filled [..., 1]."""
     weights, total, lse = weigh(lse + value, filled, axis=3)
     weighted = jnp.where(filled[..., None], weights[..., None] * out.astype(lse.dtype), 0)
     out = jnp.sum(weighted, axis=3) / total[..., None]

@@ -41,7 +41,7 @@ class BlockWalk:
     """A thread block that walks over its share of the tiles, block by block.
 
     Products are transposed: rows are the block's keys, columns the tile's queries. `at` has the
-    references: q, k, v, out_bar, tiles, num_tiles and sums in device memory; q_tile, out_bar_tile,
+    references: q, k, v, out_bar, tiles, span and sums in device memory; q_tile, out_bar_tile,
     sums_tile, k_tile, v_tile and bar_tile in shared memory; and the rings' barriers.
     """
 
@@ -50,7 +50,7 @@ class BlockWalk:
         self.q_ring = Ring(config.stages, *at.q_ring)
         self.k_ring = Ring(config.key_stages, *at.k_ring)
         self.width = HALF // sizes.groups
-        self.first, self.count = hopper.contiguous_share(at.num_tiles[0], at)
+        self.first, self.count = hopper.contiguous_share(at.span[1], at)
 
     @staticmethod
     def scratch(sizes: Sizes, config: Config):
@@ -175,6 +175,7 @@ def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, conf
 
     Arguments as in `entry_walk.query_gradient`.
     """
+    chunk = chunk.alone(sizes)
     block = sizes.block_size, sizes.head_dim
     padded = sizes.batch, sizes.num_blocks * sizes.block_size, sizes.heads, sizes.head_dim
     results = hopper.launch(
@@ -218,7 +219,7 @@ def _add_edges(edges, chunk: Chunk, sizes: Sizes, programs: int):
       [2 programs]; and the sums, f32 [2 programs, 2, S, D].
     """
     at = types.SimpleNamespace(program=jnp.arange(programs, dtype=jnp.int32), programs=programs)
-    first, count = hopper.contiguous_share(chunk.num_tiles[0], at)
+    first, count = hopper.contiguous_share(chunk.span[1], at)
     last = first + count - 1
     own = jnp.stack([chunk.tiles[first], chunk.tiles[jnp.maximum(last, first)]], axis=1)
     # A last block that is also the first was written as the first.
