@@ -303,7 +303,8 @@ def launch(
       programs: thread blocks.
       operands: dict of arrays, or None.
       updated: dict of arrays, or None, of which the kernel writes a part; in place, where nothing
-        else needs what they were.
+        else needs what they were. They must not vary over axes of a mesh (`jax.shard_map`), as far
+        as JAX knows, and nor do the results.
       outputs: dict of shapes and dtypes.
       scratch: dict of scratch types, trees of them, or None.
       warpgroups: of a thread block.
@@ -342,10 +343,9 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not meets),
     )(*given.values(), *places.values())
     # plgpu.kernel forgets over which axes of a mesh (shard_map) its results vary.
-    axes = frozenset().union(*map(varying, (*given.values(), *changed.values())))
-    found = {name: jax.freeze(x) for name, x in places.items()}
-    found |= dict(zip(outputs, results, strict=True))
-    return {name: vary_over(axes, x) for name, x in found.items()}
+    axes = frozenset().union(*map(varying, given.values()))
+    found = {name: vary_over(axes, x) for name, x in zip(outputs, results, strict=True)}
+    return {name: jax.freeze(x) for name, x in places.items()} | found
 
 
 def share(items: int, at):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import add_up, adds_up, block_sparse_attention
 from pallas_kernels.csr import BlockCSR
+from pallas_kernels.mesh_axes import vary_with
 from pallas_kernels.range_attention import range_attention
 from pallas_kernels.shapes import batchable, differentiated_as, pad
 from sparsex_jax.config import AttentionConfig
@@ -171,7 +172,8 @@ def _attend(
     size = chunk_size(tokens, config.block_size)
     if in_place:
         queries = queries._replace(landmark_gate=None, dynamic_gate=None)  # not by chunks
-        return update_by_chunks(write, queries, jax.lax.empty(q.shape, q.dtype), size=size)
+        out = update_by_chunks(write, queries, jax.lax.empty(q.shape, q.dtype), size=size)
+        return vary_with(q, out)
     saved = "block_sparse_attention", "block_selection"
     return map_chunks(attend, queries, keys, size=size, saved=saved)
 

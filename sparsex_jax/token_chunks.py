@@ -66,8 +66,6 @@ def update_by_chunks(f: Callable, per_token: Any, out: jax.Array, *, size: int) 
       `out` after the last chunk.
     """
     tokens = out.shape[1]
-    axes = frozenset().union(*map(varying, jax.tree.leaves(per_token)))
-    out = vary_over(axes, out)
     if tokens <= size:
         return f(0, per_token, out)
     if tokens % size:

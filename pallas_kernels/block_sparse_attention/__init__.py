@@ -134,7 +134,8 @@ def add_up(
     Not differentiable, and only for what `adds_up` takes.
 
     Args:
-      out: [B, T, Hq, D], of which the tokens of the pattern are written.
+      out: [B, T, Hq, D], of which the tokens of the pattern are written. Inside `jax.shard_map` it
+        must not vary, as far as JAX knows, and nor does the result: `jax.lax.empty` does not.
       q: [B, T, Hq, D].
       k: [B, N, Hkv, D].
       v: [B, N, Hkv, D].
@@ -150,8 +151,8 @@ def add_up(
     """
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     first = jnp.asarray(first, jnp.int32)
-    operands = vary_alike(out, q, k, v, blocks, first, gate, tuple(added))
-    return dispatch.deferred(f"{__name__}.mosaic_gpu", "add_up")(*operands, block_size, scale)
+    operands = vary_alike(q, k, v, blocks, first, gate, tuple(added))
+    return dispatch.deferred(f"{__name__}.mosaic_gpu", "add_up")(out, *operands, block_size, scale)
 
 
 __all__ = ["BlockCSR", "add_up", "adds_up", "block_sparse_attention"]

@@ -95,7 +95,7 @@ def _for_chunks(chunks: int, pattern, sizes: Sizes, tokens: int, step, results, 
 
         return loop(each, of_chunk, results)
 
-    return loop(plans, of_plan, vary_with(pattern[0], results))
+    return loop(plans, of_plan, results)
 
 
 def _put(target, rows, chunk: Chunk):
@@ -119,9 +119,11 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
         return tuple(_put(x, y, chunk) for x, y in zip(results, found, strict=True))
 
     empty = lax.empty((*shape, sizes.head_dim), q.dtype), lax.empty(shape, jnp.float32)
+    if combine_config is None:  # else it must not vary, see `hopper.launch`
+        empty = vary_with(q, empty)
     pattern = indptr, indices, values
     results = _for_chunks(chunks, pattern, sizes, shape[1], attend, empty)
-    return tuple(x[:, :tokens] for x in results)
+    return tuple(x[:, :tokens] for x in vary_with(q, results))
 
 
 def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
@@ -147,6 +149,7 @@ def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, si
     whole = _whole(tokens)
     results = lax.empty((len(q), whole, *q.shape[2:]), q.dtype), jnp.zeros_like(values)
     pattern = indptr, indices, values
+    results = vary_with(q, results)
     q_bar, values_bar = _for_chunks(chunks, pattern, sizes, whole, differentiate, results)
     return q_bar[:, :tokens], values_bar
 

@@ -189,7 +189,7 @@ class _QueryGradient(EntryWalk):
         super().load_tile(slot, ready, i, tile)
         at = self.at
         load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, self.sizes.groups)
-        plgpu.copy_gmem_to_smem(at.sums.at[self.first + i], at.sums_tile.at[slot], ready)
+        plgpu.copy_gmem_to_smem(at.sums.at[self.begin + i], at.sums_tile.at[slot], ready)
 
     def compute_tile(self, tile, slot, key_slot, meanwhile):
         """What the block contributes to dQ, and to the gradient of each row's bias."""

@@ -90,12 +90,13 @@ class Chunk(NamedTuple):
         return self.slot >= 0
 
     def alone(self, sizes: Sizes) -> "Chunk":
-        """The chunk with no tiles but its own, which are counted from the first on."""
+        """The chunk with few tiles but its own, where there are many."""
         most = most_tiles(sizes)
-        if len(self.tiles) == most:
+        if len(self.tiles) <= most:
             return self
-        tiles = lax.dynamic_slice_in_dim(self.tiles, self.span[0], most)
-        return self._replace(tiles=tiles, span=self.span.at[0].set(0))
+        begin = jnp.minimum(self.span[0], len(self.tiles) - most)
+        tiles = lax.dynamic_slice_in_dim(self.tiles, begin, most)
+        return self._replace(tiles=tiles, span=self.span.at[0].add(-begin))
 
 
 class Plan(NamedTuple):
@@ -162,9 +163,7 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0) -> Plan:
     # Without a barrier the padding would compute them again for each of its numbers.
     parts = lax.optimization_barrier((header, token, number))
     described = jnp.concatenate(parts, axis=1).astype(jnp.int32)
-    # Slices of a chunk's tiles must not reach over the end.
-    missing = most_tiles(sizes) if chunks > 1 else 0
-    described = jnp.pad(described, [(0, missing), (0, DESCRIPTION - HEADER - 2 * width)])
+    described = jnp.pad(described, [(0, 0), (0, DESCRIPTION - HEADER - 2 * width)])
     slot = jnp.full(chunks * sizes.entries, -1, jnp.int32)
     target = jnp.where(tiles.inside, entry // sizes.entries * sizes.entries + own, len(slot))
     slot = slot.at[target.ravel()].set(
