@@ -28,6 +28,8 @@ class Sizes:
     capacity: int
     chunk: int
     scale: float
+    # As of `BlockCSR`; False looks up what could be known, and is right, too.
+    regular: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def entries(self):
@@ -77,7 +79,20 @@ def find_entries(first, indptr, indices, values, sizes: Sizes):
     bounds = jnp.moveaxis(indptr[:, :, jnp.minimum(row, indptr.shape[-1] - 1)], 2, 0)
     place = bounds[..., :-1, None] + jnp.arange(sizes.capacity, dtype=jnp.int32)
     place = jnp.where(place < bounds[..., 1:, None], place, indices.shape[-1])
-    if indptr.shape[-1] == 2:  # One query has the first entries: nothing to look up.
+    if sizes.regular and indices.shape[-1]:
+        tokens = indptr.shape[-1] - 1
+        token = jnp.minimum(row[:, :-1], tokens - 1)
+
+        def rows(x):
+            x = x.reshape(sizes.batch, sizes.heads, tokens, sizes.capacity)
+            return jnp.moveaxis(x[:, :, token], 2, 0)
+
+        inside = (row[:, :-1] < tokens)[:, None, None, :, None]
+        block = jnp.where(inside, rows(indices), -1)
+        value = jnp.where(inside, rows(values), -jnp.inf)
+        place = row[:, None, None, :-1, None] * sizes.capacity
+        place = place + jnp.arange(sizes.capacity, dtype=jnp.int32)
+    elif indptr.shape[-1] == 2:  # One query has the first entries: nothing to look up.
         missing = place.ndim * [(0, 0)]
         missing[-1] = (0, max(0, sizes.capacity - indices.shape[-1]))
         block, value = (

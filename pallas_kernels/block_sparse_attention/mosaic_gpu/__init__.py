@@ -224,7 +224,7 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     q = shapes.pad(q, 3, _padded_groups(groups))
     sizes = Sizes(
         batch, num_kv_heads, q.shape[3], head_dim, k.shape[1], block_size, blocks.num_columns,
-        blocks.row_capacity, tokens, scale,
+        blocks.row_capacity, tokens, scale, regular=blocks.regular,
     )  # fmt: skip
     q = q.reshape(batch, tokens, -1, head_dim)
     k, v = (shapes.pad(x, 1, 8) for x in (k, v))
@@ -258,7 +258,7 @@ def add_up(out, q, k, v, blocks: BlockCSR, first, gate, added, block_size, scale
     num_kv_heads, tokens = k.shape[2], blocks.indptr.shape[2] - 1
     sizes = Sizes(
         batch, num_kv_heads, num_heads // num_kv_heads, head_dim, k.shape[1], block_size,
-        blocks.num_columns, blocks.row_capacity, tokens, scale,
+        blocks.num_columns, blocks.row_capacity, tokens, scale, regular=blocks.regular,
     )  # fmt: skip
     sizes, chunks = _cut("forward", batch, tokens, sizes)
     config, combine_config = config_for("forward", head_dim), combine_config_for(sizes)

@@ -284,7 +284,7 @@ def combine_entries(
 
     # In units of log 2.
     logits = (lse + chunk.value[:, None]) * LOG2E
-    logits = jnp.where(chunk.filled[:, None], logits, -jnp.inf)
+    logits = jnp.where(jnp.broadcast_to(chunk.slot[:, None], logits.shape) >= 0, logits, -jnp.inf)
 
     def by_tile(x, *rest):
         return x if x is None else x.reshape(len(x), -1, HALF, *rest)

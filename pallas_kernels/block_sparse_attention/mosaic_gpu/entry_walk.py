@@ -293,7 +293,8 @@ def by_place(x, chunk: Chunk, sizes: Sizes):
 
     Anything where an entry is empty.
     """
-    return x.reshape(-1, sizes.groups).at[chunk.slot].get(mode="clip")
+    x = x.reshape(-1, sizes.groups)
+    return x.at[chunk.slot].get(mode="clip", wrap_negative_indices=False)
 
 
 def gradient_operands(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes):
