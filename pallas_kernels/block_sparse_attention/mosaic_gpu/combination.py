@@ -289,15 +289,18 @@ def combine_entries(
     def by_tile(x, *rest):
         return x if x is None else x.reshape(len(x), -1, HALF, *rest)
 
+    def gate_by_tile(x):
+        return x if x is None else by_tile(x.astype(jnp.float32))
+
     operands = {
         "parts": parts.reshape(tiles, sizes.capacity * HALF, sizes.head_dim),
         "logits": logits.reshape(tiles, sizes.capacity, HALF),
         "span": chunk.span,
-        "gate0": by_tile(gate),
+        "gate0": gate_by_tile(gate),
     }
     for number, each in enumerate(added):
         operands[f"rows{number}"] = by_tile(each.rows, sizes.head_dim)
-        operands[f"gate{1 + number}"] = by_tile(each.gate)
+        operands[f"gate{1 + number}"] = gate_by_tile(each.gate)
     found = hopper.launch(
         "combine_entries",
         hopper.roles(
