@@ -95,7 +95,8 @@ class _Combination:
         self.gated = [n for n, gated in enumerate(gates) if gated]
         # Of the chunk's first token, in `out` and the gates, and in what is added.
         self.row, self.added_row = (
-            lax.div(at.span[n] * (sizes.heads * sizes.groups), HALF) for n in (2, 3)
+            lax.div(at.span[n], TOGETHER) * (sizes.heads * sizes.groups * TOGETHER // HALF)
+            for n in (2, 3)
         )
 
     @staticmethod
@@ -248,6 +249,7 @@ class _Combination:
         plgpu.commit_smem_to_gmem_group()
 
 
+@functools.partial(jax.jit, static_argnames=("sizes", "config"))
 def combine_entries(
     parts,
     lse,
