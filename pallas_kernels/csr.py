@@ -11,7 +11,7 @@ import numpy as np
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("indptr", "indices", "values"),
-    meta_fields=("num_columns", "row_capacity", "uniform"),
+    meta_fields=("num_columns", "row_capacity", "regular"),
 )
 @dataclasses.dataclass(frozen=True)
 class BlockCSR:
@@ -26,7 +26,7 @@ class BlockCSR:
       values: f32 [B, Hkv, E], the score bias of each entry; -inf removes it.
       num_columns: columns of the matrix.
       row_capacity: a bound on the entries of a row, empty ones included.
-      uniform: whether each row has as many as that, so that nobody needs `indptr`.
+      regular: whether each row has just so many, so that nobody need look up where they are.
     """
 
     indptr: jax.Array
@@ -34,7 +34,7 @@ class BlockCSR:
     values: jax.Array
     num_columns: int
     row_capacity: int
-    uniform: bool = False
+    regular: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -72,7 +72,8 @@ class BlockCSR:
         def flat(x):
             return jnp.moveaxis(x, 1, 2).reshape(batch, heads, tokens * count)
 
-        return cls(indptr, flat(index.astype(jnp.int32)), flat(score), num_columns, count, True)
+        indices = flat(index.astype(jnp.int32))
+        return cls(indptr, indices, flat(score), num_columns, count, regular=True)
 
     @classmethod
     def from_mask(cls, mask, values=None, *, batch: int = 1, num_kv_heads: int = 1) -> "BlockCSR":

@@ -167,28 +167,33 @@ def _named(primitive: str, name: str, device: jax.Device, operands: tuple) -> Im
 
 
 def select(primitive: str, implementation: str | None, *operands) -> Callable:
-    """The function that computes `primitive` on JAX's default device, or the one targeted.
+    """The function that computes `primitive`, of the implementation that `chosen` returns."""
+    return chosen(primitive, implementation, *operands).function
+
+
+def chosen(primitive: str, implementation: str | None, *operands) -> Implementation:
+    """By what `primitive` is computed on JAX's default device, or the one targeted.
 
     Which one it is, and why, is logged the first time.
 
     Args:
       primitive: one of PRIMITIVES, already registered.
       implementation: a name, or None for the best that can run.
-      *operands: what the function will be called with.
+      *operands: what its function will be called with.
 
     Raises:
       ValueError: if the named implementation does not exist, or cannot run here or take these.
     """
     device = target_device()
     if implementation is None:
-        chosen, reason = _choose(primitive, device, operands)
+        found, reason = _choose(primitive, device, operands)
     else:
-        chosen, reason = _named(primitive, implementation, device, operands), "asked for by name"
-    message = f"{primitive}: {chosen.name} ({reason})"
+        found, reason = _named(primitive, implementation, device, operands), "asked for by name"
+    message = f"{primitive}: {found.name} ({reason})"
     if message not in _logged:
         _logged.add(message)
         logger.info("%s", message)
-    return chosen.function
+    return found
 
 
 def explain() -> list[tuple[str, str, str]]:

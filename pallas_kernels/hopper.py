@@ -245,11 +245,13 @@ class Ring:
       size: slots.
       ready: a barrier per slot, at which every copy into it arrives.
       used: a barrier per slot, at which every consumer arrives.
+      first: slot, where several rings share arrays; others of `Ring.barriers` are theirs.
     """
 
     size: int
     ready: jax.Ref
     used: jax.Ref
+    first: jax.Array | int = 0
 
     @staticmethod
     def barriers(size: int, copies: int, consumers: int = 2):
@@ -261,19 +263,23 @@ class Ring:
 
     def claim(self, turn):
         """The slot of a turn, once it is free to be filled."""
-        slot = lax.rem(turn, self.size)
+        slot = self.slot(turn)
         pl.when(turn >= self.size)(lambda: plgpu.barrier_wait(self.used.at[slot]))
         return slot
 
+    def slot(self, turn):
+        """The slot of a turn."""
+        return self.first + lax.rem(turn, self.size)
+
     def receive(self, turn):
         """The slot of a turn, once it is filled."""
-        slot = lax.rem(turn, self.size)
+        slot = self.slot(turn)
         plgpu.barrier_wait(self.ready.at[slot])
         return slot
 
     def release(self, turn):
         """Says that this warpgroup has done with a turn's slot."""
-        plgpu.barrier_arrive(self.used.at[lax.rem(turn, self.size)])
+        plgpu.barrier_arrive(self.used.at[self.slot(turn)])
 
 
 def launch(
@@ -284,6 +290,7 @@ def launch(
     operands,
     outputs,
     scratch,
+    updated=types.MappingProxyType({}),
     warpgroups: int = 3,
     meets: bool = True,
 ):
@@ -292,9 +299,12 @@ def launch(
     Args:
       name: of the kernel, for profilers and compilers' reports.
       run: is called once per warpgroup with a namespace: `program`, `programs`, `warpgroup`, and
-        a reference for each name in the three dicts below, None for None.
+        a reference for each name in the four dicts below, None for None.
       programs: thread blocks.
       operands: dict of arrays, or None.
+      updated: dict of arrays, or None, of which the kernel writes a part; in place, where nothing
+        else needs what they were. They must not vary over axes of a mesh (`jax.shard_map`), as far
+        as JAX knows, and nor do the results.
       outputs: dict of shapes and dtypes.
       scratch: dict of scratch types, trees of them, or None.
       warpgroups: of a thread block.
@@ -302,9 +312,12 @@ def launch(
         write to shared memory. Otherwise `run` sees to it, where they must, by `commit_smem`.
 
     Returns:
-      A dict of arrays, like `outputs`.
+      A dict of arrays, like `updated` and `outputs`.
     """
-    given = {name: x for name, x in operands.items() if x is not None}
+    given, changed = (
+        {k: x for k, x in each.items() if x is not None} for each in (operands, updated)
+    )
+    places = {name: jax.new_ref(x) for name, x in changed.items()}
 
     def kernel(*refs):
         run(
@@ -312,7 +325,8 @@ def launch(
                 program=lax.axis_index("program"),
                 programs=programs,
                 warpgroup=lax.axis_index("warpgroup"),
-                **dict.fromkeys(operands) | dict(zip((*given, *outputs), refs[:-1], strict=True)),
+                **dict.fromkeys((*operands, *updated))
+                | dict(zip((*given, *places, *outputs), refs[:-1], strict=True)),
                 **refs[-1],
             )
         )
@@ -327,10 +341,11 @@ def launch(
         thread_name="warpgroup",
         scratch_types=[scratch],
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not meets),
-    )(*given.values())
+    )(*given.values(), *places.values())
     # plgpu.kernel forgets over which axes of a mesh (shard_map) its results vary.
     axes = frozenset().union(*map(varying, given.values()))
-    return {name: vary_over(axes, x) for name, x in zip(outputs, results, strict=True)}
+    found = {name: vary_over(axes, x) for name, x in zip(outputs, results, strict=True)}
+    return {name: jax.freeze(x) for name, x in places.items()} | found
 
 
 def share(items: int, at):

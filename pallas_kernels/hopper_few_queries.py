@@ -6,7 +6,6 @@ joins the results (flash-decoding). So also one token's attention has work for m
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -140,17 +139,6 @@ def takes(q) -> bool:
     return q.shape[1] <= FEW
 
 
-def differentiated_as(general: Callable, few: Callable) -> Callable:
-    """A function that `few` computes, and `general` where it is differentiated."""
-
-    @jax.custom_vjp
-    def compute(*operands):
-        return few(*operands)
-
-    compute.defvjp(lambda *operands: jax.vjp(general, *operands), lambda vjp, bars: vjp(bars))
-    return compute
-
-
 def attend_blocks(
     q, k, v, indptr, indices, values, value, *, num_keys: int, num_blocks: int, scale: float
 ):
@@ -160,7 +148,7 @@ def attend_blocks(
       q: [B, T, Hq, D], up to 16 query heads for each of k.
       k: [B, N, Hkv, D], padded to a multiple of 8 keys.
       v: [B, N, Hkv, D].
-      indptr: int32 [B, Hkv, T + 1], of a `BlockCSR`; None of a uniform one.
+      indptr: int32 [B, Hkv, T + 1], of a `BlockCSR`; None of a regular one.
       indices: int32 [B, Hkv, E], likewise.
       values: f32 [B, Hkv, E], likewise.
       value: f32 [B, Hkv, T, P], the values of each token's entries; where it has fewer, anything.

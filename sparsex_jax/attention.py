@@ -4,16 +4,18 @@
 and queries that may begin at different positions: the cache calls them chunk by chunk.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_selection import select_blocks
-from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention import add_up, adds_up, block_sparse_attention
 from pallas_kernels.csr import BlockCSR
+from pallas_kernels.mesh_axes import vary_with
 from pallas_kernels.range_attention import range_attention
-from pallas_kernels.shapes import pad
+from pallas_kernels.shapes import batchable, differentiated_as, pad
 from sparsex_jax.config import AttentionConfig
 from sparsex_jax.fusion import Branch, fuse
 from sparsex_jax.landmarks import (
@@ -26,7 +28,7 @@ from sparsex_jax.landmarks import (
 )
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.spans import check_segment_ids, document_starts, pasts, remote_end
-from sparsex_jax.token_chunks import map_chunks
+from sparsex_jax.token_chunks import map_chunks, update_by_chunks
 
 # Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys.
 _CHUNK = 2**15
@@ -72,10 +74,34 @@ def sparse_attention(
     Raises:
       ValueError: shapes, types or arguments that do not fit the config, or each other.
     """
-    check_arguments(
-        q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
-        segment_ids,
+    operands = (
+        q, k, v, salience, query_features, block_features, landmark_gate, dynamic_gate, segment_ids
     )  # fmt: skip
+    check_arguments(*operands[:3], config, *operands[3:])
+    attend = functools.partial(_attend, config=config, implementation=implementation)
+    if not _adds_up(q, k, v, config, implementation):
+        return attend(*operands)
+    in_place = batchable(functools.partial(attend, in_place=True))
+    return differentiated_as(attend, in_place)(*operands)
+
+
+def _adds_up(q, k, v, config: AttentionConfig, implementation: str | None) -> bool:
+    """Whether without gradients the dynamic branch can add up all branches in place."""
+    tokens = q.shape[1]
+    size = min(tokens, chunk_size(tokens, config.block_size))
+    if tokens <= config.window or not config.top_k or config.fusion != "sum" or tokens % size:
+        return False
+    return adds_up(
+        q, k, v, tokens=size, capacity=config.top_k, block_size=config.block_size,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def _attend(
+    q, k, v, salience, query_features, block_features, landmark_gate, dynamic_gate, segment_ids,
+    *, config: AttentionConfig, implementation: str | None, in_place: bool = False,
+):  # fmt: skip
+    """`sparse_attention` of arguments that fit; `in_place` is not differentiable."""
     batch, tokens = q.shape[:2]
     positions = jnp.arange(tokens, dtype=jnp.int32)
     document_start = None if segment_ids is None else document_starts(segment_ids)
@@ -91,13 +117,13 @@ def sparse_attention(
     elif has_landmarks and config.landmarks == "all":
         marks, span = all_landmarks(k, v, salience, limit, document_start, config)
 
-    def attend(first, queries: _Queries, keys: _Keys):
-        """Attention of a chunk of tokens; the queries begin at position `first`."""
+    def near(first, queries: _Queries, keys: _Keys):
+        """The branches of a chunk of tokens from position `first` on that choose no blocks."""
         local = local_branch(
             queries.q, keys.k, keys.v, first, queries.local_start,
             config=config, implementation=implementation,
         )  # fmt: skip
-        landmarks = dynamic = None
+        landmarks = None
         if pyramid is not None:
             landmarks = landmark_branch(
                 queries.q, *keys.marks, pyramid, first, document_start,
@@ -108,6 +134,12 @@ def sparse_attention(
             landmarks = range_attention(
                 queries.q, marked_k, marked_v, *queries.span, bias, implementation=implementation
             )
+        return local, landmarks
+
+    def attend(first, queries: _Queries, keys: _Keys):
+        """Attention of a chunk of tokens; the queries begin at position `first`."""
+        local, landmarks = near(first, queries, keys)
+        dynamic = None
         if tokens > config.window and config.top_k:
             far = queries.q, keys.k
             if keys.turned_k is not None:
@@ -118,15 +150,32 @@ def sparse_attention(
             )  # fmt: skip
         return fuse(local, landmarks, dynamic, queries.landmark_gate, queries.dynamic_gate, config)
 
-    return map_chunks(
-        attend,
-        _Queries(
-            q, query_features, landmark_gate, dynamic_gate, local_start, document_start, limit, span
-        ),
-        _Keys(k, turned_k, v, block_features, marks),
-        size=chunk_size(tokens, config.block_size),
-        saved=("block_sparse_attention", "block_selection"),
+    def write(first, queries: _Queries, out):
+        """Writes the attention of a chunk of tokens, from position `first` on, to `out`."""
+        blocks = _select_blocks(
+            queries.features, block_features, queries.limit, queries.document_start, k.shape[1],
+            config, implementation,
+        )  # fmt: skip
+        local, landmarks = near(first, queries, keys)
+        added = [(local[0], None)]
+        if landmarks is not None:
+            added.append((landmarks[0], landmark_gate))
+        return add_up(
+            out, q, k, v, blocks, first,
+            gate=dynamic_gate, added=added, block_size=config.block_size,
+        )  # fmt: skip
+
+    keys = _Keys(k, turned_k, v, block_features, marks)
+    queries = _Queries(
+        q, query_features, landmark_gate, dynamic_gate, local_start, document_start, limit, span
     )
+    size = chunk_size(tokens, config.block_size)
+    if in_place:
+        queries = queries._replace(landmark_gate=None, dynamic_gate=None)  # not by chunks
+        out = update_by_chunks(write, queries, jax.lax.empty(q.shape, q.dtype), size=size)
+        return vary_with(q, out)
+    saved = "block_sparse_attention", "block_selection"
+    return map_chunks(attend, queries, keys, size=size, saved=saved)
 
 
 def chunk_size(tokens: int, block_size: int) -> int:
@@ -221,12 +270,24 @@ def dynamic_branch(
       config: block size, top_k, fusion (the score is a bias with "sum" only).
       implementation: as in `sparse_attention`.
     """
-    size = config.block_size
+    blocks = _select_blocks(
+        query_features, block_features, local_start, document_start, k.shape[1], config,
+        implementation,
+    )  # fmt: skip
+    return block_sparse_attention(
+        q, k, v, blocks, block_size=config.block_size, implementation=implementation
+    )
+
+
+def _select_blocks(
+    query_features, block_features, local_start, document_start, num_keys: int,
+    config: AttentionConfig, implementation: str | None,
+) -> BlockCSR:  # fmt: skip
+    """The K remote blocks that score best for each query, as a pattern."""
     index, bias = select_remote(
         query_features, block_features, local_start, document_start, config, implementation
     )
-    blocks = BlockCSR.from_selection(index, bias, -(-k.shape[1] // size))
-    return block_sparse_attention(q, k, v, blocks, block_size=size, implementation=implementation)
+    return BlockCSR.from_selection(index, bias, -(-num_keys // config.block_size))
 
 
 def select_remote(

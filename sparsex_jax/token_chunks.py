@@ -41,23 +41,50 @@ def map_chunks(
     def of_chunk(first, chunk, totals):
         return f(first, chunk, jax.tree.map(_summed_in, shared, totals))
 
-    def split(x):
-        missing = chunks * size - tokens
-        if missing:
-            widths = [(0, missing if axis == 1 else 0) for axis in range(x.ndim)]
-            x = jnp.pad(x, widths, mode="edge")
-        return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
-
     def add_chunk(out, x):
         return _write(out, of_chunk(*x, totals), x[0]), None
 
-    first = jnp.arange(chunks, dtype=jnp.int32) * size
-    operands = first, jax.tree.map(split, per_token)
+    operands = _split(per_token, chunks, size)
     like = jax.eval_shape(of_chunk, *jax.tree.map(lambda x: x[0], operands), totals)
     empty = lax.empty((like.shape[0], chunks * size, *like.shape[2:]), like.dtype)
     axes = frozenset().union(*map(varying, jax.tree.leaves((per_token, shared))))
     out, _ = lax.scan(add_chunk, vary_over(axes, empty), operands)
     return out[:, :tokens]
+
+
+def update_by_chunks(f: Callable, per_token: Any, out: jax.Array, *, size: int) -> jax.Array:
+    """Has f write chunks of tokens in place, one after the other. Not differentiable.
+
+    Args:
+      f: of the position of a chunk's first token, the chunk of `per_token`, and `out`, of which it
+        returns what it has made of it.
+      per_token: a pytree of arrays [B, T, ...].
+      out: [B, T, ...].
+      size: tokens of a chunk, which must divide T; T or more calls f once, with everything.
+
+    Returns:
+      `out` after the last chunk.
+    """
+    tokens = out.shape[1]
+    if tokens <= size:
+        return f(0, per_token, out)
+    if tokens % size:
+        raise ValueError(f"size={size} must divide the {tokens} tokens")
+    operands = _split(per_token, tokens // size, size)
+    return lax.scan(lambda out, x: (f(*x, out), None), out, operands)[0]
+
+
+def _split(per_token, chunks: int, size: int):
+    """The first token of each chunk, and arrays [B, T, ...] as [chunks, B, size, ...]."""
+
+    def split(x):
+        missing = chunks * size - x.shape[1]
+        if missing:
+            widths = [(0, missing if axis == 1 else 0) for axis in range(x.ndim)]
+            x = jnp.pad(x, widths, mode="edge")
+        return jnp.moveaxis(x.reshape(x.shape[0], chunks, size, *x.shape[2:]), 1, 0)
+
+    return jnp.arange(chunks, dtype=jnp.int32) * size, jax.tree.map(split, per_token)
 
 
 # A scan would begin with zeros for the results that it stacks; these are written once. Each place

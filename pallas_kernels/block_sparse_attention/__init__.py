@@ -98,4 +98,61 @@ def block_sparse_attention(
     return dispatch.select("block_sparse_attention", implementation, *operands)(*operands)
 
 
-__all__ = ["BlockCSR", "block_sparse_attention"]
+def adds_up(q, k, v, *, tokens: int, capacity: int, block_size: int, implementation=None) -> bool:
+    """Whether `add_up` takes queries and keys like these, by the implementation that is taken here.
+
+    Args:
+      q: [B, T, Hq, D].
+      k: [B, N, Hkv, D].
+      v: [B, N, Hkv, D].
+      tokens: rows of the pattern.
+      capacity: entries of a row.
+      block_size: S.
+      implementation: as in `block_sparse_attention`.
+    """
+    chosen = dispatch.chosen("block_sparse_attention", implementation, q, k, v, None, block_size)
+    if chosen.name != "mosaic_gpu":
+        return False
+    return dispatch.deferred(f"{__name__}.mosaic_gpu", "adds_up")(q, k, tokens, capacity)
+
+
+def add_up(
+    out,
+    q,
+    k,
+    v,
+    blocks: BlockCSR,
+    first,
+    *,
+    gate,
+    added,
+    block_size: int,
+    scale: float | None = None,
+):
+    """Block-sparse attention of some tokens, with other branches added, written in place.
+
+    Not differentiable, and only for what `adds_up` takes.
+
+    Args:
+      out: [B, T, Hq, D], of which the tokens of the pattern are written. Inside `jax.shard_map` it
+        must not vary, as far as JAX knows, and nor does the result: `jax.lax.empty` does not.
+      q: [B, T, Hq, D].
+      k: [B, N, Hkv, D].
+      v: [B, N, Hkv, D].
+      blocks: of T' tokens.
+      first: the first of these, int32, a multiple of 8.
+      gate: f32 [B, T, Hq], what the attention to the blocks is multiplied with; None for 1.
+      added: pairs of rows [B, T', Hq, D] to add, and what they are multiplied with, as `gate`.
+      block_size: as in `block_sparse_attention`.
+      scale: likewise.
+
+    Returns:
+      out, after that.
+    """
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    first = jnp.asarray(first, jnp.int32)
+    operands = vary_alike(q, k, v, blocks, first, gate, tuple(added))
+    return dispatch.deferred(f"{__name__}.mosaic_gpu", "add_up")(out, *operands, block_size, scale)
+
+
+__all__ = ["BlockCSR", "add_up", "adds_up", "block_sparse_attention"]

@@ -28,6 +28,8 @@ class Sizes:
     capacity: int
     chunk: int
     scale: float
+    # As of `BlockCSR`; False looks up what could be known, and is right, too.
+    regular: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def entries(self):
@@ -77,9 +79,23 @@ def find_entries(first, indptr, indices, values, sizes: Sizes):
     bounds = jnp.moveaxis(indptr[:, :, jnp.minimum(row, indptr.shape[-1] - 1)], 2, 0)
     place = bounds[..., :-1, None] + jnp.arange(sizes.capacity, dtype=jnp.int32)
     place = jnp.where(place < bounds[..., 1:, None], place, indices.shape[-1])
-    c, b, h = (x[..., None, None] for x in jnp.ogrid[:chunks, : sizes.batch, : sizes.heads])
-    block = indices.at[b, h, place].get(mode="fill", fill_value=-1)
-    value = values.at[b, h, place].get(mode="fill", fill_value=-jnp.inf)
+    if sizes.regular and indices.shape[-1]:
+        tokens = indptr.shape[-1] - 1
+        token = jnp.minimum(row[:, :-1], tokens - 1)
+
+        def rows(x):
+            x = x.reshape(sizes.batch, sizes.heads, tokens, sizes.capacity)
+            return jnp.moveaxis(x[:, :, token], 2, 0)
+
+        inside = (row[:, :-1] < tokens)[:, None, None, :, None]
+        block = jnp.where(inside, rows(indices), -1)
+        value = jnp.where(inside, rows(values), -jnp.inf)
+        place = row[:, None, None, :-1, None] * sizes.capacity
+        place = place + jnp.arange(sizes.capacity, dtype=jnp.int32)
+    else:
+        c, b, h = (x[..., None, None] for x in jnp.ogrid[:chunks, : sizes.batch, : sizes.heads])
+        block = indices.at[b, h, place].get(mode="fill", fill_value=-1)
+        value = values.at[b, h, place].get(mode="fill", fill_value=-jnp.inf)
     filled = (block >= 0) & (block < sizes.num_blocks) & (value != -jnp.inf)
     place = jnp.where(filled, place, indices.shape[-1])
     return place, block, jnp.where(filled, value, 0), filled
@@ -116,6 +132,11 @@ def combine(value, filled, out, lse, sizes: Sizes):
     """
     out, lse = (by_token(x, sizes) for x in (out, lse))
     value, filled = (jnp.moveaxis(x, 1, 2)[..., None] for x in (value, filled))
+    return combine_by_token(value, filled, out, lse)
+
+
+def combine_by_token(value, filled, out, lse):
+    """As `combine`, of arrays [B, chunk, Hkv, capacity, ...]: value and filled [..., 1]."""
     weights, total, lse = weigh(lse + value, filled, axis=3)
     weighted = jnp.where(filled[..., None], weights[..., None] * out.astype(lse.dtype), 0)
     out = jnp.sum(weighted, axis=3) / total[..., None]

@@ -11,9 +11,9 @@ from pallas_kernels import hopper, shapes, tuning
 from pallas_kernels.block_selection import mosaic_gpu as selection
 from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
-from pallas_kernels.block_sparse_attention.entries import Sizes, by_token, combine
+from pallas_kernels.block_sparse_attention.entries import Sizes, combine_by_token
 from pallas_kernels.block_sparse_attention.mosaic_gpu import block_walk, entry_walk
-from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunks
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Chunk, by_token, plan_chunks
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
 from pallas_kernels.range_attention.mosaic_gpu import key_walk, query_walk
@@ -118,16 +118,19 @@ def _range_attention(function: str, work: Workload) -> KernelCase:
 @functools.partial(jax.jit, static_argnames="sizes")
 def _plan(blocks: BlockCSR, sizes: Sizes):
     pattern = blocks.indptr, blocks.indices, blocks.values
-    return plan_chunks(jnp.zeros(1, jnp.int32), *pattern, sizes).chunk(0, sizes)
+    return plan_chunks(jnp.zeros(1, jnp.int32), *pattern, sizes).chunk(0)
 
 
-_combine = jax.jit(combine, static_argnames="sizes")
+@functools.partial(jax.jit, static_argnames="sizes")
+def _combine(out, lse, chunk: Chunk, sizes: Sizes):
+    operands = chunk.value[:, None], chunk.filled[:, None], out, lse
+    return combine_by_token(*(by_token(x, sizes) for x in operands))
 
 
 def _block_sparse_attention(function: str, work: Workload) -> KernelCase:
     made = work.make(("q", "k", "v", "index", "score"))
     count, block_size = work.config.top_k, work.config.block_size
-    queries = work.tokens if function == "key_gradients" else work.tokens // count
+    queries = work.tokens if function == "key_gradients" else work.tokens // count // 8 * 8
     q, index, score = (made[name][:, -queries:] for name in ("q", "index", "score"))
     k, v = made["k"], made["v"]
     blocks = BlockCSR.from_selection(index, score, work.blocks)
@@ -148,9 +151,7 @@ def _block_sparse_attention(function: str, work: Workload) -> KernelCase:
         expected = jax.jit(attend)(q, k, v, blocks.values)
 
         def compare(parts):
-            found = zip(
-                _combine(chunk.value, chunk.filled, *parts, sizes=sizes), expected, strict=True
-            )
+            found = zip(_combine(*parts, chunk, sizes=sizes), expected, strict=True)
             return _output_errors([x.reshape(y.shape) for x, y in found], expected)
 
         forward = functools.partial(run, entry_walk.forward)
@@ -163,7 +164,7 @@ def _block_sparse_attention(function: str, work: Workload) -> KernelCase:
         return KernelCase(
             functools.partial(run, entry_walk.query_gradient), operands,
             lambda parts: _errors_of_gradients(
-                _sum_entries(*parts, chunk.filled, sizes), [q_bar, values_bar]
+                _sum_entries(*parts, chunk, sizes), [q_bar, values_bar]
             ),
         )  # fmt: skip
     _, *bars, _ = bars
@@ -174,13 +175,13 @@ def _block_sparse_attention(function: str, work: Workload) -> KernelCase:
 
 
 @functools.partial(jax.jit, static_argnames="sizes")
-def _sum_entries(q_bar, bias_bar, filled, sizes: Sizes):
+def _sum_entries(q_bar, bias_bar, chunk: Chunk, sizes: Sizes):
     """dQ [1, chunk, Hq, D] and the gradient of the values, [1, Hkv, E], from those of entries."""
-    filled = jnp.moveaxis(filled, 1, 2)[..., None]
-    q_bar, bias_bar = (by_token(x, sizes) for x in (q_bar, bias_bar))
-    q_bar = jnp.sum(jnp.where(filled[..., None], q_bar.astype(jnp.float32), 0), axis=3)
-    values_bar = jnp.sum(jnp.where(filled, bias_bar, 0), axis=4).swapaxes(1, 2)
-    return q_bar.reshape(1, sizes.chunk, -1, sizes.head_dim), values_bar.reshape(1, sizes.heads, -1)
+    filled = chunk.filled[:, None]
+    q_bar = jnp.where(filled[..., None], q_bar.astype(jnp.float32), 0)
+    q_bar, values_bar = (by_token(x, sizes) for x in (q_bar, jnp.where(filled, bias_bar, 0)))
+    values_bar = jnp.moveaxis(jnp.sum(values_bar, axis=4), 1, 2).reshape(1, sizes.heads, -1)
+    return jnp.sum(q_bar, axis=3).reshape(1, sizes.chunk, -1, sizes.head_dim), values_bar
 
 
 def _block_selection(_: str, work: Workload) -> KernelCase:

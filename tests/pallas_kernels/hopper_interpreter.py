@@ -302,3 +302,11 @@ def cut_small(monkeypatch, mosaic_gpu, programs: int) -> None:
         return dataclasses.replace(config, programs=programs, stages=stages)
 
     monkeypatch.setattr(mosaic_gpu, "config_for", small)
+    if hasattr(mosaic_gpu, "combine_config_for"):
+        combine_config_for = mosaic_gpu.combine_config_for
+
+        def small_combine(sizes):
+            config = combine_config_for(sizes)
+            return config and dataclasses.replace(config, programs=programs, stages=2)
+
+        monkeypatch.setattr(mosaic_gpu, "combine_config_for", small_combine)

@@ -49,7 +49,7 @@ def abstract_call(kernel, head_dim, config):
     sizes = Sizes(1, heads, groups, head_dim, tokens, 64, tokens // 64, count, tokens, 1.0)
     indptr, entries = (shape((1, heads, n), jnp.int32) for n in (tokens + 1, tokens * count))
     chunk = jax.eval_shape(
-        lambda *x: plan_chunks(jnp.zeros(1, jnp.int32), *x, sizes).chunk(0, sizes),
+        lambda *x: plan_chunks(jnp.zeros(1, jnp.int32), *x, sizes).chunk(0),
         indptr, entries, shape(entries.shape, jnp.float32),
     )  # fmt: skip
     return lambda *x: f(*x, sizes, config), q, k, k, *more, chunk

@@ -21,17 +21,25 @@ from pallas_kernels import shapes
 from pallas_kernels.block_sparse_attention import xla
 from pallas_kernels.block_sparse_attention.entries import (
     Sizes,
-    by_token,
-    combine,
+    combine_by_token,
     find_entries,
     loop,
 )
 from pallas_kernels.block_sparse_attention.mosaic_gpu.block_walk import key_gradients
+from pallas_kernels.block_sparse_attention.mosaic_gpu.combination import (
+    TOGETHER,
+    Added,
+    combine_config_for,
+    combine_entries,
+)
 from pallas_kernels.block_sparse_attention.mosaic_gpu.configs import KERNELS, config_for
-from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import forward, query_gradient
-from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import plan_chunks
+from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import (
+    forward,
+    query_gradient,
+)
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Chunk, by_token, plan_chunks
 from pallas_kernels.csr import BlockCSR
-from pallas_kernels.hopper_few_queries import attend_blocks, differentiated_as, takes
+from pallas_kernels.hopper_few_queries import attend_blocks, takes
 from pallas_kernels.mesh_axes import vary_with
 
 # Entries of a chunk of queries. Partial results are held of all of them, so there should be few,
@@ -46,19 +54,33 @@ def _padded_groups(groups: int) -> int:
     return 8 if groups <= 8 else 16
 
 
-def _cut(kernel: str, q, sizes: Sizes) -> tuple[Sizes, int]:
-    """The sizes of a kernel's call on q [B, T, Hkv * groups, D], and the number of its chunks."""
-    sizes = dataclasses.replace(sizes, batch=len(q))
+def _cut(kernel: str, batch: int, tokens: int, sizes: Sizes) -> tuple[Sizes, int]:
+    """The sizes of a kernel's call on so many queries, and the number of its chunks."""
+    sizes = dataclasses.replace(sizes, batch=batch)
     entries = max(_MIN_ENTRIES, _ENTRIES_PER_BLOCK.get(kernel, _MAX_ENTRIES) * sizes.columns)
     most = max(1, min(entries, _MAX_ENTRIES) // (sizes.batch * sizes.heads * sizes.capacity))
-    chunks = -(-q.shape[1] // most)
-    return dataclasses.replace(sizes, chunk=-(-q.shape[1] // chunks)), chunks
+    chunks = -(-tokens // most)
+    return dataclasses.replace(sizes, chunk=_whole(-(-tokens // chunks))), chunks
 
 
-def _for_chunks(chunks: int, pattern, sizes: Sizes, tokens: int, step, results):
-    """Runs `step(chunk, its first token, results)` chunk after chunk; returns the last results.
+def _whole(tokens: int) -> int:
+    """As many tokens or more, of which the results are whole tiles."""
+    return -(-tokens // TOGETHER) * TOGETHER
+
+
+def _for_chunks(chunks: int, pattern, sizes: Sizes, tokens: int, step, results, origin=0):
+    """Runs `step(chunk, results)` chunk after chunk; returns the last results.
 
     The last chunk ends with the sequence: what it shares with others is computed again.
+
+    Args:
+      chunks: how many.
+      pattern: indptr, indices and values.
+      sizes: of the call.
+      tokens: of the pattern, a multiple of 8 or more.
+      step: what to do.
+      results: to begin with.
+      origin: the token that is the pattern's first.
     """
     plans = -(-chunks * sizes.entries // _MAX_ENTRIES)
     each = -(-chunks // plans)
@@ -66,64 +88,80 @@ def _for_chunks(chunks: int, pattern, sizes: Sizes, tokens: int, step, results):
     first = jnp.minimum(number * sizes.chunk, tokens - sizes.chunk)
 
     def of_plan(n, results):
-        plan = plan_chunks(first[n], *pattern, sizes)
+        plan = plan_chunks(first[n], *pattern, sizes, origin)
 
         def of_chunk(i, results):
-            return step(plan.chunk(i, sizes), first[n, i], results)
+            return step(plan.chunk(i), results)
 
         return loop(each, of_chunk, results)
 
-    return loop(plans, of_plan, vary_with(pattern[0], results))
+    return loop(plans, of_plan, results)
 
 
-def _put(target, rows, first):
+def _put(target, rows, chunk: Chunk):
     """Writes rows of tokens [B, chunk, Hkv, groups, ...] to target [B, T, Hkv * groups, ...]."""
     rows = rows.reshape(*rows.shape[:2], *target.shape[2:]).astype(target.dtype)
-    return lax.dynamic_update_slice_in_dim(target, rows, first, axis=1)
+    return lax.dynamic_update_slice_in_dim(target, rows, chunk.span[2], axis=1)
 
 
 def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
-    sizes, chunks = _cut("forward", q, sizes)
-    config = config_for("forward", sizes.head_dim)
+    tokens = q.shape[1]
+    sizes, chunks = _cut("forward", len(q), tokens, sizes)
+    shape = len(q), _whole(tokens), q.shape[2]
+    config, combine_config = config_for("forward", sizes.head_dim), combine_config_for(sizes)
 
-    def attend(chunk, first, results):
-        parts = forward(q, k, v, chunk, sizes, config)
-        found = combine(chunk.value, chunk.filled, *parts, sizes)
-        return tuple(_put(x, y, first) for x, y in zip(results, found, strict=True))
+    def attend(chunk, results):
+        parts, lse = forward(q, k, v, chunk, sizes, config)
+        if combine_config is not None:
+            return combine_entries(parts, lse, chunk, results, sizes, combine_config)
+        operands = chunk.value[:, None], chunk.filled[:, None], parts, lse
+        found = combine_by_token(*(by_token(x, sizes) for x in operands))
+        return tuple(_put(x, y, chunk) for x, y in zip(results, found, strict=True))
 
-    empty = lax.empty(q.shape, q.dtype), lax.empty(q.shape[:3], jnp.float32)
-    return _for_chunks(chunks, (indptr, indices, values), sizes, q.shape[1], attend, empty)
+    empty = lax.empty((*shape, sizes.head_dim), q.dtype), lax.empty(shape, jnp.float32)
+    if combine_config is None:  # else it must not vary, see `hopper.launch`
+        empty = vary_with(q, empty)
+    pattern = indptr, indices, values
+    results = _for_chunks(chunks, pattern, sizes, shape[1], attend, empty)
+    return tuple(x[:, :tokens] for x in vary_with(q, results))
 
 
 def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
     """dQ and the gradient of the values."""
-    sizes, chunks = _cut("query_gradient", q, sizes)
+    tokens = q.shape[1]
+    sizes, chunks = _cut("query_gradient", len(q), tokens, sizes)
     config = config_for("query_gradient", sizes.head_dim)
-    b, h = (x[..., None, None] for x in jnp.ogrid[: sizes.batch, : sizes.heads])
+    b, _, h = (x[..., None] for x in jnp.ogrid[: sizes.batch, :1, : sizes.heads])
 
-    def differentiate(chunk, first, results):
-        parts = query_gradient(q, k, v, out_bar, lse, delta, chunk, sizes, config)
-        of_entries, bias_bar = (by_token(x, sizes) for x in parts)
-        filled = jnp.moveaxis(chunk.filled, 1, 2)[..., None]
+    def differentiate(chunk, results):
+        of_entries, bias_bar = query_gradient(q, k, v, out_bar, lse, delta, chunk, sizes, config)
+        filled = chunk.filled[:, None]
+        bias_bar = jnp.where(filled, bias_bar, 0)
+        value_bar = jnp.sum(bias_bar, axis=1)
         of_entries = jnp.where(filled[..., None], of_entries.astype(jnp.float32), 0)
-        value_bar = jnp.sum(jnp.where(filled, bias_bar, 0), axis=4).swapaxes(1, 2)
+        value_bar, place, of_entries = (
+            by_token(x, sizes) for x in (value_bar, chunk.place, of_entries)
+        )
         q_bar, values_bar = results
-        values_bar = values_bar.at[b, h, chunk.place].set(value_bar, mode="drop")
-        return _put(q_bar, jnp.sum(of_entries, axis=3), first), values_bar
+        values_bar = values_bar.at[b, h, place].set(value_bar, mode="drop")
+        return _put(q_bar, jnp.sum(of_entries, axis=3), chunk), values_bar
 
-    results = lax.empty(q.shape, q.dtype), jnp.zeros_like(values)
+    whole = _whole(tokens)
+    results = lax.empty((len(q), whole, *q.shape[2:]), q.dtype), jnp.zeros_like(values)
     pattern = indptr, indices, values
-    return _for_chunks(chunks, pattern, sizes, q.shape[1], differentiate, results)
+    results = vary_with(q, results)
+    q_bar, values_bar = _for_chunks(chunks, pattern, sizes, whole, differentiate, results)
+    return q_bar[:, :tokens], values_bar
 
 
 def _key_gradients(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
     """dK and dV, [B, N, Hkv, D]."""
-    sizes, chunks = _cut("key_gradients", q, sizes)
+    sizes, chunks = _cut("key_gradients", len(q), q.shape[1], sizes)
     config = config_for("key_gradients", sizes.head_dim)
 
     def differentiate(i):
         first = jnp.reshape(i * sizes.chunk, 1)
-        chunk = plan_chunks(first, indptr, indices, values, sizes).chunk(0, sizes)
+        chunk = plan_chunks(first, indptr, indices, values, sizes).chunk(0)
         return key_gradients(q, k, v, out_bar, lse, delta, chunk, sizes, config)
 
     def add(i, total):
@@ -166,10 +204,10 @@ def _attend_bwd(sizes, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _attend_few(q, k, v, indptr, indices, values, *, sizes: Sizes, uniform: bool):
+def _attend_few(q, k, v, indptr, indices, values, *, sizes: Sizes):
     """As `_attend`, an entry being a piece of keys."""
     sizes = dataclasses.replace(sizes, batch=len(q), chunk=q.shape[1])
-    if uniform:  # The entries as they are: nothing that XLA would compute beforehand.
+    if sizes.regular:  # The entries as they are: nothing that XLA would compute beforehand.
         value, indptr = values.reshape(*values.shape[:2], q.shape[1], sizes.capacity), None
     else:
         value = find_entries(jnp.zeros(1, jnp.int32), indptr, indices, values, sizes)[2][0]
@@ -190,14 +228,14 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     q = shapes.pad(q, 3, _padded_groups(groups))
     sizes = Sizes(
         batch, num_kv_heads, q.shape[3], head_dim, k.shape[1], block_size, blocks.num_columns,
-        blocks.row_capacity, tokens, scale,
+        blocks.row_capacity, tokens, scale, regular=blocks.regular,
     )  # fmt: skip
     q = q.reshape(batch, tokens, -1, head_dim)
     k, v = (shapes.pad(x, 1, 8) for x in (k, v))
     operands = q, k, v, blocks.indptr, blocks.indices, blocks.values
     many = functools.partial(_attend, sizes=sizes)
-    few = shapes.batchable(functools.partial(_attend_few, sizes=sizes, uniform=blocks.uniform))
-    out, lse = (differentiated_as(many, few) if takes(q) else many)(*operands)
+    few = shapes.batchable(functools.partial(_attend_few, sizes=sizes))
+    out, lse = (shapes.differentiated_as(many, few) if takes(q) else many)(*operands)
 
     def unpad(x):
         x = x.reshape(batch, tokens, num_kv_heads, sizes.groups, *x.shape[3:])
@@ -206,4 +244,38 @@ def block_sparse_attention(q, k, v, blocks: BlockCSR, block_size, scale):
     return unpad(out), unpad(lse)
 
 
-__all__ = ["KERNELS", "block_sparse_attention"]
+def adds_up(q, k, tokens: int, capacity: int) -> bool:
+    """Whether `add_up` takes queries and keys like these, so many tokens and entries of a query."""
+    whole = [q.shape[1] % TOGETHER, tokens % TOGETHER, k.shape[1] % 8]
+    if not q.size or not capacity or any(whole) or q.shape[2] // k.shape[2] not in (8, 16):
+        return False
+    sizes = Sizes(
+        len(q), k.shape[2], q.shape[2] // k.shape[2], q.shape[3], k.shape[1], 64, 1, capacity,
+        tokens, 1.0,
+    )  # fmt: skip
+    return combine_config_for(sizes) is not None
+
+
+def add_up(out, q, k, v, blocks: BlockCSR, first, gate, added, block_size, scale):
+    """See `pallas_kernels.block_sparse_attention.add_up`."""
+    batch, _, num_heads, head_dim = q.shape
+    num_kv_heads, tokens = k.shape[2], blocks.indptr.shape[2] - 1
+    sizes = Sizes(
+        batch, num_kv_heads, num_heads // num_kv_heads, head_dim, k.shape[1], block_size,
+        blocks.num_columns, blocks.row_capacity, tokens, scale, regular=blocks.regular,
+    )  # fmt: skip
+    sizes, chunks = _cut("forward", batch, tokens, sizes)
+    config, combine_config = config_for("forward", head_dim), combine_config_for(sizes)
+    added = tuple(Added(*each) for each in added)
+
+    def attend(chunk, out):
+        parts, lse = forward(q, k, v, chunk, sizes, config)
+        return combine_entries(
+            parts, lse, chunk, (out, None), sizes, combine_config, gate=gate, added=added
+        )[0]
+
+    pattern = blocks.indptr, blocks.indices, blocks.values
+    return _for_chunks(chunks, pattern, sizes, tokens, attend, out, origin=first)
+
+
+__all__ = ["KERNELS", "add_up", "adds_up", "block_sparse_attention"]

@@ -41,7 +41,7 @@ class BlockWalk:
     """A thread block that walks over its share of the tiles, block by block.
 
     Products are transposed: rows are the block's keys, columns the tile's queries. `at` has the
-    references: q, k, v, out_bar, tiles, num_tiles and sums in device memory; q_tile, out_bar_tile,
+    references: q, k, v, out_bar, tiles, span and sums in device memory; q_tile, out_bar_tile,
     sums_tile, k_tile, v_tile and bar_tile in shared memory; and the rings' barriers.
     """
 
@@ -50,7 +50,8 @@ class BlockWalk:
         self.q_ring = Ring(config.stages, *at.q_ring)
         self.k_ring = Ring(config.key_stages, *at.k_ring)
         self.width = HALF // sizes.groups
-        self.first, self.count = hopper.contiguous_share(at.num_tiles[0], at)
+        self.first, self.count = hopper.contiguous_share(at.span[1], at)
+        self.begin = at.span[0] + self.first  # among all tiles
 
     @staticmethod
     def scratch(sizes: Sizes, config: Config):
@@ -70,7 +71,7 @@ class BlockWalk:
 
     def turn(self, i):
         """The number of own tile i's block, among those of this thread block."""
-        return turn_of(self.at.tiles, self.first, i)
+        return turn_of(self.at.tiles, self.begin, i)
 
     def load(self):
         """Fills the rings, tile after tile."""
@@ -80,11 +81,11 @@ class BlockWalk:
             load_block(at, self.k_ring, turns, tile, self.sizes.block_size)
             slot = self.q_ring.claim(i)
             ready = self.q_ring.ready.at[slot]
-            plgpu.copy_gmem_to_smem(at.sums.at[self.first + i], at.sums_tile.at[slot], ready)
+            plgpu.copy_gmem_to_smem(at.sums.at[self.begin + i], at.sums_tile.at[slot], ready)
             load_entries(at.q, at.q_tile.at[slot], ready, tile, groups)
             load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, groups)
 
-        for_tiles(at.tiles, self.first, self.count, self.width, load_tile)
+        for_tiles(at.tiles, self.begin, self.count, self.width, load_tile)
 
     def keys(self, block):
         """The keys of a block."""
@@ -106,7 +107,7 @@ class BlockWalk:
     def _visit_block(self, step, target, i):
         """Sums over a block's tiles from own tile i on; returns the tile after the last."""
         turn = self.turn(i)
-        stop = jnp.minimum(self.at.tiles[self.first + i, LAST] + 1 - self.first, self.count)
+        stop = jnp.minimum(self.at.tiles[self.begin + i, LAST] + 1 - self.first, self.count)
         slot = self.k_ring.receive(turn)
         zeros = hopper.full((self.sizes.block_size, self.sizes.head_dim), 0)
         total = lax.fori_loop(i, stop, functools.partial(step, slot), zeros)
@@ -144,7 +145,7 @@ class BlockWalk:
 
     def _store(self, i, target, total):
         """Copies a block's sum to its place, or, if others may add to it, to the edges."""
-        at, tile = self.at, self.first + i
+        at, tile = self.at, self.begin + i
         whole = at.tiles[tile, FIRST] >= self.first
         whole &= at.tiles[tile, LAST] < self.first + self.count
         high = total.astype(target.dtype)
@@ -175,6 +176,7 @@ def key_gradients(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, conf
 
     Arguments as in `entry_walk.query_gradient`.
     """
+    chunk = chunk.alone(sizes)
     block = sizes.block_size, sizes.head_dim
     padded = sizes.batch, sizes.num_blocks * sizes.block_size, sizes.heads, sizes.head_dim
     results = hopper.launch(
@@ -218,9 +220,10 @@ def _add_edges(edges, chunk: Chunk, sizes: Sizes, programs: int):
       [2 programs]; and the sums, f32 [2 programs, 2, S, D].
     """
     at = types.SimpleNamespace(program=jnp.arange(programs, dtype=jnp.int32), programs=programs)
-    first, count = hopper.contiguous_share(chunk.num_tiles[0], at)
+    first, count = hopper.contiguous_share(chunk.span[1], at)
     last = first + count - 1
-    own = jnp.stack([chunk.tiles[first], chunk.tiles[jnp.maximum(last, first)]], axis=1)
+    tiles = chunk.tiles[chunk.span[0] + jnp.stack([first, jnp.maximum(last, first)])]
+    own = tiles.swapaxes(0, 1)
     # A last block that is also the first was written as the first.
     some = (count > 0)[:, None] & jnp.stack(
         [jnp.ones_like(first, bool), own[:, 1, TURN] != own[:, 0, TURN]], axis=1

@@ -25,6 +25,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     HEADER,
     Chunk,
     Config,
+    most_tiles,
 )
 from pallas_kernels.hopper import HALF, LOG2E, Ring
 
@@ -34,8 +35,8 @@ class EntryWalk:
 
     A tile is 64 rows: the query heads of `HALF // groups` entries. The computing warpgroups take
     tiles in turns, and so overlap: one's softmax runs while others multiply. A block's keys stay in
-    shared memory until all have passed its tiles. `at` has the references: q, k, v, tiles and
-    num_tiles in device memory; q_tile, info_tile, k_tile and v_tile in shared memory; and the
+    shared memory until all have passed its tiles. `at` has the references: q, k, v, tiles and span
+    in device memory; q_tile, info_tile, k_tile and v_tile in shared memory; and the
     rings' barriers.
 
     Warps need not meet: what one writes to shared memory is read by itself, or by a copy that
@@ -48,7 +49,8 @@ class EntryWalk:
         self.q_ring = Ring(config.stages, *at.q_ring)
         self.k_ring = Ring(config.key_stages, *at.k_ring)
         self.width = HALF // sizes.groups
-        self.first, self.count = hopper.contiguous_share(at.num_tiles[0], at)
+        self.first, self.count = hopper.contiguous_share(at.span[1], at)
+        self.begin = at.span[0] + self.first  # among all tiles
 
     @staticmethod
     def scratch(sizes: Sizes, config: Config, arrays: int):
@@ -66,7 +68,7 @@ class EntryWalk:
 
     def turn(self, i):
         """The number of own tile i's block, among those of this thread block."""
-        return turn_of(self.at.tiles, self.first, i)
+        return turn_of(self.at.tiles, self.begin, i)
 
     def load(self):
         """Fills the rings, tile after tile."""
@@ -74,14 +76,14 @@ class EntryWalk:
         def load_tile(i, turns, tile):
             load_block(self.at, self.k_ring, turns, tile, self.sizes.block_size)
             slot = self.q_ring.claim(i)
-            self.load_tile(slot, self.q_ring.ready.at[slot], self.first + i, tile)
+            self.load_tile(slot, self.q_ring.ready.at[slot], i, tile)
 
-        for_tiles(self.at.tiles, self.first, self.count, self.width, load_tile)
+        for_tiles(self.at.tiles, self.begin, self.count, self.width, load_tile)
 
-    def load_tile(self, slot, ready, number, tile: Tile):
-        """Starts the copies that make a tile of some number among all tiles."""
+    def load_tile(self, slot, ready, i, tile: Tile):
+        """Starts the copies that make own tile i."""
         at = self.at
-        plgpu.copy_gmem_to_smem(at.tiles.at[number], at.info_tile.at[slot], ready)
+        plgpu.copy_gmem_to_smem(at.tiles.at[self.begin + i], at.info_tile.at[slot], ready)
         load_entries(at.q, at.q_tile.at[slot], ready, tile, self.sizes.groups)
 
     def compute(self):
@@ -140,7 +142,7 @@ class EntryWalk:
         """Starts the copies of a tile's results.
 
         Args:
-          tile: of all tiles.
+          tile: of the chunk's tiles.
           slot: of its place in shared memory.
           matrix: (place, array): a row per row of the tile, goes to an array of entries.
           numbers: (place, array): a number per row, goes to an array of tiles.
@@ -183,11 +185,11 @@ class _Forward(EntryWalk):
 
 
 class _QueryGradient(EntryWalk):
-    def load_tile(self, slot, ready, number, tile):
-        super().load_tile(slot, ready, number, tile)
+    def load_tile(self, slot, ready, i, tile):
+        super().load_tile(slot, ready, i, tile)
         at = self.at
         load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, self.sizes.groups)
-        plgpu.copy_gmem_to_smem(at.sums.at[number], at.sums_tile.at[slot], ready)
+        plgpu.copy_gmem_to_smem(at.sums.at[self.begin + i], at.sums_tile.at[slot], ready)
 
     def compute_tile(self, tile, slot, key_slot, meanwhile):
         """What the block contributes to dQ, and to the gradient of each row's bias."""
@@ -229,16 +231,16 @@ def query_gradient_scratch(sizes: Sizes, config: Config):
 def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
     """(out, lse) of each entry on its own: [entries, groups, D], f32 [entries, groups].
 
-    Both hold anything where an entry is empty.
+    Each entry has its place in them, which holds anything where it is empty.
     """
     results = hopper.launch(
         "block_sparse_forward",
         **_team(_Forward, sizes, config),
-        operands={"q": q, "k": k, "v": v, "tiles": chunk.tiles, "num_tiles": chunk.num_tiles},
+        operands={"q": q, "k": k, "v": v, "tiles": chunk.tiles, "span": chunk.span},
         outputs=_results(chunk, sizes, q.dtype, "out", "lse"),
         scratch=forward_scratch(sizes, config),
     )
-    return results["out"], _by_entry(results["lse"], chunk, sizes)
+    return results["out"], by_place(results["lse"], chunk, sizes)
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "config"))
@@ -256,6 +258,7 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
       sizes: of the call.
       config: of the kernel.
     """
+    chunk = chunk.alone(sizes)
     results = hopper.launch(
         "block_sparse_query_gradient",
         **_team(_QueryGradient, sizes, config),
@@ -263,7 +266,7 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
         outputs=_results(chunk, sizes, q.dtype, "q_bar", "bias_bar"),
         scratch=query_gradient_scratch(sizes, config),
     )
-    return results["q_bar"], _by_entry(results["bias_bar"], chunk, sizes)
+    return results["q_bar"], by_place(results["bias_bar"], chunk, sizes)
 
 
 def _team(walk: type[EntryWalk], sizes: Sizes, config: Config):
@@ -281,20 +284,24 @@ def _results(chunk: Chunk, sizes: Sizes, dtype, matrix: str, numbers: str):
     entries = sizes.entries, sizes.groups, sizes.head_dim
     return {
         matrix: jax.ShapeDtypeStruct(entries, dtype),
-        numbers: jax.ShapeDtypeStruct((len(chunk.tiles), HALF), jnp.float32),
+        numbers: jax.ShapeDtypeStruct((most_tiles(sizes), HALF), jnp.float32),
     }
 
 
-def _by_entry(x, chunk: Chunk, sizes: Sizes):
-    """Numbers of the rows of tiles -> [entries, groups], anything where an entry is empty."""
-    return x.reshape(-1, sizes.groups).at[chunk.slot].get(mode="clip")
+def by_place(x, chunk: Chunk, sizes: Sizes):
+    """f32 [tiles, 64], a number for each row of a tile, -> [entries, groups], at their places.
+
+    Anything where an entry is empty.
+    """
+    x = x.reshape(-1, sizes.groups)
+    return x.at[chunk.slot].get(mode="clip", wrap_negative_indices=False)
 
 
 def gradient_operands(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes):
-    """What the kernels for gradients take; arguments as in `query_gradient`."""
+    """What the kernels for gradients take, of a chunk alone; arguments as in `query_gradient`."""
     return {
         "q": q, "k": k, "v": v, "out_bar": out_bar, "tiles": chunk.tiles,
-        "num_tiles": chunk.num_tiles, "sums": _sums_by_tile(lse, delta, chunk, sizes),
+        "span": chunk.span, "sums": _sums_by_tile(lse, delta, chunk, sizes),
     }  # fmt: skip
 
 
@@ -306,9 +313,10 @@ def _sums_by_tile(lse, delta, chunk: Chunk, sizes: Sizes):
     width = HALF // sizes.groups
     b, h = chunk.tiles[:, BATCH, None], chunk.tiles[:, HEAD, None]
     token = chunk.tiles[:, HEADER : HEADER + width]
-    entry = chunk.tiles[:, HEADER + width : HEADER + 2 * width, None]
+    place = chunk.tiles[:, HEADER + width : HEADER + 2 * width, None]
     shape = *lse.shape[:2], sizes.heads, sizes.groups
     lse, delta = (x.reshape(shape)[b, token, h] for x in (lse, delta))  # [tiles, R, groups]
-    shift = (lse - chunk.value.ravel()[jnp.maximum(entry, 0)]) * LOG2E
-    sums = jnp.stack([jnp.where(entry >= 0, shift, -hopper.LOWEST), delta], axis=1)
+    value = chunk.value[jnp.maximum(place, 0)]
+    shift = (lse - value) * LOG2E
+    sums = jnp.stack([jnp.where(place >= 0, shift, -hopper.LOWEST), delta], axis=1)
     return sums.reshape(len(sums), 2, width * sizes.groups)

@@ -36,29 +36,67 @@ class Config:
     programs: int = hopper.MULTIPROCESSORS
 
 
+def entry_place(entry, sizes: Sizes):
+    """Where the results of entries belong, an entry being numbered as in `Entries`.
+
+    The results of a token are rows, one for each of its query heads, and 64 rows make a tile. Of a
+    tile first come the results of the first entry of each row, then those of the second, and so on.
+    """
+    row, number = entry // sizes.capacity, entry % sizes.capacity
+    row, token = row // sizes.chunk, row % sizes.chunk
+    batch, head = row // sizes.heads, row % sizes.heads
+    unit, width = (batch * sizes.chunk + token) * sizes.heads + head, HALF // sizes.groups
+    return (unit // width * sizes.capacity + number) * width + unit % width
+
+
+def at_places(x, sizes: Sizes):
+    """Numbers of entries [C, B, Hkv, chunk, capacity] -> [C, entries], each at its place."""
+    x = jnp.moveaxis(x, 2, 3).reshape(len(x), -1, HALF // sizes.groups, sizes.capacity)
+    return x.swapaxes(2, 3).reshape(len(x), -1)
+
+
+def by_token(x, sizes: Sizes):
+    """What is at the places, [entries, ...] -> [B, chunk, Hkv, capacity, ...]."""
+    rest = x.shape[1:]
+    x = x.reshape(-1, sizes.capacity, HALF // sizes.groups, *rest).swapaxes(1, 2)
+    return x.reshape(sizes.batch, sizes.chunk, sizes.heads, sizes.capacity, *rest)
+
+
 class Chunk(NamedTuple):
-    """The entries of a chunk of queries, and their tiles.
+    """The entries of a chunk of queries, each at its place, and their tiles.
 
     Attributes:
-      place: int32 [B, Hkv, chunk, capacity]: of each entry in the pattern; out of bounds if empty.
-      value: f32, likewise: the score bias; 0 if empty.
-      filled: bool, likewise.
-      slot: int32 [entries]: the place of each entry among those of all tiles, R a tile; out of
-        bounds if empty.
+      place: int32 [entries]: of each entry in the pattern; out of bounds if empty.
+      value: f32 [entries]: the score bias; 0 if empty.
+      slot: int32 [entries]: where each entry is among those of all tiles, R a tile; -1 if empty.
       tiles: int32 [tiles, DESCRIPTION]: batch element, KV head, block, the block's number among
         those that have entries, the block's first and last tile; then the tokens of the
-        tile's R = 64 / groups entries, then the entries' numbers, or -1 for none.
-      num_tiles: int32 [1]: how many tiles there are.
+        tile's R = 64 / groups entries, then the entries' own places, or -1 for none.
+      span: int32 [4]: of the tiles the first and how many there are; the first token, and its
+        number among those of the pattern.
       used: bool [columns]: whether a block has entries.
     """
 
     place: jax.Array
     value: jax.Array
-    filled: jax.Array
     slot: jax.Array
     tiles: jax.Array
-    num_tiles: jax.Array
+    span: jax.Array
     used: jax.Array
+
+    @property
+    def filled(self) -> jax.Array:
+        """Whether an entry is not empty, bool [entries]."""
+        return self.slot >= 0
+
+    def alone(self, sizes: Sizes) -> "Chunk":
+        """The chunk with few tiles but its own, where there are many."""
+        most = most_tiles(sizes)
+        if len(self.tiles) <= most:
+            return self
+        begin = jnp.minimum(self.span[0], len(self.tiles) - most)
+        tiles = lax.dynamic_slice_in_dim(self.tiles, begin, most)
+        return self._replace(tiles=tiles, span=self.span.at[0].add(-begin))
 
 
 class Plan(NamedTuple):
@@ -66,41 +104,38 @@ class Plan(NamedTuple):
 
     Attributes:
       tiles: of one chunk after the other; what it says of tiles is counted within a chunk.
-      bounds: int32 [C + 1]: first tile of each chunk, and the number of all tiles.
+      span: int32 [C, 4].
     """
 
     place: jax.Array
     value: jax.Array
-    filled: jax.Array
     slot: jax.Array
     tiles: jax.Array
-    bounds: jax.Array
+    span: jax.Array
     used: jax.Array
 
-    def chunk(self, i, sizes: Sizes) -> Chunk:
-        """Chunk number i, which may be traced."""
-        tiles = self.tiles
-        if len(self.used) > 1:
-            tiles = lax.dynamic_slice_in_dim(tiles, self.bounds[i], _most_tiles(sizes))
-        num_tiles = (self.bounds[i + 1] - self.bounds[i])[None]
-        of_chunk = (x[i] for x in (self.place, self.value, self.filled, self.slot))
-        return Chunk(*of_chunk, tiles, num_tiles, self.used[i])
+    def chunk(self, i) -> Chunk:
+        """Chunk number i, which may be traced; its tiles lie among those of all chunks."""
+        chunk = (x if name == "tiles" else x[i] for name, x in self._asdict().items())
+        return Chunk(*chunk)
 
 
-def _most_tiles(sizes: Sizes) -> int:
+def most_tiles(sizes: Sizes) -> int:
+    """How many tiles a chunk may have."""
     return sizes.entries * sizes.groups // HALF + min(sizes.columns, sizes.entries)
 
 
 @functools.partial(jax.named_call, name="plan_chunks")
-def plan_chunks(first, indptr, indices, values, sizes: Sizes) -> Plan:
+def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0) -> Plan:
     """Plans all chunks of queries at once, since a plan is many small launches.
 
     Args:
-      first: the first token of each chunk, int32 [C].
+      first: the first token of each chunk, int32 [C], among those of the pattern.
       indptr: int32 [B, Hkv, T + 1].
       indices: int32 [B, Hkv, E].
       values: f32 [B, Hkv, E].
       sizes: of the call.
+      origin: the token that is the pattern's first, int32.
     """
     chunks, width = len(first), HALF // sizes.groups
     entries = sort_entries(first, indptr, indices, values, sizes)
@@ -112,7 +147,7 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes) -> Plan:
     place = jnp.where(tiles.inside, tiles.place, tiles.place[:, :1])
     entry = entries.order.at[place].get(mode="clip")
     chunk = tiles.run // sizes.columns
-    token = entry // sizes.capacity % sizes.chunk + first[chunk][:, None]
+    token = entry // sizes.capacity % sizes.chunk + (origin + first)[chunk][:, None]
     row, block = tiles.run % sizes.columns // sizes.num_blocks, tiles.run % sizes.num_blocks
     numbers = [
         row // sizes.heads,
@@ -123,18 +158,19 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes) -> Plan:
         tiles.starts[tiles.run + 1] - 1 - bounds[chunk],
     ]
     header = jnp.pad(jnp.stack(numbers, axis=1), [(0, 0), (0, HEADER - len(numbers))])
-    number = jnp.where(tiles.inside, entry % sizes.entries, -1)
+    own = entry_place(entry % sizes.entries, sizes)
+    number = jnp.where(tiles.inside, own, -1)
     # Without a barrier the padding would compute them again for each of its numbers.
     parts = lax.optimization_barrier((header, token, number))
     described = jnp.concatenate(parts, axis=1).astype(jnp.int32)
-    # Slices of a chunk's tiles must not reach over the end.
-    missing = _most_tiles(sizes) if chunks > 1 else 0
-    described = jnp.pad(described, [(0, missing), (0, DESCRIPTION - HEADER - 2 * width)])
-    nowhere = jnp.full(chunks * sizes.entries, entry.size, jnp.int32)
-    slot = nowhere.at[jnp.where(tiles.inside, entry, len(nowhere)).ravel()].set(
+    described = jnp.pad(described, [(0, 0), (0, DESCRIPTION - HEADER - 2 * width)])
+    slot = jnp.full(chunks * sizes.entries, -1, jnp.int32)
+    target = jnp.where(tiles.inside, entry // sizes.entries * sizes.entries + own, len(slot))
+    slot = slot.at[target.ravel()].set(
         jnp.arange(entry.size, dtype=jnp.int32) - jnp.repeat(bounds[chunk] * width, width),
         mode="drop",
         unique_indices=True,
     )
-    slot = slot.reshape(chunks, -1)
-    return Plan(entries.place, entries.value, entries.filled, slot, described, bounds, used)
+    span = jnp.stack([bounds[:-1], jnp.diff(bounds), origin + first, first], axis=1)
+    place, value = (at_places(x, sizes) for x in (entries.place, entries.value))
+    return Plan(place, value, slot.reshape(chunks, -1), described, span, used)

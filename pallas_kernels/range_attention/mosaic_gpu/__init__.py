@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import shapes
 from pallas_kernels.hopper import LOG2E
-from pallas_kernels.hopper_few_queries import attend_ranges, differentiated_as, takes
+from pallas_kernels.hopper_few_queries import attend_ranges, takes
 from pallas_kernels.range_attention import xla
 from pallas_kernels.range_attention.mosaic_gpu.configs import KERNELS, config_for
 from pallas_kernels.range_attention.mosaic_gpu.key_walk import forward, query_gradient
@@ -104,7 +104,9 @@ def range_attention(q, k, v, start, end, key_bias, scale):
         return xla.range_attention(q, k, v, start, end, key_bias, scale)
     many = functools.partial(_attend_many, scale=scale)
     few = shapes.batchable(functools.partial(_attend_few, scale=scale))
-    return (differentiated_as(many, few) if takes(q) else many)(q, k, v, start, end, key_bias)
+    return (shapes.differentiated_as(many, few) if takes(q) else many)(
+        q, k, v, start, end, key_bias
+    )
 
 
 def _attend_many(q, k, v, start, end, key_bias, *, scale):

@@ -1,0 +1,319 @@
+"""The results of a query's entries as one: a kernel that streams them once.
+
+Rows of results are taken 64 at a time. `plan.entry_place` says how the results of such a tile lie
+in device memory: next to each other, a matrix of 64 rows for each entry that a query may have. So
+all copies are of whole matrices, and what a thread block reads is contiguous.
+
+The kernel may also add further arrays of rows, those of other branches of attention, each times a
+number per row: then nothing else has to read the results.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.block_sparse_attention.entries import Sizes
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Chunk
+from pallas_kernels.hopper import HALF, LOG2E, Ring
+
+TOGETHER = 8  # tokens of a chunk come in multiples, so that tiles are whole
+_PLACES = 2  # tiles whose numbers are in shared memory, for each computing warpgroup
+
+
+@dataclasses.dataclass(frozen=True)
+class CombineConfig:
+    """How the kernel is cut.
+
+    Attributes:
+      stages: copies in shared memory at a time, for each computing warpgroup.
+      matrices: of 64 rows in a copy, where the number of a query's entries is a multiple of it.
+      computing: warpgroups that add, a tile each.
+      programs: thread blocks.
+    """
+
+    stages: int
+    matrices: int = 1
+    computing: int = 2
+    programs: int = hopper.MULTIPROCESSORS
+
+
+_DEFAULTS = {64: CombineConfig(10), 128: CombineConfig(5)}
+
+
+def combine_config_for(sizes: Sizes) -> CombineConfig | None:
+    """How the kernel is cut, to fit shared memory; None where a query has too many entries."""
+    config = _DEFAULTS[sizes.head_dim]
+    if sizes.capacity % config.matrices:
+        config = dataclasses.replace(config, matrices=1)
+    most = (True, True, True)  # gates
+
+    def fits(config):
+        scratch = _Combination.scratch(sizes, config, most)
+        return hopper.shared_memory(scratch, reduces=True) <= hopper.SHARED_MEMORY
+
+    while config.stages > 2 and not fits(config):
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config if fits(config) else None
+
+
+class Added(NamedTuple):
+    """Rows to add to the result.
+
+    Attributes:
+      rows: bf16 [B, T', Hq, D], of the tokens of the pattern.
+      gate: f32 [B, T, Hq], their factor; None for 1.
+    """
+
+    rows: jax.Array
+    gate: jax.Array | None
+
+
+class _Combination:
+    """A thread block that takes every `programs`-th tile.
+
+    Its computing warpgroups take tiles in turns, each with slots of its own, which the loader fills
+    alternately. `at` has the references: parts, logits, span, out, lse and, by their number, rows0,
+    gate0, ... in device memory; slab, logits_tile, gates_tile, out_tile and lse_tile in
+    shared memory; and the rings' barriers.
+    """
+
+    def __init__(self, sizes: Sizes, config: CombineConfig, gates: tuple[bool, ...], at):
+        self.sizes, self.config, self.gates, self.at = sizes, config, gates, at
+        self.across = sizes.chunk * sizes.heads * sizes.groups // HALF  # tiles of a sequence
+        self.own = hopper.share(sizes.batch * self.across, at)
+        self.steps = sizes.capacity // config.matrices
+        # A turn is a copy; those of rows that are added come after those of the entries.
+        self.turns = self.steps + max(len(gates) - 1, 0)
+        self.gated = [n for n, gated in enumerate(gates) if gated]
+        # Of the chunk's first token, in `out` and the gates, and in what is added.
+        self.row, self.added_row = (
+            lax.div(at.span[n], TOGETHER) * (sizes.heads * sizes.groups * TOGETHER // HALF)
+            for n in (2, 3)
+        )
+
+    @staticmethod
+    def scratch(sizes: Sizes, config: CombineConfig, gates: tuple[bool, ...]):
+        """What it needs in shared memory."""
+        computing, gated = config.computing, sum(gates)
+        slots, places = computing * config.stages, computing * _PLACES
+        return {
+            "slab": hopper.operand_tile((slots, config.matrices * HALF, sizes.head_dim)),
+            "logits_tile": plgpu.SMEM((places, sizes.capacity, HALF), jnp.float32),
+            "gates_tile": plgpu.SMEM((places, gated, HALF), jnp.float32) if gated else None,
+            "out_tile": hopper.operand_tile((computing, HALF, sizes.head_dim)),
+            "lse_tile": None if gates else plgpu.SMEM((computing, HALF), jnp.float32),
+            "ring": Ring.barriers(slots, 1, consumers=1),
+            "number_ring": Ring.barriers(places, 1 + gated, consumers=1),
+        }
+
+    def rings(self, warpgroup):
+        """Of what is added, and of the tiles' numbers, of a computing warpgroup."""
+        stages = self.config.stages
+        return (
+            Ring(stages, *self.at.ring, first=warpgroup * stages),
+            Ring(_PLACES, *self.at.number_ring, first=warpgroup * _PLACES),
+        )
+
+    def tile(self, i):
+        """(number, batch element, number within it) of this thread block's tile i."""
+        tile = self.at.program + i * self.at.programs
+        return tile, lax.div(tile, self.across), lax.rem(tile, self.across)
+
+    def load(self):
+        """Fills the rings, of all computing warpgroups in turns."""
+        computing = self.config.computing
+
+        def for_each(n, load):
+            for warpgroup in range(computing):
+                i = n * computing + warpgroup
+                pl.when(i < self.own)(functools.partial(load, warpgroup, n, *self.tile(i)))
+
+        @pl.loop(0, lax.div(self.own + computing - 1, computing))
+        def _(n):
+            for_each(n, self._load_numbers)
+
+            @pl.loop(0, self.steps)
+            def _(step):
+                for_each(n, functools.partial(self._load_entries, step))
+
+            for number in range(self.turns - self.steps):
+                for_each(n, functools.partial(self._load_added, number))
+
+    def _load_numbers(self, warpgroup, n, tile, b, row):
+        at = self.at
+        _, ring = self.rings(warpgroup)
+        place = ring.claim(n)
+        ready = ring.ready.at[place]
+        plgpu.copy_gmem_to_smem(at.logits.at[tile], at.logits_tile.at[place], ready)
+        for number, gate in enumerate(self.gated):
+            source = getattr(at, f"gate{gate}").at[b, self.row + row]
+            plgpu.copy_gmem_to_smem(source, at.gates_tile.at[place, number], ready)
+
+    def _load_entries(self, step, warpgroup, n, tile, b, row):
+        at, height = self.at, self.config.matrices * HALF
+        ring, _ = self.rings(warpgroup)
+        slot = ring.claim(n * self.turns + step)
+        rows = pl.ds(pl.multiple_of(step * height, height), height)
+        plgpu.copy_gmem_to_smem(at.parts.at[tile, rows], at.slab.at[slot], ring.ready.at[slot])
+
+    def _load_added(self, number, warpgroup, n, tile, b, row):
+        at = self.at
+        ring, _ = self.rings(warpgroup)
+        slot = ring.claim(n * self.turns + self.steps + number)
+        source = getattr(at, f"rows{number}").at[b, self.added_row + row]
+        target = at.slab.at[slot, pl.ds(0, HALF)]
+        plgpu.copy_gmem_to_smem(source, target, ring.ready.at[slot])
+
+    def compute(self):
+        """Combines tile after tile; results leave while the next tile is under way."""
+        computing = self.config.computing
+        tiles = lax.div(self.own - self.at.warpgroup + computing - 1, computing)
+        lax.fori_loop(0, tiles, self._combine, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _combine(self, n, _):
+        at, shape = self.at, (HALF, self.sizes.head_dim)
+        ring, number_ring = self.rings(at.warpgroup)
+        place = number_ring.receive(n)
+        begin = n * self.turns
+
+        def logits(number):
+            return plgpu.load(at.logits_tile.at[place, number], layout=hopper.ROW)
+
+        top = lax.fori_loop(
+            0, self.sizes.capacity, lambda number, top: jnp.maximum(top, logits(number)),
+            hopper.full((HALF,), hopper.LOWEST, hopper.ROW),
+        )  # fmt: skip
+
+        def add(step, carry):
+            acc, total = carry
+            slot = ring.receive(begin + step)
+            for matrix in range(self.config.matrices):
+                logit = logits(step * self.config.matrices + matrix)
+                weights = jnp.exp2(logit - top)
+                rows = self._rows(slot, matrix)
+                # An empty entry's place may hold anything.
+                rows = jnp.where(hopper.along_rows(logit, shape) > -jnp.inf, rows, 0)
+                acc = acc + rows * hopper.along_rows(weights, shape)
+                total = total + weights
+            ring.release(begin + step)
+            return acc, total
+
+        zeros = hopper.full(shape, 0), hopper.full((HALF,), 0, hopper.ROW)
+        acc, total = lax.fori_loop(0, self.steps, add, zeros)
+        some = total != 0
+        total = jnp.where(some, total, 1.0)
+        factor = 1 / total
+        if self.gates and self.gates[0]:
+            factor = factor * self._gate(place, 0)
+        acc = acc * hopper.along_rows(factor, shape)
+        for number in range(self.turns - self.steps):
+            turn = begin + self.steps + number
+            rows = self._rows(ring.receive(turn), 0)
+            if self.gates[1 + number]:
+                rows = rows * hopper.along_rows(self._gate(place, 1 + number), shape)
+            acc = acc + rows
+            ring.release(turn)
+        number_ring.release(n)
+        lse = None if self.gates else top * (1 / LOG2E) + jnp.log(total)
+        self._store(n, acc, None if lse is None else jnp.where(some, lse, -jnp.inf))
+
+    def _rows(self, slot, matrix: int):
+        rows = self.at.slab.at[slot, pl.ds(matrix * HALF, HALF)]
+        return plgpu.load(rows, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+    def _gate(self, place, number: int):
+        tile = self.at.gates_tile.at[place, self.gated.index(number)]
+        return plgpu.load(tile, layout=hopper.ROW)
+
+    def _store(self, n, acc, lse):
+        at, own = self.at, self.at.warpgroup
+        _, b, row = self.tile(n * self.config.computing + own)
+        row = self.row + row
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        at.out_tile[own] = acc.astype(at.out.dtype)
+        if lse is not None:
+            at.lse_tile[own] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(at.out_tile.at[own], at.out.at[b, row], commit_group=False)
+        if lse is not None:
+            plgpu.copy_smem_to_gmem(at.lse_tile.at[own], at.lse.at[b, row], commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "config"))
+def combine_entries(
+    parts,
+    lse,
+    chunk: Chunk,
+    results: tuple[jax.Array, jax.Array | None],
+    sizes: Sizes,
+    config: CombineConfig,
+    *,
+    gate: jax.Array | None = None,
+    added: Sequence[Added] = (),
+) -> tuple[jax.Array, jax.Array | None]:
+    """Combines the results of a chunk's entries, which replaces the chunk's rows in `results`.
+
+    Args:
+      parts: results of entries, normalised, [entries, groups, D], each at its place; those of
+        empty entries may be anything.
+      lse: f32 [entries, groups], likewise, without the entries' values.
+      chunk: the entries.
+      results: out [B, T, Hkv * groups, D], and lse f32 [B, T, Hkv * groups], or None where there is
+        a gate or something is added; T and the chunk's first tokens are multiples of 8.
+      sizes: of the call; the chunk is a multiple of 8.
+      config: of the kernel.
+      gate: f32 [B, T, Hkv * groups], the factor of the combined results; None for 1.
+      added: what is added to them.
+
+    Returns:
+      The results; 0 and -inf, before anything is added, where a query has no entries.
+    """
+    out, out_lse = results
+    gates: tuple[bool, ...] = ()
+    if out_lse is None:
+        gates = (gate is not None, *(each.gate is not None for each in added))
+    tiles = sizes.batch * sizes.chunk * sizes.heads * sizes.groups // HALF
+
+    # In units of log 2.
+    logits = (lse + chunk.value[:, None]) * LOG2E
+    logits = jnp.where(jnp.broadcast_to(chunk.slot[:, None], logits.shape) >= 0, logits, -jnp.inf)
+
+    def by_tile(x, *rest):
+        return x if x is None else x.reshape(len(x), -1, HALF, *rest)
+
+    def gate_by_tile(x):
+        return x if x is None else by_tile(x.astype(jnp.float32))
+
+    operands = {
+        "parts": parts.reshape(tiles, sizes.capacity * HALF, sizes.head_dim),
+        "logits": logits.reshape(tiles, sizes.capacity, HALF),
+        "span": chunk.span,
+        "gate0": gate_by_tile(gate),
+    }
+    for number, each in enumerate(added):
+        operands[f"rows{number}"] = by_tile(each.rows, sizes.head_dim)
+        operands[f"gate{1 + number}"] = gate_by_tile(each.gate)
+    found = hopper.launch(
+        "combine_entries",
+        hopper.roles(
+            functools.partial(_Combination, sizes, config, gates), computing=config.computing
+        ),
+        programs=config.programs,
+        operands=operands,
+        updated={"out": by_tile(out, sizes.head_dim), "lse": by_tile(out_lse)},
+        outputs={},
+        scratch=_Combination.scratch(sizes, config, gates),
+        warpgroups=config.computing + 1,
+    )
+    lse = None if out_lse is None else found["lse"].reshape(out_lse.shape)
+    return found["out"].reshape(out.shape), lse
