@@ -38,8 +38,8 @@ class _Sizes:
 class _Piece:
     """A thread block's work.
 
-    `at` has the references: q, k, v, bias, out, lse, and either indptr, indices and values or start
-    and end, in device memory; q_tile, k_tile, v_tile, bias_tile, out_tile and lse_tile in shared
+    `at` has the references: q, k, v, bias, out, lse, and either indptr, indices and values or span,
+    in device memory; q_tile, k_tile, v_tile, bias_tile, out_tile and lse_tile in shared
     memory; and the barrier `ready`.
     """
 
@@ -73,7 +73,7 @@ class _Piece:
             last = jnp.minimum(sizes.num_keys - first, PIECE)
             return first, jnp.int32(0), jnp.where(seen, last, 0)
         row = self.b * self.sizes.tokens + self.t
-        start, end = jnp.maximum(at.start[row], 0), jnp.minimum(at.end[row], self.sizes.num_keys)
+        start, end = jnp.maximum(at.span[0, row], 0), jnp.minimum(at.span[1, row], sizes.num_keys)
         # TMA copies from multiples of 8 keys on.
         first = lax.div(start, 8) * 8 + self.piece * PIECE
         return first, jnp.maximum(start - first, 0), jnp.minimum(end - first, PIECE)
@@ -186,8 +186,8 @@ def attend_ranges(q, k, v, start, end, key_bias, *, num_keys: int, scale: float)
     """
     # A piece begins at a multiple of 8 keys, so a range may take one more.
     sizes = _Sizes(*_shape(q, k), num_keys, (num_keys + 6) // PIECE + 1, scale)
-    span = {"start": start.ravel(), "end": end.ravel()}
-    return _join(*_attend_pieces(q, k, v, sizes, bias=key_bias, **span), None, q)
+    span = jnp.stack((start.ravel(), end.ravel()))
+    return _join(*_attend_pieces(q, k, v, sizes, bias=key_bias, span=span), None, q)
 
 
 def _shape(q, k):
@@ -209,7 +209,7 @@ def _attend_pieces(q, k, v, sizes: _Sizes, bias=None, **given):
         warpgroups=1,
         operands={
             "q": q.reshape(batch, tokens, heads * groups, dim), "k": k, "v": v, "bias": bias,
-            **dict.fromkeys(("indptr", "indices", "values", "start", "end")), **given,
+            **dict.fromkeys(("indptr", "indices", "values", "span")), **given,
         },
         outputs={
             "out": jax.ShapeDtypeStruct((programs, groups, dim), jnp.float32),

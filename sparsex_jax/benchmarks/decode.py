@@ -19,15 +19,14 @@ from pallas_kernels import dispatch
 from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
-from pallas_kernels.range_attention import range_attention
-from sparsex_jax.attention import landmark_branch
 from sparsex_jax.benchmarks import runner
 from sparsex_jax.benchmarks.names import DecodePart
 from sparsex_jax.benchmarks.runner import Row, require_positive, require_some
 from sparsex_jax.benchmarks.timing import compile_program, measure
 from sparsex_jax.benchmarks.workload import Workload
 from sparsex_jax.cache.device import DeviceRemote, touched
-from sparsex_jax.cache.layer import attend, reach
+from sparsex_jax.cache.layer import attend_one
+from sparsex_jax.cache.near import Near, reach
 from sparsex_jax.config import ConfigError
 from sparsex_jax.landmarks import build_pyramid, leaf_nodes
 from sparsex_jax.modules.attention import KeySide, QuerySide
@@ -124,9 +123,9 @@ class Queries(NamedTuple):
 
 
 class Past(NamedTuple):
-    """A full cache: the keys and values of the window, with RoPE, and the remote past."""
+    """A full cache: landmarks and window as they are while an answer is generated, and the rest."""
 
-    near: tuple[jax.Array, jax.Array]
+    near: Near
     remote: DeviceRemote
 
 
@@ -135,14 +134,17 @@ def make_past(work: Workload) -> Past:
     made = work.make(("k", "v", "salience", "block_features"))
     config = work.config
     first = work.tokens - reach(config) - 1
-    near_k, near_v = (made[name][:, first:] for name in "kv")
-    near_k = apply_rotary(
-        near_k, first + jnp.arange(reach(config) + 1, dtype=jnp.int32), config.rope_base
+    window_k, window_v = (made[name][:, first:] for name in "kv")
+    window_k = apply_rotary(
+        window_k, first + jnp.arange(reach(config) + 1, dtype=jnp.int32), config.rope_base
     )
     leaves = leaf_nodes(made["salience"], 0, config.segment_length, config.landmarks_per_segment)
     pyramid = tuple(build_pyramid(leaves, config, sliding=False))
     remote = DeviceRemote(made["k"], made["v"], made["salience"], made["block_features"], pyramid)
-    return Past((near_k, near_v), remote)
+    position = jnp.int32(work.tokens - 1)
+    window = window_k[:, :-1], window_v[:, :-1]
+    near = Near.open(window, remote.landmarks(position, 1, config), position, config)
+    return Past(near.write(window_k[:, -1:], window_v[:, -1:], position, config), remote)
 
 
 def make_queries(work: Workload, past: Past, steps: int) -> Queries:
@@ -176,23 +178,17 @@ def _attend(work: Workload, part: str, implementation: str | None, past: Past, q
     start = jnp.full(1, _local_start(work), jnp.int32)
     if part == "op":
         side = QuerySide(queries.q, queries.features, queries.landmark_gate, queries.dynamic_gate)
-        return attend(side, jnp.int32(0), position, past.near, remote, config, implementation)[0]
+        return attend_one(side, position, past.near, remote, config, implementation)[0]
     if part == "selection":
         limit = start // config.block_size
         return select_blocks(
             queries.features, remote.features, limit, config.top_k, implementation=implementation
         )[1]
-    if part == "local":
-        first = work.tokens - past.near[0].shape[1]
-        end = jnp.full(1, work.tokens - first, jnp.int32)
-        return range_attention(
-            queries.q, *past.near, start - first, end, implementation=implementation
-        )[0]
-    if part == "landmarks":
-        return landmark_branch(
-            queries.q, remote.k, remote.v, remote.salience, list(remote.pyramid), position, None,
-            config=config, implementation=implementation,
-        )[0]  # fmt: skip
+    if part in ("local", "landmarks"):
+        q, near = queries.q, past.near
+        local, landmarks = near.attend(q, q, position, start[0], config, implementation)
+        assert landmarks is not None
+        return (local if part == "local" else landmarks)[0]
     blocks = BlockCSR.from_selection(queries.selected, queries.score, work.blocks)
     size = config.block_size
     return block_sparse_attention(
@@ -218,29 +214,37 @@ def _loop(step: Callable, past: Past, queries: Queries) -> jax.Array:
     return jax.lax.scan(body, jnp.float32(0), queries)[0]
 
 
-def _write(work: Workload, settled: bool, remote: DeviceRemote, queries: Queries) -> DeviceRemote:
+def _write(work: Workload, settled: bool, remote: DeviceRemote, queries: Queries):
     """Writes a token a step, keys and values made of the queries.
 
-    As in an answer they are brought up to date once a block; after each token if `settled`.
+    As in an answer landmarks are brought up to date, and gathered, once a block; if `settled` they
+    are brought up to date after each token.
     """
-    config, heads = work.config, work.kv_heads
+    config, heads, size = work.config, work.kv_heads, work.config.block_size
     first = work.tokens // 2  # behind it is room, as a cache has at its end
 
-    def write(n, remote):
+    def write(n, state):
+        remote, near = state
         k = jax.lax.dynamic_index_in_dim(queries.q, n, keepdims=False)[:, :, :heads]
         feature = jax.lax.dynamic_index_in_dim(queries.features, n, keepdims=False)
         keys = KeySide(k, k, k[..., 0].astype(jnp.float32), feature, k[..., 0])
         # Two, of which the second one is of no block yet, as the cache makes them.
-        features = jnp.concatenate((feature, feature), axis=1)[:, : touched(1, config.block_size)]
-        return remote.append(keys, features, first + n, jnp.int32(1), config, settled)
+        features = jnp.concatenate((feature, feature), axis=1)[:, : touched(1, size)]
+        remote = remote.append(keys, features, first + n, jnp.int32(1), config, settled)
+        return remote, near.write(k, k, first + n, config)
 
-    def write_block(n, remote):
-        size = config.block_size
-        remote = jax.lax.fori_loop(n * size, (n + 1) * size, write, remote)
-        return remote if settled else remote.settle(first + n * size, size, config)
+    def write_block(n, state):
+        remote, window = state
+        begin = first + n * size
+        near = Near.open(window, remote.landmarks(begin, 1, config), begin, config)
+        remote, near = jax.lax.fori_loop(n * size, (n + 1) * size, write, (remote, near))
+        if not settled:
+            remote = remote.settle(begin + size, size, config)
+        return remote, near.window(begin + size, config)
 
-    blocks = len(queries.q) // config.block_size
-    return jax.lax.fori_loop(0, blocks, write_block, remote)
+    window = tuple(x[:, first - reach(config) : first] for x in (remote.k, remote.v))
+    blocks = len(queries.q) // size
+    return jax.lax.fori_loop(0, blocks, write_block, (remote, window))
 
 
 class Benchmark(runner.Benchmark[Step]):
@@ -323,7 +327,7 @@ class Benchmark(runner.Benchmark[Step]):
 
     def _time_writing(self, work: Workload, past: Past, queries: Queries) -> Row:
         landmarks = [
-            jax.jit(lambda *x, settled=settled: _write(work, settled, *x).pyramid)
+            jax.jit(lambda *x, settled=settled: _write(work, settled, *x)[0].pyramid)
             for settled in (False, True)
         ]
         found = [jax.tree.leaves(function(past.remote, queries)) for function in landmarks]
@@ -335,8 +339,8 @@ class Benchmark(runner.Benchmark[Step]):
         state = [jax.tree.map(jnp.copy, past.remote)]
 
         def run():
-            state[0] = program(state[0], queries)
-            return state[0].salience
+            state[0], window = program(state[0], queries)
+            return window
 
         return self._time(run, temporaries)
 

@@ -49,7 +49,7 @@ class AllTokens(NamedTuple):
         """Remembers new tokens; arguments as in `DeviceRemote`."""
         return AllTokens(write(self.k, keys.k, length), write(self.v, keys.v, length))
 
-    def settle(self, first: jax.Array, tokens: int, config: Pattern) -> "AllTokens":
+    def settle(self, length: jax.Array, tokens: int, config: Pattern) -> "AllTokens":
         """As in `DeviceRemote`: nothing waits."""
         return self
 
@@ -110,7 +110,7 @@ class FirstTokens(NamedTuple):
 
         return FirstTokens(updated(self.k, keys.k), updated(self.v, keys.v))
 
-    def settle(self, first: jax.Array, tokens: int, config: Pattern) -> "FirstTokens":
+    def settle(self, length: jax.Array, tokens: int, config: Pattern) -> "FirstTokens":
         """As in `DeviceRemote`: nothing waits."""
         return self
 

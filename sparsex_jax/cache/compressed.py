@@ -272,7 +272,7 @@ class CompressedRemote(NamedTuple):
             *tail, slots, staged, jnp.broadcast_to(remote, self.pooled.shape), levels
         )
 
-    def settle(self, first: jax.Array, tokens: int, config: AttentionConfig) -> "CompressedRemote":
+    def settle(self, length: jax.Array, tokens: int, config: AttentionConfig) -> "CompressedRemote":
         """As `DeviceRemote.settle`: nothing is left to do."""
         return self
 

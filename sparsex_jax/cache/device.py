@@ -89,19 +89,22 @@ class DeviceRemote(NamedTuple):
             features=write(self.features, features, length // config.block_size),
             pyramid=self.pyramid,
         )
-        return after.settle(length, keys.k.shape[1], config) if settle else after
+        if not settle:
+            return after
+        return after.settle(length + keys.k.shape[1], keys.k.shape[1], config)
 
-    def settle(self, first: jax.Array, tokens: int, config: AttentionConfig) -> "DeviceRemote":
+    def settle(self, length: jax.Array, tokens: int, config: AttentionConfig) -> "DeviceRemote":
         """Brings the landmarks up to date.
 
         A query sees those of nodes that lie before its window, so up to a window of tokens may be
         remembered before.
 
         Args:
-          first: the first token that they do not yet know of, int32 scalar.
-          tokens: how many there may be.
+          length: tokens remembered, int32 scalar.
+          tokens: how many of the last ones may be new.
           config: of the attention.
         """
+        first = jnp.maximum(length - tokens, 0)
         leaves = touched_leaves(self.salience, first, tokens, config)
         return self._replace(pyramid=extend_pyramid(self.pyramid, leaves, first, tokens, config))
 

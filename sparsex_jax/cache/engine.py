@@ -10,8 +10,17 @@ import numpy as np
 from flax import nnx
 
 from sparsex_jax.cache.host import HostRemote, HostStore
-from sparsex_jax.cache.layer import CHUNK, Attends, LayerCache, empty_layers, extend_layer
+from sparsex_jax.cache.layer import (
+    CHUNK,
+    Attends,
+    LayerCache,
+    close_block,
+    empty_layers,
+    extend_layer,
+    open_block,
+)
 from sparsex_jax.cache.memory import Shape, check_fits
+from sparsex_jax.cache.near import left_in_block
 from sparsex_jax.cache.sampling import GREEDY, Sampling
 from sparsex_jax.cache.tiers import TIERS, Tier, why_not_in
 from sparsex_jax.config import SEEDS, AttentionConfig, ConfigError
@@ -62,7 +71,6 @@ def extend(
     length: jax.Array,
     valid: jax.Array,
     logits: bool = True,
-    settle: bool = True,
 ) -> tuple[jax.Array | None, Layers]:
     """Reads new tokens.
 
@@ -77,7 +85,6 @@ def extend(
       valid: how many of the C count, likewise; of a sequence with none nothing changes, and its
         logits mean nothing.
       logits: whether they are wanted.
-      settle: whether landmarks are brought up to date; if not, `settle_layers` does so later.
 
     Returns:
       (logits after the last valid token, f32 [B, vocab], or None; the new caches).
@@ -88,7 +95,7 @@ def extend(
         def alone(*operands):
             layers, tokens, length, valid = operands
             layers, tokens = jax.tree.map(lambda x: x[None], (layers, tokens))
-            found = extend(model, layers, tokens, length, valid, logits, settle)
+            found = extend(model, layers, tokens, length, valid, logits)
             return jax.tree.map(lambda x: x[0], found)
 
         return jax.vmap(alone)(layers, tokens, length, valid)
@@ -98,30 +105,29 @@ def extend(
         attends: Attends = "all"
         if len(after) == len(layers) - 1:
             attends = "last" if logits else "none"
-        x, layer = extend_layer(block, layer, x, length, valid, attends=attends, settle=settle)
+        x, layer = extend_layer(block, layer, x, length, valid, attends=attends)
         after.append(layer)
     return None if x is None else model.logits(model.final_norm(x[:, 0])), tuple(after)
 
 
-def settle_layers(layers: Layers, first: jax.Array, tokens: int, config: AttentionConfig) -> Layers:
-    """Brings the landmarks of all layers up to date; see `DeviceRemote.settle`.
+def map_layers(
+    function: Callable[[LayerCache, jax.Array, AttentionConfig], LayerCache],
+    model: Transformer,
+    layers: Layers,
+    position: jax.Array,
+) -> Layers:
+    """`open_block` or `close_block` of all layers; the position is int32, a scalar or [B]."""
+    if jnp.ndim(position):
 
-    Args:
-      layers: the caches.
-      first: the first token that they do not yet know of, int32: a scalar, or [B].
-      tokens: how many there may be.
-      config: of the attention.
-    """
-    if jnp.ndim(first):
+        def alone(layers, position):
+            layers = jax.tree.map(lambda x: x[None], layers)
+            found = map_layers(function, model, layers, position)
+            return jax.tree.map(lambda x: x[0], found)
 
-        def alone(layers, first):
-            settled = settle_layers(jax.tree.map(lambda x: x[None], layers), first, tokens, config)
-            return jax.tree.map(lambda x: x[0], settled)
-
-        return jax.vmap(alone)(layers, first)
+        return jax.vmap(alone)(layers, position)
     return tuple(
-        x if x.remote is None else x._replace(remote=x.remote.settle(first, tokens, config))
-        for x in layers
+        function(layer, position, block.attention.attention_config())
+        for block, layer in zip(model.blocks, layers, strict=True)
     )
 
 
@@ -402,7 +408,7 @@ def _answer(
     """The generated tokens, and the parts of the caches whose memory was written to."""
     model = nnx.merge(graph, state)
     logits, layers = extend(model, join_layers(kinds, kept, appended), tokens, length, valid)
-    batch, attention = len(seeds), model.config.attention
+    batch = len(seeds)
 
     def position(step):
         """Of the token that step `step` reads: the one chosen before it."""
@@ -419,16 +425,16 @@ def _answer(
 
     def generate(carry):
         step, token, out, ended, layers = carry
-        logits, layers = extend(
-            model, layers, token[:, None], position(step), jnp.int32(1), settle=False
-        )
+        logits, layers = extend(model, layers, token[:, None], position(step), jnp.int32(1))
         return step + 1, *choose(step, logits, out, ended), layers
 
     def generate_block(carry):
-        # Landmarks of tokens in the window are not seen: they can wait.
-        first, end = carry[0], jnp.minimum(carry[0] + attention.block_size, max_new_tokens)
-        *rest, layers = jax.lax.while_loop(lambda x: running(x, end), generate, carry)
-        return *rest, settle_layers(layers, position(first), attention.block_size, attention)
+        *rest, layers = carry
+        left = jnp.min(left_in_block(position(carry[0]), model.config.attention))
+        end = jnp.minimum(carry[0] + left, max_new_tokens)
+        layers = map_layers(open_block, model, layers, position(carry[0]))
+        *rest, layers = jax.lax.while_loop(lambda x: running(x, end), generate, (*rest, layers))
+        return *rest, map_layers(close_block, model, layers, position(rest[0]))
 
     out = jnp.full((batch, max_new_tokens), -1, jnp.int32)
     chosen = choose(jnp.int32(0), logits, out, jnp.zeros(batch, bool))

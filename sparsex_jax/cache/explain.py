@@ -79,7 +79,7 @@ def explain(
         attention = block.attention
         normed = block.attention_norm(x)
         queries = attention.query_side(normed, attention.mix(normed, layer.recent.history))
-        x, after = extend_layer(block, layer, x, length, jnp.int32(1), attends="all", settle=True)
+        x, after = extend_layer(block, layer, x, length, jnp.int32(1), attends="all")
         config = attention.attention_config()
         found += [
             _measure(parts, place, span) for parts in _softmaxes(queries, after, length, config)
@@ -97,6 +97,7 @@ def _softmaxes(
     local_start = remote_end(position, 0, config)
     plain = queries.q
     turned = apply_rotary(plain, position[None], config.rope_base)
+    assert cache.recent.window_k is not None  # no block is open
     k = cache.recent.window_k[0]
     place = position + 1 - len(k) + jnp.arange(len(k), dtype=jnp.int32)
     window = _of_places(turned, k, jnp.where(place >= local_start, place, -1))

@@ -187,10 +187,10 @@ class HostRemote(NamedTuple):
         after = after._replace(**dict(zip(("tail_k", "tail_v"), tail, strict=True)))
         return after._forget(length // config.block_size, touched(tokens, config.block_size))
 
-    def settle(self, first: jax.Array, tokens: int, config: AttentionConfig) -> "HostRemote":
-        """As `DeviceRemote.settle`, of the last tokens, no more than a block of them."""
-        tail, end = [self.tail_k, self.tail_v], first + tokens
-        return self._settle(first, tokens, tail, end - self.tail_k.shape[1], config)
+    def settle(self, length: jax.Array, tokens: int, config: AttentionConfig) -> "HostRemote":
+        """As `DeviceRemote.settle`, of no more than a block of tokens."""
+        tail, first = [self.tail_k, self.tail_v], jnp.maximum(length - tokens, 0)
+        return self._settle(first, tokens, tail, length - self.tail_k.shape[1], config)
 
     def _settle(self, first, tokens: int, keys, first_key, config) -> "HostRemote":
         """`settle` with keys and values of all tokens of the leaves, from `first_key` on."""

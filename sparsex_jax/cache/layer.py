@@ -15,6 +15,7 @@ from sparsex_jax.attention import Ranges
 from sparsex_jax.baselines.pattern import Pattern, make_pattern
 from sparsex_jax.cache.baselines import Past, empty_past
 from sparsex_jax.cache.device import touched
+from sparsex_jax.cache.near import Near, reach
 from sparsex_jax.cache.tiers import Remote, Tier, empty_remote
 from sparsex_jax.config import BASELINES, AttentionConfig, ModelConfig
 from sparsex_jax.fusion import Branch, fuse
@@ -34,15 +35,16 @@ class Recent(NamedTuple):
 
     Attributes:
       history: the last inputs of the convolution, [B, conv_width - 1, C].
-      window_k: keys of the last W + S tokens, and a few more, with RoPE, [B, `reach`, Hkv, D].
-      window_v: their values, [B, `reach`, Hkv, D].
+      window_k: keys of the last W + S tokens, and a few more, with RoPE, [B, `reach`, Hkv, D]; None
+        while they are in `LayerCache.near`.
+      window_v: their values, likewise.
       pool_inputs: of the last S tokens, [B, S, Hkv, d_s]; None in a local layer.
       pool_logits: of the last S tokens, f32 [B, S, Hkv]; likewise.
     """
 
     history: jax.Array
-    window_k: jax.Array
-    window_v: jax.Array
+    window_k: jax.Array | None
+    window_v: jax.Array | None
     pool_inputs: jax.Array | None
     pool_logits: jax.Array | None
 
@@ -54,10 +56,12 @@ class LayerCache(NamedTuple):
       recent: its last tokens; new arrays with each token.
       remote: in a sparse layer, all tokens; see `DeviceRemote`, `HostRemote` and
         `CompressedRemote`. In a baseline's, what it attends to before its window.
+      near: while a block of tokens is generated, what each of them attends to (`open_block`).
     """
 
     recent: Recent
     remote: Remote | Past | None
+    near: Near | None = None
 
 
 def empty_layer(
@@ -109,19 +113,17 @@ def extend_layer(
     valid: jax.Array,
     *,
     attends: Attends,
-    settle: bool,
 ) -> tuple[jax.Array | None, LayerCache]:
     """Applies a block to new tokens and remembers them.
 
     Args:
       block: of the Transformer.
-      cache: of this layer.
+      cache: of this layer; if a block is open, C = 1, and landmarks wait until it is closed.
       x: [B, C, channels].
       length: tokens so far, int32 scalar.
       valid: of the new tokens, how many count, int32 scalar.
       attends: which of them do; all are remembered. In the last layer the last valid one is enough,
         and in a prefill none.
-      settle: whether landmarks are brought up to date; see `DeviceRemote.settle`.
 
     Returns:
       ([B, 1 or C, channels], None if none attends; the new cache).
@@ -135,8 +137,9 @@ def extend_layer(
     if remote is not None:
         stored = keys._replace(k=turned_k) if config.turns_remote else keys
         features = None if keys.block_inputs is None else _features(recent, keys, length, config)
+        settle = cache.near is None
         remote = remote.append(stored, features, length, valid, config, settle)
-    near = _joined(recent.window_k, turned_k), _joined(recent.window_v, keys.v)
+    window = recent.window_k, recent.window_v
     recent = Recent(
         _newest(recent.history, normed, valid),
         _newest(recent.window_k, turned_k, valid),
@@ -144,8 +147,16 @@ def extend_layer(
         _newest(recent.pool_inputs, keys.block_inputs, valid),
         _newest(recent.pool_logits, keys.block_logits, valid),
     )
+    if cache.near is not None:
+        near = cache.near.write(turned_k, keys.v, length, config)
+        queries = layer.query_side(normed, mixed)
+        attended, remote = attend_one(queries, length, near, remote, config)
+        out = block.feed_forward(x + layer.project_out(attended))
+        return out, LayerCache(recent, remote, near)
     if attends == "none":
         return None, LayerCache(recent, remote)
+    assert window[0] is not None and window[1] is not None
+    near_keys = _joined(window[0], turned_k), _joined(window[1], keys.v)
     first = jnp.int32(0)
     if attends == "last":
         first = valid - 1
@@ -153,7 +164,7 @@ def extend_layer(
             jax.lax.dynamic_slice_in_dim(y, first, 1, axis=1) for y in (x, normed, mixed)
         )
     queries = layer.query_side(normed, mixed)
-    attended, remote = attend(queries, first, length, near, remote, config)
+    attended, remote = attend(queries, first, length, near_keys, remote, config)
     return block.feed_forward(x + layer.project_out(attended)), LayerCache(recent, remote)
 
 
@@ -190,23 +201,77 @@ def attend(
         local_start = remote_end(positions, 0, config)
         turned_q = _turn(part.q, position, config)
         window = _window(near, begin, length, local_start, config)
+        local = range_attention(turned_q, *window[:4], implementation=implementation)
         marks = None if remote is None else remote.landmarks(position, tokens, config)
-        local, landmarks = _attend_ranges(turned_q, part.q, window, marks, implementation)
-        dynamic = None
-        after: Remote | Past | None = None
-        if remote is not None:
-            far = part._replace(q=turned_q) if config.turns_remote else part
-            other, dynamic, after = remote.attend(
-                far, position, local_start, config, implementation
-            )
-            landmarks = other if landmarks is None else landmarks
-        gates = part.landmark_gate, part.dynamic_gate
-        return fuse(local, landmarks, dynamic, *gates, config), after
+        landmarks = None
+        if marks is not None:
+            landmarks = range_attention(part.q, *marks, implementation=implementation)
+        return _attend_remote(
+            part, turned_q, local, landmarks, position, local_start, remote, config, implementation
+        )
 
     if queries.q.shape[1] == 1:
         return of_part(0, queries, ())
     out = map_chunks(lambda *x: of_part(*x)[0], queries, (), size=CHUNK, saved=())
     return out, remote
+
+
+def attend_one(
+    queries: QuerySide,
+    position: jax.Array,
+    near: Near,
+    remote: Remote | Past | None,
+    config: AttentionConfig,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Remote | Past | None]:
+    """Attention of a token of an open block, which is in `near` already; otherwise as `attend`."""
+    local_start = remote_end(position, 0, config)
+    turned_q = _turn(queries.q, position, config)
+    local, landmarks = near.attend(
+        turned_q, queries.q, position, local_start, config, implementation
+    )
+    return _attend_remote(
+        queries, turned_q, local, landmarks, position, local_start[None], remote, config,
+        implementation,
+    )  # fmt: skip
+
+
+def _attend_remote(
+    queries, turned_q, local: Branch, landmarks: Branch | None, position, local_start, remote,
+    config: AttentionConfig, implementation,
+):  # fmt: skip
+    """The branches together with those that the remote past has, and the latter."""
+    dynamic = None
+    if remote is not None:
+        far = queries._replace(q=turned_q) if config.turns_remote else queries
+        other, dynamic, remote = remote.attend(far, position, local_start, config, implementation)
+        landmarks = other if landmarks is None else landmarks
+    gates = queries.landmark_gate, queries.dynamic_gate
+    return fuse(local, landmarks, dynamic, *gates, config), remote
+
+
+def open_block(cache: LayerCache, position: jax.Array, config: AttentionConfig) -> LayerCache:
+    """Makes ready for tokens one by one, from a position on, as many as `left_in_block`.
+
+    Args:
+      cache: of a layer.
+      position: of the first of them, int32 scalar.
+      config: of the layer's attention.
+    """
+    recent, remote = cache.recent, cache.remote
+    marks = None if remote is None else remote.landmarks(position, 1, config)
+    near = Near.open((recent.window_k, recent.window_v), marks, position, config)
+    return LayerCache(recent._replace(window_k=None, window_v=None), remote, near)
+
+
+def close_block(cache: LayerCache, length: jax.Array, config: AttentionConfig) -> LayerCache:
+    """Takes in the tokens of an open block; arguments as there, `length` being all tokens."""
+    assert cache.near is not None
+    window_k, window_v = cache.near.window(length, config)
+    remote = cache.remote
+    if remote is not None:
+        remote = remote.settle(length, config.block_size, config)
+    return LayerCache(cache.recent._replace(window_k=window_k, window_v=window_v), remote)
 
 
 def _window(near, begin, length, local_start, config: AttentionConfig) -> Ranges:
@@ -218,37 +283,6 @@ def _window(near, begin, length, local_start, config: AttentionConfig) -> Ranges
     first_key = length - kept + begin
     bias = jnp.zeros(k.shape[:3], jnp.float32)
     return Ranges(k, v, local_start - first_key, end - first_key, bias)
-
-
-def _attend_ranges(
-    turned_q: jax.Array, q: jax.Array, window: Ranges, marks: Ranges | None, implementation
-) -> tuple[Branch, Branch | None]:
-    """The branches of the window and of the landmarks: for a single token by one call.
-
-    Kernels for few queries take each branch as a query.
-    """
-    if marks is None or q.shape[1] > 1:
-        local = range_attention(turned_q, *window[:4], implementation=implementation)
-        if marks is None:
-            return local, None
-        return local, range_attention(q, *marks, implementation=implementation)
-    k, v, bias = (
-        _joined(*x) for x in ((window.k, marks.k), (window.v, marks.v), (window.bias, marks.bias))
-    )
-    first = window.k.shape[1]
-    start, end = (
-        jnp.concatenate((x, first + y))
-        for x, y in ((window.start, marks.start), (window.end, marks.end))
-    )
-    out, lse = range_attention(
-        _joined(turned_q, q), k, v, start, end, bias, implementation=implementation
-    )
-    return (out[:, :1], lse[:, :1]), (out[:, 1:], lse[:, 1:])
-
-
-def reach(config: AttentionConfig) -> int:
-    """Tokens whose window keys are kept: with a new one a multiple of 8, as kernels take them."""
-    return config.window + config.block_size + 7
 
 
 def _turn(x: jax.Array, position: jax.Array, config: AttentionConfig) -> jax.Array:

@@ -13,8 +13,10 @@ from pallas_kernels.range_attention import range_attention
 from sparsex_jax.cache import Engine, compressed, host
 from sparsex_jax.cache.compressed import CompressedRemote, most_slots, partition
 from sparsex_jax.cache.device import DeviceRemote, touched
-from sparsex_jax.cache.engine import extend, settle_layers
+from sparsex_jax.cache.engine import extend, map_layers
+from sparsex_jax.cache.layer import close_block, open_block
 from sparsex_jax.cache.memory import Bytes, CacheMemoryError, Shape, check_fits
+from sparsex_jax.cache.near import left_in_block
 from sparsex_jax.config import ConfigError, ModelConfig
 from sparsex_jax.modules.attention import KeySide, QuerySide
 from sparsex_jax.spans import remote_end
@@ -63,26 +65,28 @@ def test_an_answer_leaves_nothing_behind_in_the_host_tier():
 
 @pytest.mark.usefixtures("small_host")
 @pytest.mark.parametrize("tier", ["device", "host"])
-def test_landmarks_of_tokens_in_the_window_can_wait(tier):
-    """Logits are the same bit for bit where they are brought up to date a block at a time."""
-    tokens, size = make_tokens(1, 180), ATTENTION.block_size
-    step = nnx.jit(extend, static_argnames="settle")
-    settle = jax.jit(functools.partial(settle_layers, tokens=size, config=ATTENTION))
-    begin, found = 100, {}
-    for way in ("at once", "block by block", "never"):
+def test_tokens_of_a_block_one_by_one(tier):
+    """In an open block, whose landmarks wait until it is closed, logits are those of any token."""
+    tokens, model = make_tokens(1, 180), make(SPARSE_FIRST)
+    step, mapped = nnx.jit(extend), nnx.jit(map_layers, static_argnums=0)
+    begin, found = 97, {}
+    for way in ("closed", "open", "never closed"):
         cache = engine(tier).prefill(tokens[:, :begin])
-        layers = cache.layers
-        found[way] = []
+        layers, left, found[way] = cache.layers, 0, []
         for n in range(begin, 180):
+            if way != "closed" and left == 0:
+                if n > begin and way == "open":
+                    layers = mapped(close_block, model, layers, jnp.int32(n))
+                elif n > begin:
+                    break
+                layers = mapped(open_block, model, layers, jnp.int32(n))
+                left = int(left_in_block(jnp.int32(n), ATTENTION))
+            left -= 1
             part, at = tokens[:, n : n + 1], jnp.int32(n)
-            logits, layers = step(
-                make(SPARSE_FIRST), layers, part, at, jnp.int32(1), settle=way == "at once"
-            )
-            if way == "block by block" and (n - begin) % size == size - 1:
-                layers = settle(layers, jnp.int32(n - size + 1))
+            logits, layers = step(model, layers, part, at, jnp.int32(1))
             found[way].append(np.asarray(logits))
-    np.testing.assert_array_equal(found["block by block"], found["at once"])
-    assert not np.array_equal(found["never"], found["at once"])
+    np.testing.assert_allclose(found["open"], found["closed"], rtol=1e-5, atol=1e-5)
+    assert len(found["never closed"]) == ATTENTION.block_size - 2  # up to the next a(t)
 
 
 def no_devices(platform):
