@@ -28,8 +28,8 @@ LEAST_LENGTH = 1024  # tokens into which every text fits
 _SHARE = 0.4
 _PREFACE = 0.5
 _ONE_QUESTION = 0.2
-# Questions for several keys; keys with several values, in half of the texts.
-_SEVERAL = 0.3
+_SEVERAL_KEYS = 0.3  # of the questions
+_SEVERAL_VALUES = 0.5  # of the keys, in half of the texts
 _MOST_ASKED = 4
 _SIMILAR_KEYS = 0.5
 _UUID_KEYS = 0.25  # of crowds
@@ -141,7 +141,7 @@ class Practice:
         kinds = [KINDS[i] for i in rng.integers(len(KINDS), size=count)]
         if rng.random() < 0.5:
             kinds = kinds[:1] * count
-        several = _SEVERAL if rng.random() < 0.5 else 0
+        several = _SEVERAL_VALUES if rng.random() < 0.5 else 0
         keys = self.parts.draw_keys(rng, "words", count, similar=rng.random() < _SIMILAR_KEYS)
         more = rng.integers(2, _MOST_ASKED, count, endpoint=True)
         numbers = np.where(rng.random(count) < several, more, 1)
@@ -168,7 +168,7 @@ class Practice:
         asked = size = 0
         while asked < len(entries) and len(parts) < 2 * most:
             group = entries[asked : asked + 1]
-            if rng.random() < _SEVERAL:
+            if rng.random() < _SEVERAL_KEYS:
                 several = entries[asked : asked + int(rng.integers(2, _MOST_ASKED, endpoint=True))]
                 group += itertools.takewhile(group[0].alike, several[1:])
             question = self._question(group)
