@@ -7,7 +7,7 @@ CUDA := .venv/.cuda-stamp
 
 # test-meshes: the model on every shape of mesh of eight simulated devices, rarer cases of split
 # sequences, and four processes; takes long.
-.PHONY: setup demo test test-gpu test-meshes test-tpu-compile lint clean
+.PHONY: setup demo test test-gpu test-meshes test-compile lint clean
 
 setup: $(STAMP)
 
@@ -32,13 +32,13 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint $(COMPILER)
-	$(BIN)/pytest -m "not gpu and not tpu_compile and not meshes" -n 2
+	$(BIN)/pytest -m "not gpu and not long_compile and not meshes" -n 2
 
 test-meshes: $(STAMP)
 	$(BIN)/pytest -m meshes
 
-test-tpu-compile: $(COMPILER)
-	$(BIN)/pytest -m tpu_compile
+test-compile: $(COMPILER)
+	$(BIN)/pytest -m long_compile
 
 test-gpu: $(CUDA)
 	JAX_PLATFORMS=cuda $(BIN)/pytest -m gpu

@@ -41,7 +41,7 @@ def run(capsys):
     return run
 
 
-@pytest.mark.tpu_compile
+@pytest.mark.long_compile
 def test_nano_with_one_layer(project, tmp_path, run):
     """What is quick to compile: its sparse layer, few words, no landmarks, short sequences."""
     path, out = tmp_path / "cut.py", tmp_path / "plan.json"
@@ -68,7 +68,7 @@ def test_nano_with_one_layer(project, tmp_path, run):
     assert 0.4 < row["all_gather_bytes"] / (3 * row["parameters"]) < 1.5
 
 
-@pytest.mark.tpu_compile
+@pytest.mark.long_compile
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("name", "target", "devices"), [("nano", "v5e:2x2", 2), ("billion", "v5e:2x4", 8)]

@@ -203,8 +203,8 @@ class TestCompiled:
         [
             (2**14, 64, True),
             (2**14, 128, False),
-            pytest.param(2**19, 64, False, marks=pytest.mark.tpu_compile),
-            pytest.param(2**19, 128, True, marks=pytest.mark.tpu_compile),
+            pytest.param(2**19, 64, False, marks=pytest.mark.long_compile),
+            pytest.param(2**19, 128, True, marks=pytest.mark.long_compile),
         ],
     )
     def test_eight_chips(self, tokens, dim, biased):
