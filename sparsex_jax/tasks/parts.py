@@ -10,10 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsex_jax.tasks import words
+from sparsex_jax.tasks.lines import encode_uuids
 from sparsex_jax.tasks.phrases import Kind
+from sparsex_jax.tasks.ragged import Ragged, gather
 from sparsex_jax.tasks.tokenizer import Tokenizer
 
-_UUIDS = 1 << 16  # different ones: their letters are no tokens of their own, so they are encoded
+_UUIDS = 1 << 16  # different ones, encoded once
 
 
 class Parts:
@@ -27,7 +29,7 @@ class Parts:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self._flat, self._start, self._size = _encoded(tokenizer)
+        self._table = _encoded(tokenizer)
         self._fixed: dict[str, int] = {}
         self._tokenizer = tokenizer
         self._words = 11  # after a space and ten digits: adjectives, a hyphen, nouns, uuids
@@ -77,8 +79,7 @@ class Parts:
     def least(self, key: Kind, value: Kind) -> int:
         """Tokens that a needle takes at least."""
         size = {"numbers": 8, "uuids": 1, "words": 3}
-        shortest = int(self._size[self._uuids : self._uuids + _UUIDS].min())
-        size["uuids"] = shortest
+        size["uuids"] = int(self._sizes(self._uuids + np.arange(_UUIDS)).min())
         return size[key] + size[value] + 8
 
     def row(self, *items: str | np.ndarray) -> np.ndarray:
@@ -95,27 +96,30 @@ class Parts:
 
     def _number(self, text: str) -> np.ndarray:
         if text not in self._fixed:
-            tokens = self._tokenizer.fixed(text)
-            self._fixed[text] = len(self._start)
-            self._start = np.append(self._start, len(self._flat))
-            self._size = np.append(self._size, len(tokens))
-            self._flat = np.concatenate([self._flat, tokens])
+            table, tokens = self._table, self._tokenizer.fixed(text)
+            self._fixed[text] = len(table.begin) - 1
+            self._table = Ragged(
+                np.concatenate([table.tokens, tokens]),
+                np.append(table.begin, table.begin[-1] + len(tokens)),
+            )
         return np.array([self._fixed[text]], np.int32)
+
+    def _sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of each part."""
+        begin = self._table.begin
+        return begin[numbers + 1] - begin[numbers]
 
     def sizes(self, table: np.ndarray) -> np.ndarray:
         """Tokens of each sentence of a table."""
-        return self._size[table].sum(axis=1)
+        return self._sizes(table).sum(axis=1)
 
     def count(self, row: np.ndarray) -> int:
         """Tokens of a sentence."""
-        return int(self._size[row].sum())
+        return int(self._sizes(row).sum())
 
     def tokens(self, row: np.ndarray) -> np.ndarray:
         """Tokens of a sentence, int32."""
-        sizes = self._size[row]
-        ends = np.cumsum(sizes)
-        place = np.repeat(self._start[row] - (ends - sizes), sizes) + np.arange(sizes.sum())
-        return self._flat[place]
+        return gather([(self._table, row)]).tokens
 
     def rows(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Tokens of each of several sentences."""
@@ -126,15 +130,13 @@ class Parts:
 
 
 @functools.cache
-def _encoded(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens of all parts end to end, and where each begins and how many it has."""
-    uuids = words.draw_uuids(np.random.default_rng(0), _UUIDS)
+def _encoded(tokenizer: Tokenizer) -> Ragged:
+    """Tokens of all parts."""
+    uuids = encode_uuids(np.random.default_rng(0).bytes(16 * _UUIDS), tokenizer)
     parts = [tokenizer.encode(" "), *tokenizer.encode("0123456789")[:, None]]
-    parts += tokenizer.encode_batch(
-        [
-            *(" " + word for word in words.ADJECTIVES), "-", *words.NOUNS,
-            *(" " + uuid for uuid in uuids),
-        ]
-    )  # fmt: skip
-    size = np.array([len(part) for part in parts])
-    return np.concatenate(parts), np.cumsum(size) - size, size
+    parts += tokenizer.encode_batch([*(" " + word for word in words.ADJECTIVES), "-", *words.NOUNS])
+    first = Ragged.of(parts)
+    return Ragged(
+        np.concatenate([first.tokens, uuids.tokens]),
+        np.concatenate([first.begin, first.begin[-1] + uuids.begin[1:]]),
+    )

@@ -46,12 +46,13 @@ def gather(columns: Sequence[tuple[Ragged, np.ndarray]]) -> Ragged:
     offset = 0
     for number, (table, index) in enumerate(columns):
         begin[:, number] = table.begin[index] + offset
-        size[:, number] = table.sizes[index]
+        size[:, number] = table.begin[index + 1] - table.begin[index]
         offset += len(table.tokens)
     ends = np.cumsum(size.ravel(), dtype=np.int64)
     # Where each token comes from: its place in the text, moved by what its piece is moved by.
     moved = begin.ravel() - (ends - size.ravel())
     place = np.repeat(moved, size.ravel())
     place += np.arange(len(place))
-    tokens = np.concatenate([table.tokens for table, _ in columns])[place]
-    return Ragged(tokens, np.concatenate([[0], ends[width - 1 :: width]]))
+    sources = [table.tokens for table, _ in columns]
+    source = sources[0] if width == 1 else np.concatenate(sources)  # a table may be large
+    return Ragged(source[place], np.concatenate([[0], ends[width - 1 :: width]]))

@@ -110,9 +110,3 @@ def draw_number(rng: np.random.Generator) -> str:
 def draw_uuid(rng: np.random.Generator) -> str:
     """A random uuid (version 4)."""
     return str(uuid.UUID(bytes=rng.bytes(16), version=4))
-
-
-def draw_uuids(rng: np.random.Generator, count: int) -> list[str]:
-    """Random uuids (version 4)."""
-    drawn = rng.bytes(16 * count)
-    return [str(uuid.UUID(bytes=drawn[i : i + 16], version=4)) for i in range(0, 16 * count, 16)]
