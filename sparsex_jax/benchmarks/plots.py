@@ -1,4 +1,4 @@
-"""Pictures of attention rows: time and speed-up over length, and what the time goes into."""
+"""Pictures of rows of attention and decoding: time and speed-up by length, and the parts of it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,14 +99,17 @@ def _stacks(rows: Sequence[Row], selection: str | None, label: Label):
     return figure
 
 
-def draw_attention(rows: Sequence[Row], folder: Path, label: Label, suffix: str = "") -> list[Path]:
+def draw_attention(
+    rows: Sequence[Row], folder: Path, label: Label, name: str = "attention", suffix: str = ""
+) -> list[Path]:
     """Writes time, speed-up and parts as PNG.
 
     Args:
       rows: of one shape.
       folder: for the pictures; it is made.
       label: text for a length.
-      suffix: of the names of the files.
+      name: that the names of the files begin with.
+      suffix: that they end with.
 
     Returns:
       The files; a picture without anything to show is left out.
@@ -126,11 +129,11 @@ def draw_attention(rows: Sequence[Row], folder: Path, label: Label, suffix: str 
         unit = "times as fast as dense"
         figures["speedup"] = _lines(faster, "speedup_over_dense", label, unit, fitted=False)
     for selection in [x for x in selections if x] or selections:
-        name = f"parts-{selection}" if selection else "parts"
-        figures[name] = _stacks(ours, selection, label)
+        title = f"parts-{selection}" if selection else "parts"
+        figures[title] = _stacks(ours, selection, label)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"attention-{name}{suffix}.png")
+    for title, figure in figures.items():
+        paths.append(folder / f"{name}-{title}{suffix}.png")
         figure.savefig(paths[-1], dpi=150)
     return paths

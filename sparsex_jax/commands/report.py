@@ -49,16 +49,18 @@ def report(arguments: Arguments) -> None:
             " bench attention` first, or give --results DIR"
         )
     for hardware, files in found.items():
-        timed = [results for _, results in files if KINDS[results["benchmark"]].drawn]
-        rows = [row for results in timed for row in results["rows"] if not row.get("target")]
         folder = arguments.results / hardware / "plots"
         if arguments.out is not None:
             folder = arguments.out / hardware
-        pictures, shapes = [], tables.shapes(rows)
-        for shape in shapes:
-            suffix = "" if len(shapes) == 1 else "-" + "-".join(map(str, shape))
-            chosen = tables.of_shape(rows, shape)
-            pictures += draw_attention(chosen, folder, format_length, suffix)
+        pictures = []
+        for name in dict.fromkeys(kind.drawn for kind in KINDS.values() if kind.drawn):
+            timed = [x for _, x in files if KINDS[x["benchmark"]].drawn == name]
+            rows = [row for results in timed for row in results["rows"] if not row.get("target")]
+            shapes = tables.shapes(rows)
+            for shape in shapes:
+                suffix = "" if len(shapes) == 1 else "-" + "-".join(map(str, shape))
+                chosen = tables.of_shape(rows, shape)
+                pictures += draw_attention(chosen, folder, format_length, name, suffix)
         needles = needle_rows(files)
         pictures += draw_needles(needles, folder, format_length) if needles else []
         for path, results in files:
@@ -136,7 +138,8 @@ def _check(path: Path, results: dict[str, Any]) -> None:
         known = ", ".join(KINDS)
         raise ConfigError(f"{path} has benchmark={results.get('benchmark')!r}, not {known}")
     for number, row in enumerate(results["rows"]):
-        more = tables.COMPILED_FIELDS if kind.drawn and row.get("target") else ()
+        compiled = kind.drawn == "attention" and row.get("target")
+        more = tables.COMPILED_FIELDS if compiled else ()
         missing = [field for field in (*kind.fields, *more) if field not in row]
         if missing:
             raise ConfigError(f"{path}: row {number} lacks {', '.join(missing)}")
@@ -205,17 +208,18 @@ class Kind:
     Attributes:
       fields: that each row has.
       show: prints the tables of a file.
-      drawn: whether they are drawn, too; rows of targets then have `tables.COMPILED_FIELDS`.
+      drawn: what pictures of them are called, None without any; rows of targets that are drawn as
+        "attention" have `tables.COMPILED_FIELDS`.
     """
 
     fields: tuple[str, ...]
     show: Callable[[dict[str, Any]], None]
-    drawn: bool = False
+    drawn: str | None = None
 
 
 KINDS = {
-    "attention": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn=True),
-    "attention_peers": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn=True),
+    "attention": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn="attention"),
+    "attention_peers": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn="attention"),
     "needle": Kind(tables.ACCURACY_FIELDS, _show_table(tables.accuracy_table)),
     "perplexity": Kind(
         tables.PERPLEXITY_FIELDS,
@@ -235,7 +239,7 @@ KINDS = {
         tables.PLAN_FIELDS,
         _show_table(tables.plan_table, "A training step, compiled and not run; GiB on each chip."),
     ),
-    "decode": Kind(tables.ATTENTION_FIELDS, _show_decode),
+    "decode": Kind(tables.ATTENTION_FIELDS, _show_decode, drawn="decode"),
     "prefill": Kind(
         tables.PREFILL_FIELDS,
         _show_table(tables.prefill_table, "A context read in chunks by {model}."),

@@ -105,10 +105,12 @@ def test_pictures_elsewhere_and_of_several_shapes(tmp_path, capsys):
     other = [{**row("fla_nsa", "op", 32768, 2.0), "kv_heads": 1}]
     write(tmp_path / "results" / "h200" / "attention.json", "attention", rows)
     write(tmp_path / "results" / "h200" / "attention_peers.json", "attention_peers", other)
+    write(tmp_path / "results" / "h200" / "decode.json", "decode", attention_rows())
     out = tmp_path / "pictures"
     assert report("--results", tmp_path / "results", "--out", out) == 0
     names = {path.name for path in (out / "h200").iterdir()}
     assert {"attention-time-16-2-128.png", "attention-time-16-1-128.png"} <= names
+    assert {"decode-time.png", "decode-speedup.png"} <= names
     assert not (tmp_path / "results" / "h200" / "plots").exists()
 
 
