@@ -30,7 +30,8 @@ _PREFACE = 0.5
 _ONE_QUESTION = 0.2
 _SEVERAL_KEYS = 0.3  # of the questions
 _SEVERAL_VALUES = 0.5  # of the keys, in half of the texts
-_MOST_ASKED = 4
+_VALUES = (0, 0, 0.2, 0.2, 0.6)  # shares of 0, 1, 2, 3 and 4 of them: four, mostly, as in RULER
+_MOST_ASKED = 4  # keys
 _SIMILAR_KEYS = 0.5
 _UUID_KEYS = 0.25  # of crowds
 _NOISE, _NOISE_AROUND_CHAINS = 0.15, 0.7
@@ -143,7 +144,7 @@ class Practice:
             kinds = kinds[:1] * count
         several = _SEVERAL_VALUES if rng.random() < 0.5 else 0
         keys = self.parts.draw_keys(rng, "words", count, similar=rng.random() < _SIMILAR_KEYS)
-        more = rng.integers(2, _MOST_ASKED, count, endpoint=True)
+        more = rng.choice(len(_VALUES), count, p=_VALUES)
         numbers = np.where(rng.random(count) < several, more, 1)
         return [
             _Entry(kind, key, self.parts.draw(rng, kind, number))
