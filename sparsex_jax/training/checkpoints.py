@@ -5,7 +5,9 @@ import functools
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import flax
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import multihost
 
 import sparsex_jax
 from sparsex_jax import errors, manifest
 from sparsex_jax.config import AttentionConfig, BaselineConfig, ConfigError, ModelConfig
+from sparsex_jax.parallel import distributed
 from sparsex_jax.training.errors import CheckpointError
 
 
@@ -82,6 +86,7 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+PARAMS = "params/"  # before the names of parameters, in checkpoints of runs
 # What orbax adds to the name of a checkpoint that is not complete.
 TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -89,8 +94,10 @@ TEMPORARY = ".orbax-checkpoint-tmp"
 class RunCheckpoints:
     """The checkpoints of a run: asynchronous, atomic, the last `keep` of them.
 
-    A checkpoint that is not complete has a temporary name, is never read, and is removed when the
-    run goes on. A complete one has a manifest of its files, which is checked before it is read.
+    Of several processes each writes the shards that it holds, into one directory, and reads those
+    that it is to hold; all of them have to make the same calls. A checkpoint that is not complete
+    has a temporary name, is never read, and is removed when the run goes on. A complete one has a
+    manifest of its files, which is checked before it is read.
 
     Args:
       directory: made if missing.
@@ -100,6 +107,7 @@ class RunCheckpoints:
     def __init__(self, directory: Path, keep: int | None):
         self._directory = directory
         self._saving: int | None = None
+        self._error: BaseException | None = None  # of writing in the background
         logging.getLogger("absl").addFilter(_is_news)
         with writing(str(directory), "Choose a run directory that can be written to."):
             if keep is not None and jax.process_index() == 0:
@@ -114,9 +122,14 @@ class RunCheckpoints:
                 if keep is None
                 else ocp.CheckpointManagerOptions(
                     max_to_keep=keep,
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                    async_options=ocp.AsyncOptions(
+                        post_finalization_callback=self._seal, barrier_sync_fn=self._meet
+                    ),
                 ),
-                item_names=("arrays", "metadata"),
+                item_handlers={
+                    "arrays": ocp.PyTreeCheckpointHandler(),
+                    "metadata": ocp.JsonCheckpointHandler(),
+                },
             )
 
     @property
@@ -124,17 +137,18 @@ class RunCheckpoints:
         """Step of the last complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, arrays: Mapping[str, np.ndarray], metadata: dict) -> None:
+    def save(self, step: int, arrays: Mapping[str, jax.Array], metadata: dict) -> None:
         """Starts to write a checkpoint; an error of the one before is raised here.
 
         Args:
           step: its name.
-          arrays: NumPy arrays that nobody changes any more.
+          arrays: by name. This process's shards of them are on its host when this returns, so
+            that they may be given away.
           metadata: JSON.
         """
         self.wait()
         self._saving = step
-        with self._guard(step):
+        with self._guard(step), distributed.waiting_for(f"the checkpoint of step {step}"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -144,19 +158,39 @@ class RunCheckpoints:
                 force=True,
             )
 
-    def _seal(self) -> None:
-        """Writes the manifest; called in the background before the folder gets its final name."""
+    def _unfinished(self) -> Path:
+        """The folder that is being written."""
         (folder,) = self._directory.glob(f"{self._saving}{TEMPORARY}*")
-        manifest.write(folder)
+        return folder
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """Waits for the other processes, in the background; sums up what this one has written."""
+        if (error := sys.exception()) is not None:
+            # orbax would wait on its way out for those that wait for what failed here.
+            self._error = error
+            return
+        if "async_write_complete" in key:
+            folder = self._unfinished()
+            own = folder / "arrays" / f"ocdbt.process_{jax.process_index()}"
+            manifest.write_part(folder, own)
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def _seal(self) -> None:
+        """Writes the manifest; called in the background, of process 0, before the folder gets its
+        final name.
+        """
+        manifest.write(self._unfinished())
 
     def check(self) -> None:
         """Raises CheckpointError if writing failed in the background."""
         with self._guard():
             self._manager.check_for_errors()
+            if self._error is not None:
+                raise self._error
 
     def wait(self) -> None:
         """Blocks until the last checkpoint is complete."""
-        with self._guard():
+        with self._guard(), distributed.waiting_for(f"the checkpoint of step {self._saving}"):
             self._manager.wait_until_finished()
 
     def _guard(self, step: int | None = None):
@@ -168,18 +202,48 @@ class RunCheckpoints:
             f"{intact}: free some space and run the same command again.",
         )
 
-    def restore(self, step: int) -> tuple[dict, dict[str, np.ndarray]]:
-        """Metadata and arrays of a checkpoint; raises CheckpointError where they are not whole."""
+    def contents(self, step: int) -> tuple[dict, dict[str, jax.ShapeDtypeStruct]]:
+        """Metadata of a checkpoint, and the shapes of its arrays; checks its files.
+
+        Of several processes each checks its share of the files, and none goes on before all have.
+
+        Raises:
+          CheckpointError: they are not whole.
+        """
         path = self._directory / str(step)
-        with reading(path, self._way_out(step)):
-            manifest.verify(path)
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    metadata=ocp.args.JsonRestore(), arrays=ocp.args.PyTreeRestore()
-                ),
+        with self._reading(step), distributed.waiting_for(f"the files of {path}"):
+            manifest.verify(path, jax.process_index(), jax.process_count())
+            distributed.of_process_0("verified", "")
+            args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+            metadata = self._manager.restore(step, args=args)["metadata"]
+            arrays = self._manager.item_metadata(step)["arrays"]
+            return metadata, {
+                name: jax.ShapeDtypeStruct(value.shape, value.dtype)
+                for name, value in arrays.tree.items()
+            }
+
+    def restore(self, step: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+        """Arrays of a checkpoint that `contents` has checked.
+
+        Args:
+          step: its name.
+          like: those wanted, with their shapes. One with a sharding is read as a jax.Array that
+            lies so, by each process what it is to hold; one without as a NumPy array.
+
+        Raises:
+          CheckpointError: they cannot be read.
+        """
+        path = self._directory / str(step)
+        with self._reading(step), distributed.waiting_for(f"the arrays of {path}"):
+            args = ocp.args.PyTreeRestore(
+                dict(like),
+                restore_args=ocp.checkpoint_utils.construct_restore_args(dict(like)),
+                partial_restore=True,
             )
-            return restored["metadata"], restored["arrays"]
+            return self._manager.restore(step, args=ocp.args.Composite(arrays=args))["arrays"]
+
+    def _reading(self, step: int) -> AbstractContextManager[None]:
+        return reading(self._directory / str(step), self._way_out(step))
 
     def _way_out(self, step: int) -> str:
         before = [name for name in self._manager.all_steps() if name < step]

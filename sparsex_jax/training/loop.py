@@ -27,7 +27,7 @@ from sparsex_jax.training.models import load_parameters, save_model
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
 from sparsex_jax.training.run_directory import last_complete, lock, prepare
-from sparsex_jax.training.step import fetch, make_step, place_batch, place_state
+from sparsex_jax.training.step import fetch, first_state, make_step, place_batch, state_like
 from sparsex_jax.training.stop import StopRequest
 
 # What a resumed run may have another value of: it changes no parameter but by rounding.
@@ -140,14 +140,10 @@ class Trainer:
             )  # fmt: skip
         self.schedule = make_schedule(config.optimizer, config.total_steps)
         self.optimizer = make_optimizer(config.optimizer, config.total_steps)
-        self.skeleton, params = split_model(model_class(config.model, rngs=nnx.Rngs(config.seed)))
-        if config.init_from is not None:
-            params = load_parameters(config.init_from, params, tokenizer_fingerprint)
-        self.state = {
-            "params": params,
-            "optimizer": self.optimizer.init(params),
-            "step": np.int32(0),
-        }
+        self.skeleton, self.initial = split_model(
+            model_class(config.model, rngs=nnx.Rngs(config.seed))
+        )
+        self.state = state_like(self.initial, self.optimizer, self.skeleton, self.mesh)
         self.step = 0
         self.window: list[list[float]] = []  # metrics of steps since the last row
         self.pending: collections.deque = collections.deque()  # (step, two arrays on the device)
@@ -170,8 +166,10 @@ class Trainer:
         self.total_tokens = tokens
 
     def run(self, stop: StopRequest) -> TrainResult:
-        """Restores, trains, saves."""
-        if self.saved_step is not None:
+        """Begins or restores, trains, saves."""
+        if self.saved_step is None:
+            self._begin()
+        else:
             self._restore(self.saved_step)
         total = self.config.total_steps
         if self.step == total:
@@ -179,7 +177,6 @@ class Trainer:
             return TrainResult(
                 "finished", total, None, f"{self.run_dir} is finished: all {total} steps are done"
             )
-        self.state = place_state(self.state, self.skeleton, self.mesh)
         if jax.process_index() == 0:
             self.metrics = Metrics(self.run_dir, self.step)
             self.progress = Progress(total, self.total_tokens)
@@ -291,10 +288,10 @@ class Trainer:
             self.progress.show(row)
 
     def _arrays(self) -> dict:
-        """The state as a flat dictionary."""
+        """The state, or its shapes, as a flat dictionary."""
         moments = jax.tree_util.tree_flatten_with_path(self.state["optimizer"])[0]
         return {
-            **{f"params/{name}": value for name, value in self.state["params"].items()},
+            **{f"{ckpt.PARAMS}{name}": value for name, value in self.state["params"].items()},
             **{f"optimizer/{jax.tree_util.keystr(path)}": value for path, value in moments},
             "step": self.state["step"],
         }
@@ -305,11 +302,9 @@ class Trainer:
         self._log(keep=0)
         if self.metrics is not None:
             self.metrics.sync()
-        # Copies: the step consumes the state while the checkpoint is written.
-        arrays = {name: fetch(value) for name, value in self._arrays().items()}
         self.checkpoints.save(
             self.step,
-            arrays,
+            self._arrays(),
             {
                 "config": ckpt.to_json(self.config),
                 "tokenizer": self.tokenizer,
@@ -321,10 +316,18 @@ class Trainer:
         )
         self.saved_step = self.step
 
+    def _begin(self) -> None:
+        """Takes over the parameters to begin with."""
+        params, self.initial = self.initial, {}
+        if self.config.init_from is not None:
+            params = load_parameters(self.config.init_from, params, self.tokenizer)
+        self.state = first_state(params, self.optimizer, self.skeleton, self.mesh)
+
     def _restore(self, step: int) -> None:
         """Takes over a checkpoint; raises TrainingError or CheckpointError if it does not fit."""
         path = self.run_dir / "checkpoints" / str(step)
-        metadata, arrays = self.checkpoints.restore(step)
+        self.initial.clear()
+        metadata, shapes = self.checkpoints.contents(step)
         found = [
             difference
             for difference in ckpt.differences(metadata["config"], ckpt.to_json(self.config))
@@ -341,13 +344,14 @@ class Trainer:
                 f"the text of haystack={self.config.data.haystack or 'the standard library'} has"
                 f" changed since {self.run_dir} was begun: restore it, or use another run_dir"
             )
-        names = self._arrays()
-        ckpt.check_arrays(path, arrays, names)
+        like = self._arrays()
+        ckpt.check_arrays(path, shapes, like)
+        arrays = self.checkpoints.restore(step, like)
         treedef = jax.tree.structure(self.state["optimizer"])
         self.state = {
-            "params": {name: arrays[f"params/{name}"] for name in self.state["params"]},
+            "params": {name: arrays[f"{ckpt.PARAMS}{name}"] for name in self.state["params"]},
             "optimizer": jax.tree.unflatten(
-                treedef, [arrays[name] for name in names if name.startswith("optimizer/")]
+                treedef, [arrays[name] for name in like if name.startswith("optimizer/")]
             ),
             "step": arrays["step"],
         }
@@ -356,10 +360,16 @@ class Trainer:
             self.restored_data = metadata["data"]
 
     def _export(self) -> None:
-        """Writes the model alone, unless it is there."""
-        params = {name: fetch(value) for name, value in self.state["params"].items()}
-        if jax.process_index() == 0 and not (self.run_dir / "model").exists():
-            save_model(self.run_dir / "model", params, self.config.model, self.tokenizer)
+        """Writes the model alone, unless it is there; process 0 gathers the parameters for it."""
+        path, params = self.run_dir / "model", {}
+        if json.loads(distributed.of_process_0("model", json.dumps(path.exists()))):
+            return
+        for name, value in self.state["params"].items():
+            whole = fetch(value)
+            if jax.process_index() == 0:
+                params[name] = whole
+        if jax.process_index() == 0:
+            save_model(path, params, self.config.model, self.tokenizer)
 
     def close(self) -> None:
         """Ends what runs in the background."""

@@ -17,6 +17,7 @@ from flax import nnx
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.training.checkpoints import (
+    PARAMS,
     RunCheckpoints,
     check_arrays,
     check_model,
@@ -256,15 +257,12 @@ def export_model(
         step = manager.latest
         if step is None:
             raise CheckpointError(f"{folder} has no checkpoint: let the run reach its first one")
-        metadata, arrays = manager.restore(step)
+        metadata, shapes = manager.contents(step)
+        params = {name: x for name, x in shapes.items() if name.startswith(PARAMS)}
+        params = manager.restore(step, params)
     finally:
         manager.close()
-    prefix = "params/"
-    params = {
-        name.removeprefix(prefix): value
-        for name, value in arrays.items()
-        if name.startswith(prefix)
-    }
+    params = {name.removeprefix(PARAMS): value for name, value in params.items()}
     config = model_config(folder, metadata["config"]["model"], metadata["versions"])
     save_model(directory, params, config, metadata["tokenizer"], dtype)
     return step

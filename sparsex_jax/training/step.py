@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.mesh_axes import zeros_like
@@ -22,11 +22,43 @@ TrainState = dict
 
 
 def place_state(state: TrainState, skeleton: Skeleton, mesh: Mesh | None) -> TrainState:
-    """Puts a state (NumPy or JAX arrays) onto the devices, as the sharding rules say."""
-    if mesh is None:
-        return jax.device_put(state, jax.devices()[0])
+    """Puts a state, or a part of one (NumPy or JAX arrays), where the sharding rules say."""
     # From the host: arrays on one device cannot be copied to those of other processes.
-    return jax.device_put(jax.device_get(state), state_shardings(state, skeleton.axes, mesh))
+    return jax.device_put(jax.device_get(state), _shardings(state, skeleton, mesh))
+
+
+def _shardings(state: TrainState, skeleton: Skeleton, mesh: Mesh | None) -> TrainState:
+    if mesh is not None:
+        return state_shardings(state, skeleton.axes, mesh)
+    here = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: here, state)
+
+
+def state_like(
+    params: dict, optimizer: optax.GradientTransformation, skeleton: Skeleton, mesh: Mesh | None
+) -> TrainState:
+    """The shapes of a state, each with the sharding that the rules say; parameters by name."""
+    shapes = {
+        "params": jax.eval_shape(lambda x: x, params),
+        "optimizer": jax.eval_shape(optimizer.init, params),
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        _shardings(shapes, skeleton, mesh),
+    )
+
+
+def first_state(
+    params: dict, optimizer: optax.GradientTransformation, skeleton: Skeleton, mesh: Mesh | None
+) -> TrainState:
+    """The state before the first step, on the devices; arguments as of `state_like`."""
+    like = state_like(params, optimizer, skeleton, mesh)["optimizer"]
+    placed = place_state({"params": params, "step": np.int32(0)}, skeleton, mesh)
+    # Where they are to lie: the moments are never whole.
+    init = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda x: x.sharding, like))
+    return {**placed, "optimizer": init(placed["params"])}
 
 
 def fetch(x: np.ndarray | jax.Array) -> np.ndarray:

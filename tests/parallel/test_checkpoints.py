@@ -3,19 +3,25 @@
 import dataclasses
 import functools
 import itertools
+import json
+import math
 import types
 
 import jax
 import numpy as np
+import optax
 import pytest
+import tensorstore
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from sparsex_jax.config import ConfigError, MeshConfig, StageConfig
 from sparsex_jax.modules import Transformer
 from sparsex_jax.parallel import mesh as meshes
+from sparsex_jax.training import checkpoints as ckpt
 from sparsex_jax.training import loop
 from sparsex_jax.training.parameters import split_model
-from sparsex_jax.training.step import fetch, place_state
+from sparsex_jax.training.step import first_state, state_like
 from tests.parallel.devices import on_devices
 from tests.parallel.test_model import MODEL
 from tests.training import tiny
@@ -44,34 +50,76 @@ def test_written_on_four_devices_restored_on_two_and_on_eight(tmp_path):
     assert run(tmp_path / "many", 2, MeshConfig(), 2).step == 4
     many = run(tmp_path / "many", 8, MeshConfig(data=4), None)
     assert one.status == many.status == "finished" and many.step == 6
-    expected, found = (_last(tmp_path / name) for name in ("one", "many"))
+    expected, found = (tiny.read(tmp_path / name) for name in ("one", "many"))
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=2e-3, atol=2e-4)
 
 
-def _last(run_dir):
-    manager = loop.ckpt.RunCheckpoints(run_dir / "checkpoints", keep=None)
-    try:
-        return manager.restore(manager.latest)[1]
-    finally:
-        manager.close()
+def zarrays(checkpoint):
+    """What is stored of each array of a checkpoint, by name: shape, chunks, ..."""
+    base = f"file://{checkpoint.absolute()}/arrays/"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = [key.decode() for key in store.list().result() if key.endswith(b"/.zarray")]
+    return {key.removesuffix("/.zarray"): json.loads(store[key]) for key in keys}
+
+
+def flat(tree):
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 @on_devices
-def test_state_moves_between_meshes_bit_for_bit():
+def test_state_moves_between_meshes_shard_by_shard_and_bit_for_bit(tmp_path):
     skeleton, params = split_model(Transformer(MODEL, rngs=nnx.Rngs(0)))
-    state = {"params": params, "optimizer": {"mu": params}, "step": np.int32(3)}
-    here = jax.device_get(state)
-    for config, devices in (
-        (MeshConfig(fsdp=2, tensor=2), 4), (MeshConfig(seq=2), 2), (MeshConfig(fsdp=4, seq=2), 8),
-    ):  # fmt: skip
-        mesh = meshes.make_mesh(config, jax.devices()[:devices])
-        placed = place_state(here, skeleton, mesh)
-        kernel = placed["optimizer"]["mu"]["blocks.0.mlp.up.kernel"]
-        part = kernel.addressable_shards[0].data.size
-        assert part * mesh.shape["fsdp"] * mesh.shape["tensor"] == kernel.size
-        here = jax.tree.map(fetch, placed)
-    jax.tree.map(np.testing.assert_array_equal, here, jax.device_get(state))
+    optimizer = optax.adam(1e-3)
+    meshes_ = [
+        meshes.make_mesh(config, jax.devices()[:devices])
+        for config, devices in (
+            (MeshConfig(fsdp=8), 8), (MeshConfig(fsdp=2, tensor=2), 4), (MeshConfig(seq=2), 2),
+            (MeshConfig(), 1), (MeshConfig(fsdp=4, seq=2), 8),
+        )
+    ]  # fmt: skip
+    state = first_state(params, optimizer, skeleton, meshes_[0])
+    moments = state["optimizer"][0]._replace(mu=jax.tree.map(lambda x: x * 3, state["params"]))
+    state = {**state, "optimizer": (moments, *state["optimizer"][1:])}
+    expected = jax.device_get(flat(state))
+    manager = ckpt.RunCheckpoints(tmp_path, 10)
+    for number, mesh in enumerate(meshes_):
+        manager.save(number, flat(state), {})
+        manager.wait()
+        for name, stored in zarrays(tmp_path / str(number)).items():
+            shard = flat(state)[name].addressable_shards[0].data
+            assert math.prod(stored["chunks"]) <= shard.size, name  # copies are shared out, too
+        like = state_like(params, optimizer, skeleton, mesh)
+        restored = manager.restore(number, flat(like))
+        for name, wanted in flat(like).items():
+            assert restored[name].sharding == wanted.sharding
+            assert restored[name].dtype == expected[name].dtype
+            assert np.asarray(restored[name]).tobytes() == expected[name].tobytes(), name
+        state = jax.tree.unflatten(jax.tree.structure(like), [restored[n] for n in flat(like)])
+        if mesh is not None:
+            kernel = state["optimizer"][0].mu["blocks.0.mlp.up.kernel"]
+            part = kernel.addressable_shards[0].data.size
+            assert part * mesh.shape["fsdp"] * mesh.shape["tensor"] == kernel.size
+    manager.close()
+
+
+@on_devices
+def test_the_step_may_consume_what_is_being_written(tmp_path):
+    mesh = meshes.make_mesh(MeshConfig())
+    value = np.random.default_rng(0).standard_normal(1 << 22, np.float32)  # takes a while to write
+    change = jax.jit(lambda x: -x, donate_argnums=0)
+    manager = ckpt.RunCheckpoints(tmp_path, 1)
+    for step, split in enumerate((P("fsdp"), P())):
+        x = jax.device_put(value, jax.sharding.NamedSharding(mesh, split))
+        manager.save(step, {"x": x}, {})
+        for _ in range(3):
+            x = change(x)
+        x.block_until_ready()
+        manager.wait()
+        like = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+        np.testing.assert_array_equal(manager.restore(step, like)["x"], value)
+    manager.close()
 
 
 @on_devices

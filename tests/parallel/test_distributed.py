@@ -110,6 +110,49 @@ def test_processes_train_as_one_does_and_go_on_after_every_end(start, whole, tmp
     assert_close_run(several, whole)
 
 
+def test_each_process_writes_its_shards_and_gathers_none(start, tmp_path):
+    options = {"model_dim": 256, "checkpoint_every": 2}
+    processes = start_processes(start, tmp_path, slow=0.1, gathers=False, **options)
+    interrupt(processes, tmp_path, 1, signal.SIGTERM)
+    finish(processes)
+    last = max(complete(tmp_path)[0])
+    arrays = tmp_path / "checkpoints" / str(last) / "arrays"
+    files = [path for path in arrays.rglob("*") if path.is_file()]
+    total = sum(path.stat().st_size for path in files)
+    for number in range(2):
+        own = [path for path in files if arrays / f"ocdbt.process_{number}" in path.parents]
+        assert 0.4 * total < sum(path.stat().st_size for path in own) < 0.6 * total
+    assert total > 4 * 3 * (2 * 256**2 + 32 * 256) / 2  # random numbers: little to compress
+    assert not list(arrays.parent.glob(".manifest*"))
+
+    damaged = max(own, key=lambda path: path.stat().st_size)  # of process 1
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-9] + bytes([content[-9] ^ 255]) + content[-8:])
+    processes = start_processes(start, tmp_path, **options)
+    outputs = [process.communicate() for process in processes]
+    assert sorted(process.returncode for process in processes) == [1, LOST]
+    told = outputs[[process.returncode for process in processes].index(LOST)]
+    what = f"checkpoints/{last} cannot be read, files are missing or damaged (arrays/ocdbt.process"
+    assert_tells(told, " stopped: ", what, "was altered): delete it to go on from step")
+    shutil.rmtree(arrays.parent)
+    finish(start_processes(start, tmp_path, **options))
+
+
+@pytest.mark.parametrize("how", ["killed", "full"])
+def test_a_process_that_fails_while_it_writes_leaves_the_last_checkpoint(start, tmp_path, how):
+    processes = start_processes(start, tmp_path, each=({}, {"fault": (8, how)}))
+    outputs = [process.communicate() for process in processes]
+    assert processes[0].returncode == LOST
+    if how == "killed":
+        assert_tells(outputs[0], "process 1 of 2", "has not answered for", "resumes from step 4")
+    else:
+        assert_tells(outputs[0], "process 1 of 2 stopped: ", "no space left on the device. The one")
+        assert "CheckpointError" in outputs[1][1] and "step 4 is intact" in outputs[1][1]
+    assert complete(tmp_path) == ({4}, True)
+    finish(start_processes(start, tmp_path))
+    assert complete(tmp_path) == ({20, 21}, False)
+
+
 @pytest.mark.meshes
 def test_one_of_four_hangs_and_other_numbers_of_devices_go_on(start, tmp_path):
     run_dir, options = tmp_path / "run", {"batch_size": 8, "checkpoint_every": 2}

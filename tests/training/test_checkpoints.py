@@ -54,15 +54,6 @@ def load(directory, **options):
     return load_model(directory, model_class=tiny.TinyModel, **options)
 
 
-def read(run_dir):
-    """Arrays of the last checkpoint of a run."""
-    manager = ckpt.RunCheckpoints(run_dir / "checkpoints", keep=None)
-    try:
-        return manager.restore(manager.latest)[1]
-    finally:
-        manager.close()
-
-
 def damaged_in_turn(*directories):
     """Cuts each file below directories in half, alters it, removes it; yields what was damaged."""
     for path in sorted(path for directory in directories for path in directory.rglob("*")):
@@ -236,11 +227,11 @@ def test_damaged_checkpoint_of_a_run(copied, capfd):
     folder = copied / "checkpoints" / "21"
     for _ in damaged_in_turn(folder / "arrays", folder / "metadata"):
         with pytest.raises(CheckpointError, match=r"checkpoints/21 cannot be read, .* step 20"):
-            read(copied)
+            tiny.read(copied)
     assert not capfd.readouterr().err
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="manifest.json is missing"):
-        read(copied)
+        tiny.read(copied)
     shutil.rmtree(folder)
     assert tiny.run(copied).step == tiny.CONFIG.total_steps
 
@@ -261,6 +252,26 @@ def test_checkpoint_is_not_complete_before_its_manifest_is(tmp_path, monkeypatch
     assert tiny.run(tmp_path).status == "finished"
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["20", "21"]
+
+
+def test_each_process_sums_up_its_part_and_checks_a_share(tmp_path):
+    for name in ("a/1/x", "a/2/y", "a/z"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    manifest.write_part(tmp_path, tmp_path / "a" / "1")
+    (tmp_path / "a/1/x").write_text("a/1/!")  # not read again
+    manifest.write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "manifest.json"]
+    found = []
+    for share in range(4):
+        try:
+            manifest.verify(tmp_path, share, 4)
+        except ValueError as error:
+            found.append(str(error))
+    assert found == ["a/1/x was altered"]
+    with pytest.raises(ValueError, match="a/1/x was altered"):
+        manifest.verify(tmp_path)
 
 
 def test_checkpoint_of_a_run_without_metadata(copied):

@@ -9,7 +9,6 @@ import time
 import types
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from sparsex_jax.training.metrics import TIME_FIELDS
@@ -75,14 +74,9 @@ def rows(run_dir):
     ]
 
 
-def final_arrays(run_dir):
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(run_dir.absolute() / "checkpoints" / str(LAST) / "arrays")
-
-
 def assert_same_run(run_dir, other):
     """Parameters, optimizer state, step and metrics, bit for bit."""
-    ours, theirs = final_arrays(run_dir), final_arrays(other)
+    ours, theirs = tiny.read(run_dir, LAST), tiny.read(other, LAST)
     assert set(ours) == set(theirs) and any("mu" in name for name in ours)
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype
@@ -92,7 +86,7 @@ def assert_same_run(run_dir, other):
 
 def assert_close_run(run_dir, other):
     """Parameters and losses but for the order in which devices add."""
-    ours, theirs = final_arrays(run_dir), final_arrays(other)
+    ours, theirs = tiny.read(run_dir, LAST), tiny.read(other, LAST)
     for name in ours:
         if name.startswith("params/"):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=2e-4)

@@ -1,7 +1,10 @@
 """A tiny model, its data, and a run of it: `python -m tests.training.tiny RUN_DIR OPTIONS`."""
 
 import dataclasses
+import errno
 import json
+import os
+import signal
 import sys
 import time
 
@@ -13,7 +16,7 @@ from flax import nnx
 
 from sparsex_jax.config import DataConfig, ModelConfig, OptimizerConfig, StageConfig, TrainConfig
 from sparsex_jax.parallel import distributed
-from sparsex_jax.training import train
+from sparsex_jax.training import checkpoints, loop, train
 
 VOCAB = 32
 CONFIG = TrainConfig(
@@ -95,6 +98,16 @@ def run(run_dir, config=CONFIG, tokenizer_fingerprint="tiny", **options):
     )
 
 
+def read(run_dir, step=None):
+    """Arrays of a checkpoint of a run, of the last one where no step is given."""
+    manager = checkpoints.RunCheckpoints(run_dir / "checkpoints", keep=None)
+    try:
+        step = manager.latest if step is None else step
+        return manager.restore(step, manager.contents(step)[1])
+    finally:
+        manager.close()
+
+
 def with_batch_size(batch_size: int | None) -> TrainConfig:
     """The config with another batch size in all stages."""
     if batch_size is None:
@@ -103,14 +116,35 @@ def with_batch_size(batch_size: int | None) -> TrainConfig:
     return dataclasses.replace(CONFIG, stages=tuple(stages))
 
 
+def fail_writing(step: int, how: str) -> None:
+    """Makes a process of several fail when it writes the checkpoint of a step."""
+    write_part = checkpoints.manifest.write_part
+
+    def fail(folder, part):
+        if folder.name.startswith(f"{step}."):
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_part(folder, part)
+
+    checkpoints.manifest.write_part = fail
+
+
 def main() -> None:
     """Options, as JSON: "slow" (seconds a batch takes), "process" (fields of DistributedConfig),
-    "batch_size" (of all stages) and fields of the config.
+    "batch_size" (of all stages), "model_dim", "fault" (a step, and what happens to this process
+    when it has written its part of that checkpoint: "killed" or "full"), "gathers" (whether arrays
+    may be) and fields of the config.
     """
     options = json.loads(sys.argv[2])
     slow, process = options.pop("slow", 0), options.pop("process", {})
     config = with_batch_size(options.pop("batch_size", None))
-    config = dataclasses.replace(config, **options)
+    model = dataclasses.replace(config.model, model_dim=options.pop("model_dim", 8))
+    if "fault" in options:
+        fail_writing(*options.pop("fault"))
+    if not options.pop("gathers", True):
+        loop.fetch = None
+    config = dataclasses.replace(config, model=model, **options)
 
     def make_slow_dataset(*arguments, **options):
         dataset = make_dataset(*arguments, **options).map(lambda batch: time.sleep(slow) or batch)
