@@ -110,7 +110,10 @@ def adds_up(q, k, v, *, tokens: int, capacity: int, block_size: int, implementat
       block_size: S.
       implementation: as in `block_sparse_attention`.
     """
-    chosen = dispatch.chosen("block_sparse_attention", implementation, q, k, v, None, block_size)
+    # Of the pattern only its shape matters.
+    blocks = BlockCSR(*[None] * 3, num_columns=-(-k.shape[1] // block_size), row_capacity=capacity)
+    operands = q, k, v, blocks, block_size, 1.0
+    chosen = dispatch.chosen("block_sparse_attention", implementation, *operands)
     if chosen.name != "mosaic_gpu":
         return False
     return dispatch.deferred(f"{__name__}.mosaic_gpu", "adds_up")(q, k, tokens, capacity)

@@ -54,22 +54,21 @@ def test_every_parameter_has_a_gradient():
         assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("layers", CONFIGS)
+@pytest.mark.parametrize("layers", ["dfb", "dfb, window"])
 def test_any_chunking_equals_the_forward_pass(layers):
     model, tokens = make(CONFIGS[layers]), make_tokens(2, 150)
     expected = np.asarray(model.logits(model(tokens)))
     step = nnx.jit(extend)
     cache, read = empty_layers(model.config, 150, 2, 64), 0
-    for chunk in (1, 3, 64, 29, 1, 1, 29, 22):
+    for chunk in (29, 64, 1, 1, 1, 29, 1, 1):
         part = tokens[:, read : read + chunk]
         logits, cache = step(model, cache, part, jnp.int32(read), jnp.int32(chunk))
         read += chunk
         np.testing.assert_allclose(logits, expected[:, read - 1], rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("layers", ["dfb"])
-def test_answers_equal_the_forward_pass_and_keep_the_cache(layers):
-    model, tokens = make(CONFIGS[layers]), make_tokens(2, 100)
+def test_answers_equal_the_forward_pass_and_keep_the_cache():
+    model, tokens = make(CONFIGS["dfb"]), make_tokens(2, 100)
     expected = greedy(model, tokens, 6)
     engine = Engine(model, capacity=128, batch_size=2, chunk=32)
     cache = engine.prefill(tokens[:, :90])
