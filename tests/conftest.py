@@ -16,6 +16,8 @@ _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "sparsex" / "tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
+import jax  # noqa: E402  (after what it looks at when it is imported)
+
 hypothesis.settings.register_profile(
     "sparsex",
     derandomize=True,
@@ -24,6 +26,13 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("sparsex")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def let_programs_go():
+    """After a module its compiled programs go: a worker had 4 GiB of them, and crashed twice."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
