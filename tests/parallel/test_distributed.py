@@ -68,9 +68,11 @@ def interrupt(processes, run_dir, victim, number):
 
 
 def assert_tells(output, *parts):
-    """The last line of stderr is for the user, and has these parts."""
-    line = output[1].splitlines()[-1]
-    assert line.startswith("sparsex: process ")
+    """One line of stderr is for the user, and has these parts.
+
+    JAX's runtime may add a stack trace behind it, on a busy machine, while the process ends.
+    """
+    (line,) = [x for x in output[1].splitlines() if x.startswith("sparsex: process ")]
     assert all(part in line for part in parts), line
 
 
@@ -186,10 +188,10 @@ def test_an_error_of_one_ends_the_other(start, tmp_path):
 
 def test_a_batch_that_does_not_come_ends_all(start, tmp_path):
     processes = start_processes(
-        start, tmp_path, each=({}, {"slow": 60}), limits={"stall_seconds": 2}
+        start, tmp_path, each=({}, {"slow": 60}), limits={"stall_seconds": 6}
     )
     for output in finish(processes, LOST):
-        assert_tells(output, "process 1 of 2 has waited 2 s for the batch of step 1: restart all")
+        assert_tells(output, "process 1 of 2 has waited 6 s for the batch of step 1: restart all")
         assert "begins anew, for it has no checkpoint" in output[1]
 
 
