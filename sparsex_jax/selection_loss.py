@@ -46,7 +46,9 @@ def selection_loss(
     document_start: jax.Array | None,
     config: AttentionConfig,
 ) -> jax.Array:
-    """The mean divergence over queries and KV heads, in nats; queries without a past have none.
+    """The mean divergence over a sequence's queries and KV heads, in nats.
+
+    Queries that see fewer than two blocks do not count.
 
     Args:
       q: [B, T, Hq, D], without RoPE.
@@ -58,7 +60,7 @@ def selection_loss(
       config: of the attention.
 
     Returns:
-      f32 scalar, of M x T products.
+      f32 [B], of M x T products each.
     """
     batch, count = queries.shape
     chunks = -(-count // _CHUNK)
@@ -72,10 +74,10 @@ def selection_loss(
     def of_chunk(chunk):
         divergence = jax.vmap(functools.partial(_divergence, config=config), in_axes)
         each, counts = divergence(q, k, query_features, block_features, chunk, document_start)
-        return jnp.sum(jnp.where(counts, each, 0)), jnp.sum(counts)
+        return jnp.sum(jnp.where(counts, each, 0), axis=1), jnp.sum(counts, axis=1)
 
     sums = jax.lax.map(of_chunk, queries.reshape(batch, chunks, _CHUNK).swapaxes(0, 1))
-    total, number = (jnp.sum(x) for x in sums)
+    total, number = (jnp.sum(x, axis=0) for x in sums)
     return total / jnp.maximum(number, 1)
 
 

@@ -24,7 +24,7 @@ def inputs(seed=0):
 
 def by_definition(q, k, u, c, queries, document_start=None):
     q, k, u, c = (np.asarray(x, np.float64) for x in (q, k, u, c))
-    found = []
+    found = [[] for _ in queries]
     for b, t in np.ndindex(queries.shape):
         t = int(queries[b, t])
         start = 0 if document_start is None else int(document_start[b, t])
@@ -38,8 +38,8 @@ def by_definition(q, k, u, c, queries, document_start=None):
                 share = np.exp(2 * best / np.sqrt(6))
                 target += share / share.sum() / 2
             share = np.exp([c[b, n, head] @ u[b, t, head] for n in blocks])
-            found.append(np.sum(target * np.log(target / (share / share.sum()))))
-    return np.mean(found)
+            found[b].append(np.sum(target * np.log(target / (share / share.sum()))))
+    return [np.mean(each) for each in found]
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -54,7 +54,7 @@ def test_equals_its_definition(documents):
 
 def test_only_features_learn():
     queries = jnp.asarray([[99, 60], [80, 70]], jnp.int32)
-    bars = jax.grad(lambda x: selection_loss(*x, queries, None, CONFIG))(inputs())
+    bars = jax.grad(lambda x: selection_loss(*x, queries, None, CONFIG).sum())(inputs())
     assert [bool(jnp.any(bar != 0)) for bar in bars] == [False, False, True, True]
 
 
@@ -63,13 +63,13 @@ def test_scores_learn_what_is_not_selected():
     queries = jnp.asarray([[99], [99]], jnp.int32)
     k = k.at[:, 5].set(100 * q[:, 99, ::2])  # the best key by far, in block 0
     c = c.at[:, 0].set(-u[:, 99])  # whose score is the lowest
-    bar = jax.grad(lambda c: selection_loss(q, k, u, c, queries, None, CONFIG))(c)
+    bar = jax.grad(lambda c: selection_loss(q, k, u, c, queries, None, CONFIG).sum())(c)
     assert (jnp.einsum("bhd,bhd->bh", bar[:, 0], u[:, 99]) < 0).all()  # descent raises it
 
 
 def test_queries_without_a_past():
     loss, bars = jax.value_and_grad(
-        lambda x: selection_loss(*x, jnp.zeros((2, 3), jnp.int32), None, CONFIG)
+        lambda x: selection_loss(*x, jnp.zeros((2, 3), jnp.int32), None, CONFIG).sum()
     )(inputs())
     assert loss == 0
     assert all(bool(jnp.all(bar == 0)) for bar in bars)
@@ -79,8 +79,9 @@ def test_nothing_later_matters():
     queries = jnp.asarray([[60], [50]], jnp.int32)
     q, k, u, c = inputs()
     changed = q, k.at[:, 48:].set(jnp.nan), u, c.at[:, 6:].set(jnp.nan)
-    assert selection_loss(*changed, queries, None, CONFIG) == selection_loss(
-        q, k, u, c, queries, None, CONFIG
+    np.testing.assert_array_equal(
+        selection_loss(*changed, queries, None, CONFIG),
+        selection_loss(q, k, u, c, queries, None, CONFIG),
     )
 
 
@@ -116,6 +117,15 @@ def test_is_added_to_the_model_s_loss():
     assert one[0] > none[0]
     np.testing.assert_allclose(two[0] - none[0], 2 * (one[0] - none[0]), rtol=1e-3)
     assert none[1] == one[1]
+    # Likelihoods, of which perplexities are made, are the same.
+    likelihoods = (
+        nnx.jit(lambda m: m.nll(tokens, tokens, weights))(
+            Transformer(tiny(selection_loss=weight), rngs=nnx.Rngs(0))
+        )
+        for weight in (0.0, 2.0)
+    )
+    for found in likelihoods:
+        np.testing.assert_allclose(found, none[0], rtol=1e-6)
 
 
 def test_a_negative_weight_is_refused():

@@ -149,6 +149,14 @@ class SparseXAttention(nnx.Module):
         Returns:
           [B, T, C].
         """
+        keys, queries = self._project(x, segment_ids)
+        attended = self.attend(
+            keys, queries, segment_ids, top_k, implementation, sequence_strategy
+        )  # fmt: skip
+        return self.project_out(attended)
+
+    def _project(self, x, segment_ids) -> tuple[KeySide, QuerySide]:
+        """Both sides of all tokens, whose convolution looks into the part to the left, too."""
         age = None
         if segment_ids is not None:
             positions = sequence.first_position(x.shape[1]) + jnp.arange(x.shape[1])
@@ -157,11 +165,7 @@ class SparseXAttention(nnx.Module):
         if axis_size("seq") > 1 and self.config.conv_width > 1:
             history = sequence.from_left(x, self.config.conv_width - 1)
         mixed = enter_split(self.mix(x, history, age))
-        keys, queries = self.key_side(enter_split(x), mixed), self.query_side(x, mixed)
-        attended = self.attend(
-            keys, queries, segment_ids, top_k, implementation, sequence_strategy
-        )  # fmt: skip
-        return self.project_out(attended)
+        return self.key_side(enter_split(x), mixed), self.query_side(x, mixed)
 
     def attend(
         self,
@@ -199,7 +203,7 @@ class SparseXAttention(nnx.Module):
     def selection_loss(
         self, x: jax.Array, queries: jax.Array, segment_ids: jax.Array | None = None
     ) -> jax.Array:
-        """What the block scores of a sparse layer have to learn, f32 scalar.
+        """What the block scores of a sparse layer have to learn of each sequence, f32 [B].
 
         Args:
           x: [B, T, C], the layer's input.
@@ -214,19 +218,11 @@ class SparseXAttention(nnx.Module):
                 f"selection_loss={self.config.selection_loss} needs whole sequences: use"
                 " mesh.seq=1, or selection_loss=0"
             )
-        start = age = None
-        if segment_ids is not None:
-            start = sequence.document_starts(segment_ids)
-            age = jnp.arange(x.shape[1]) - start
-        mixed = enter_split(self.mix(x, None, age))
-        keys, queries_side = self.key_side(enter_split(x), mixed), self.query_side(x, mixed)
-        features = block_features(
-            keys.block_inputs, keys.block_logits, self.config.attention.block_size
-        )
-        loss = selection_loss(
-            queries_side.q, keys.k, queries_side.features, features, queries, start,
-            self.config.attention,
-        )  # fmt: skip
+        start = None if segment_ids is None else sequence.document_starts(segment_ids)
+        keys, side = self._project(x, segment_ids)
+        config = self.config.attention
+        features = block_features(keys.block_inputs, keys.block_logits, config.block_size)
+        loss = selection_loss(side.q, keys.k, side.features, features, queries, start, config)
         size = axis_size("tensor")
         return loss if size == 1 else jax.lax.psum(loss, "tensor") / size
 

@@ -112,8 +112,8 @@ class Transformer(nnx.Module):
         return self._hidden(tokens, None, *options)[0]
 
     def _hidden(self, tokens, queries, segment_ids, *options) -> tuple[jax.Array, jax.Array]:
-        """Hidden states, and the sum of the sparse layers' selection losses for `queries`."""
-        x, total = self.embed(tokens), jnp.float32(0)
+        """Hidden states, and the sum of the sparse layers' selection losses for `queries`, [B]."""
+        x, unlearned = self.embed(tokens), jnp.zeros(len(tokens), jnp.float32)
 
         def apply(block: Block, x):
             after = block(x, segment_ids, *options)
@@ -125,9 +125,9 @@ class Transformer(nnx.Module):
         if self.config.remat == "layer":
             apply = nnx.remat(apply)
         for block in self.blocks:
-            x, lost = apply(block, x)
-            total += lost
-        return self.final_norm(x), total
+            x, of_layer = apply(block, x)
+            unlearned += of_layer
+        return self.final_norm(x), unlearned
 
     def loss(
         self,
@@ -139,10 +139,9 @@ class Transformer(nnx.Module):
         implementation: str | None = None,
         sequence_strategy: str = "auto",
     ) -> tuple[jax.Array, jax.Array]:
-        """Weighted negative log-likelihood, with logits of `loss_chunk` tokens at a time.
+        """What is minimised: weighted negative log-likelihood, and the config's `selection_loss`.
 
-        With `selection_loss` in the config the divergences of the block scores are added, weighted
-        as the likelihood of all tokens is.
+        The divergence of a sequence's block scores weighs as much as its tokens do together.
 
         Args:
           tokens: int32 [B, T].
@@ -154,12 +153,23 @@ class Transformer(nnx.Module):
           sequence_strategy: for a sequence that is split.
 
         Returns:
-          (sum of weighted nats, sum of weights), f32 scalars, of the tokens of the device.
+          (weighted sum, sum of weights), f32 scalars, of the tokens of the device.
         """
         queries = sample_queries(weights) if self.config.selection_loss else None
         hidden, unlearned = self._hidden(
             tokens, queries, segment_ids, top_k, implementation, sequence_strategy
         )
+        total = self._nll(hidden, targets, weights)
+        if queries is not None:
+            total += self.config.selection_loss * jnp.sum(unlearned * jnp.sum(weights, axis=1))
+        return total, jnp.sum(weights)
+
+    def nll(self, tokens: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        """The weighted sum of the negative log-likelihoods alone, f32; arguments as in `loss`."""
+        return self._nll(self(tokens), targets, weights)
+
+    def _nll(self, hidden, targets, weights) -> jax.Array:
+        """With logits of `loss_chunk` tokens at a time."""
         flat = hidden.reshape(targets.size, hidden.shape[2]), targets.ravel(), weights.ravel()
         chunk = max(1, min(self.config.loss_chunk, targets.size))
         chunks = -(-targets.size // chunk)
@@ -180,8 +190,5 @@ class Transformer(nnx.Module):
             nll = jax.nn.logsumexp(logits, axis=1) - chosen
             return total + jnp.sum(nll * weights), None
 
-        total, _ = jax.lax.scan(
-            add_chunk, vary_with(hidden, jnp.float32(0)), (hidden, targets, weights)
-        )
-        count = jnp.sum(weights)
-        return total + self.config.selection_loss * unlearned * count, count
+        begin = vary_with(hidden, jnp.float32(0))
+        return jax.lax.scan(add_chunk, begin, (hidden, targets, weights))[0]

@@ -38,7 +38,7 @@ def cut(stream: np.ndarray, length: int, most: int | None = None) -> np.ndarray:
 @nnx.jit
 def _loss(model: Transformer, tokens: jax.Array) -> jax.Array:
     weights = jax.numpy.ones((1, tokens.shape[1] - 1), jax.numpy.float32)
-    return model.loss(tokens[:, :-1], tokens[:, 1:], weights)[0]
+    return model.nll(tokens[:, :-1], tokens[:, 1:], weights)
 
 
 def sequence_losses(model: Transformer, sequences: np.ndarray) -> Iterator[float]:

@@ -81,8 +81,8 @@ def expected(config):
     return results(config)
 
 
-def compare(shape, strategy, accumulation):
-    config = model_for(shape[3])
+def compare(shape, strategy, accumulation, **changes):
+    config = dataclasses.replace(model_for(shape[3]), **changes)
     nll, weight, gradients = expected(config)
     found = results(config, shape, strategy, accumulation)
     np.testing.assert_allclose(found[:2], (nll, weight), rtol=1e-6)
@@ -98,6 +98,11 @@ def compare(shape, strategy, accumulation):
 @on_devices
 def test_loss_and_gradients_equal_one_device():
     compare((1, 2, 2, 2), "dispatch", 1)
+
+
+@on_devices
+def test_scores_learn_the_same_on_every_mesh_of_whole_sequences():
+    compare((2, 2, 1, 2), "auto", 2, selection_loss=0.5)
 
 
 @pytest.mark.meshes
