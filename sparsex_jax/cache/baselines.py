@@ -4,7 +4,7 @@ With the methods of `DeviceRemote`. Keys have RoPE if the pattern says so, and L
 its global tokens only.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,44 @@ from sparsex_jax.fusion import Branch
 from sparsex_jax.modules.attention import KeySide, QuerySide
 
 
-class AllTokens(NamedTuple):
-    """The past of a dense or a BigBird layer, append-only; N is the capacity, rounded up.
-
-    Attributes:
-      k: [B, N, Hkv, D].
-      v: [B, N, Hkv, D].
-    """
-
+class _Keys(NamedTuple):
     k: jax.Array
     v: jax.Array
+
+
+class _Past(_Keys):
+    """Keys and values of tokens before the window, [B, N, Hkv, D]."""
+
+    __slots__ = ()
+
+    def settle(self, length: jax.Array, tokens: int, config: Pattern) -> Self:
+        """As in `DeviceRemote`: nothing waits."""
+        return self
+
+    def landmarks(self, first_position: jax.Array, tokens: int, config: Pattern) -> None:
+        """There are none."""
+
+    def attend(
+        self,
+        queries: QuerySide,
+        first_position: jax.Array,
+        local_start: jax.Array,
+        config: Pattern,
+        implementation: str | None = None,
+    ) -> tuple[None, Branch, Self]:
+        """Attention to what the pattern shows before the window; as in `DeviceRemote`."""
+        positions = first_position + jnp.arange(queries.q.shape[1], dtype=jnp.int32)
+        branch = remote_branch(
+            queries.q, self.k, self.v, positions, local_start, pattern=config,
+            implementation=implementation,
+        )  # fmt: skip
+        return None, branch, self
+
+
+class AllTokens(_Past):
+    """The past of a dense or a BigBird layer, append-only; N is the capacity, rounded up."""
+
+    __slots__ = ()
 
     def split(self) -> tuple[tuple, "AllTokens"]:
         """What an answer must not change, and what it only writes behind the context."""
@@ -49,39 +77,11 @@ class AllTokens(NamedTuple):
         """Remembers new tokens; arguments as in `DeviceRemote`."""
         return AllTokens(write(self.k, keys.k, length), write(self.v, keys.v, length))
 
-    def settle(self, length: jax.Array, tokens: int, config: Pattern) -> "AllTokens":
-        """As in `DeviceRemote`: nothing waits."""
-        return self
 
-    def landmarks(self, first_position: jax.Array, tokens: int, config: Pattern) -> None:
-        """There are none."""
+class FirstTokens(_Past):
+    """The past of a Longformer layer: its N global tokens."""
 
-    def attend(
-        self,
-        queries: QuerySide,
-        first_position: jax.Array,
-        local_start: jax.Array,
-        config: Pattern,
-        implementation: str | None = None,
-    ) -> tuple[None, Branch, "AllTokens"]:
-        """Attention to what the pattern shows before the window; as in `DeviceRemote`."""
-        return (
-            None,
-            _attend(self, queries, first_position, local_start, config, implementation),
-            self,
-        )
-
-
-class FirstTokens(NamedTuple):
-    """The past of a Longformer layer: its g global tokens.
-
-    Attributes:
-      k: [B, g, Hkv, D].
-      v: [B, g, Hkv, D].
-    """
-
-    k: jax.Array
-    v: jax.Array
+    __slots__ = ()
 
     def split(self) -> tuple["FirstTokens", tuple]:
         """What an answer must not change, and what it only writes behind the context."""
@@ -110,38 +110,8 @@ class FirstTokens(NamedTuple):
 
         return FirstTokens(updated(self.k, keys.k), updated(self.v, keys.v))
 
-    def settle(self, length: jax.Array, tokens: int, config: Pattern) -> "FirstTokens":
-        """As in `DeviceRemote`: nothing waits."""
-        return self
-
-    def landmarks(self, first_position: jax.Array, tokens: int, config: Pattern) -> None:
-        """There are none."""
-
-    def attend(
-        self,
-        queries: QuerySide,
-        first_position: jax.Array,
-        local_start: jax.Array,
-        config: Pattern,
-        implementation: str | None = None,
-    ) -> tuple[None, Branch, "FirstTokens"]:
-        """Attention to the global tokens before the window; as in `DeviceRemote`."""
-        return (
-            None,
-            _attend(self, queries, first_position, local_start, config, implementation),
-            self,
-        )
-
 
 Past = AllTokens | FirstTokens
-
-
-def _attend(past: Past, queries, first_position, local_start, pattern, implementation) -> Branch:
-    positions = first_position + jnp.arange(queries.q.shape[1], dtype=jnp.int32)
-    return remote_branch(
-        queries.q, past.k, past.v, positions, local_start, pattern=pattern,
-        implementation=implementation,
-    )  # fmt: skip
 
 
 def empty_past(

@@ -22,13 +22,13 @@ class Near(NamedTuple):
     Attributes:
       k: [B, M + `reach` + S + 1, Hkv, D]; those of the window have RoPE.
       v: likewise.
-      bias: f32 [B, Hkv, M + `reach` + S + 1], as kernels take it.
+      bias: f32 [B, Hkv, M + `reach` + S + 1], as kernels take it; None without landmarks.
       first: position of the first token of the block, int32 [B], all the same.
     """
 
     k: jax.Array
     v: jax.Array
-    bias: jax.Array
+    bias: jax.Array | None
     first: jax.Array
 
     @classmethod
@@ -49,13 +49,14 @@ class Near(NamedTuple):
         """
         room = [jnp.zeros_like(x[:, : config.block_size + 1]) for x in window]
         k, v = (jnp.concatenate(x, axis=1) for x in zip(window, room, strict=True))
-        bias = jnp.zeros(k.shape[:3], jnp.float32)
+        bias = None
         if landmarks is not None:
+            none = jnp.zeros(k.shape[:3], jnp.float32)
             k, v, bias = (
                 jnp.concatenate((x, y), axis=1)
-                for x, y in ((landmarks.k, k), (landmarks.v, v), (landmarks.bias, bias))
+                for x, y in ((landmarks.k, k), (landmarks.v, v), (landmarks.bias, none))
             )
-        bias = bias.swapaxes(1, 2)
+            bias = bias.swapaxes(1, 2)
         return cls(k, v, bias, jnp.broadcast_to(first, len(k)).astype(jnp.int32))
 
     def write(self, k: jax.Array, v: jax.Array, position: jax.Array, config) -> "Near":
@@ -99,7 +100,7 @@ class Near(NamedTuple):
         marks = self._landmarks(config)
         first_key = self.first[0] - reach(config) - marks  # position of the first key, were it one
         span = local_start - first_key, position + 1 - first_key
-        if not marks:
+        if self.bias is None:
             start, end = (jnp.full(1, x, jnp.int32) for x in span)
             branch = range_attention(
                 turned_q, self.k, self.v, start, end, implementation=implementation
