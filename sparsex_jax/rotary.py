@@ -44,3 +44,8 @@ def apply_rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     left, right = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     rotated = (left * cos - right * sin, right * cos + left * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def rotate_from(x: jax.Array, first: jax.Array | int, base: float) -> jax.Array:
+    """`apply_rotary` of neighbouring tokens [B, T, H, D], the first of which is at `first`."""
+    return apply_rotary(x, first + jnp.arange(x.shape[1], dtype=jnp.int32), base)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
-from sparsex_jax.attention import local_branch
 from sparsex_jax.baselines.pattern import Pattern, random_blocks
+from sparsex_jax.branches import local_branch
 from sparsex_jax.fusion import Branch, fuse, merge_softmax
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.spans import check_segment_ids, document_starts, pasts

@@ -18,9 +18,10 @@ from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
-from sparsex_jax.attention import landmark_branch, sparse_attention
+from sparsex_jax.attention import sparse_attention
 from sparsex_jax.benchmarks.names import Direction
 from sparsex_jax.benchmarks.workload import Workload
+from sparsex_jax.branches import landmark_branch
 from sparsex_jax.fusion import fuse
 from sparsex_jax.landmarks import gather_landmarks
 from sparsex_jax.rotary import apply_rotary

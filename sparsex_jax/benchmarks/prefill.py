@@ -14,9 +14,10 @@ from sparsex_jax.benchmarks.decode import relative_error
 from sparsex_jax.benchmarks.runner import Row, require_positive, require_some
 from sparsex_jax.benchmarks.timing import OutOfMemory, measure
 from sparsex_jax.cache import CacheMemoryError, Engine, Tier
-from sparsex_jax.cache.engine import SUFFIX_UNIT, extend
+from sparsex_jax.cache.engine import SUFFIX_UNIT
 from sparsex_jax.cache.layer import empty_layers
 from sparsex_jax.cache.memory import Shape
+from sparsex_jax.cache.model import extend
 from sparsex_jax.config import ConfigError
 from sparsex_jax.modules import Transformer
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.range_attention import range_attention
 from pallas_kernels.segments import choose_rows, first_places
-from sparsex_jax.attention import landmark_groups
+from sparsex_jax.branches import landmark_groups
 from sparsex_jax.cache.device import touched, write
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.fusion import Branch, merge_softmax

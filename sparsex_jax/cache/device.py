@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sparsex_jax.attention import Ranges, dynamic_branch, landmark_ranges
+from sparsex_jax.branches import Ranges, dynamic_branch, landmark_ranges
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.fusion import Branch
 from sparsex_jax.landmarks import Nodes, leaf_nodes, merge_pairs, num_levels

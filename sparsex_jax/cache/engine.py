@@ -10,24 +10,23 @@ import numpy as np
 from flax import nnx
 
 from sparsex_jax.cache.host import HostRemote, HostStore
-from sparsex_jax.cache.layer import (
-    CHUNK,
-    Attends,
-    LayerCache,
-    close_block,
-    empty_layers,
-    extend_layer,
-    open_block,
-)
+from sparsex_jax.cache.layer import CHUNK, close_block, empty_layers, open_block
 from sparsex_jax.cache.memory import Shape, check_fits
+from sparsex_jax.cache.model import (
+    Layers,
+    extend,
+    join_layers,
+    kinds_of,
+    map_layers,
+    split_layers,
+)
 from sparsex_jax.cache.near import left_in_block
 from sparsex_jax.cache.sampling import GREEDY, Sampling
 from sparsex_jax.cache.tiers import TIERS, Tier, why_not_in
-from sparsex_jax.config import SEEDS, AttentionConfig, ConfigError
+from sparsex_jax.config import SEEDS, ConfigError
 from sparsex_jax.modules.transformer import Transformer
 
 SUFFIX_UNIT = 64  # suffixes are padded to a multiple, so that few shapes are compiled
-Layers = tuple[LayerCache, ...]
 # Sequences of one length as int [B, T], or one array of tokens each.
 Tokens = np.ndarray | Sequence[np.ndarray]
 
@@ -62,73 +61,6 @@ class Cache:
         """Waits for the device."""
         jax.block_until_ready(self.layers)
         return self
-
-
-def extend(
-    model: Transformer,
-    layers: Layers,
-    tokens: jax.Array,
-    length: jax.Array,
-    valid: jax.Array,
-    logits: bool = True,
-) -> tuple[jax.Array | None, Layers]:
-    """Reads new tokens.
-
-    In the last layer only the last valid token attends, for nobody reads the others' output; none
-    where logits are not wanted.
-
-    Args:
-      model: whose caches these are.
-      layers: of the tokens before.
-      tokens: int32 [B, C].
-      length: tokens before, int32: a scalar, or [B] where sequences differ.
-      valid: how many of the C count, likewise; of a sequence with none nothing changes, and its
-        logits mean nothing.
-      logits: whether they are wanted.
-
-    Returns:
-      (logits after the last valid token, f32 [B, vocab], or None; the new caches).
-    """
-    if jnp.ndim(length) or jnp.ndim(valid):
-        length, valid = (jnp.broadcast_to(x, tokens.shape[:1]) for x in (length, valid))
-
-        def alone(*operands):
-            layers, tokens, length, valid = operands
-            layers, tokens = jax.tree.map(lambda x: x[None], (layers, tokens))
-            found = extend(model, layers, tokens, length, valid, logits)
-            return jax.tree.map(lambda x: x[0], found)
-
-        return jax.vmap(alone)(layers, tokens, length, valid)
-    x: jax.Array | None = model.embed(tokens)
-    after: list[LayerCache] = []
-    for block, layer in zip(model.blocks, layers, strict=True):
-        attends: Attends = "all"
-        if len(after) == len(layers) - 1:
-            attends = "last" if logits else "none"
-        x, layer = extend_layer(block, layer, x, length, valid, attends=attends)
-        after.append(layer)
-    return None if x is None else model.logits(model.final_norm(x[:, 0])), tuple(after)
-
-
-def map_layers(
-    function: Callable[[LayerCache, jax.Array, AttentionConfig], LayerCache],
-    model: Transformer,
-    layers: Layers,
-    position: jax.Array,
-) -> Layers:
-    """`open_block` or `close_block` of all layers; the position is int32, a scalar or [B]."""
-    if jnp.ndim(position):
-
-        def alone(layers, position):
-            layers = jax.tree.map(lambda x: x[None], layers)
-            found = map_layers(function, model, layers, position)
-            return jax.tree.map(lambda x: x[0], found)
-
-        return jax.vmap(alone)(layers, position)
-    return tuple(
-        function(layer, position, block.attention.attention_config())
-        for block, layer in zip(model.blocks, layers, strict=True)
-    )
 
 
 class Engine:
@@ -264,10 +196,10 @@ class Engine:
         out, appended = self._answer(
             self._state, kept, _as_int32(cache.lengths), padded, _as_int32(valid),
             np.asarray(stop_tokens, np.int32), self._checked_seeds(seeds),
-            appended=appended, kinds=_kinds(cache.layers), max_new_tokens=max_new_tokens,
+            appended=appended, kinds=kinds_of(cache.layers), max_new_tokens=max_new_tokens,
             sampling=sampling,
         )  # fmt: skip
-        cache.layers = join_layers(_kinds(cache.layers), kept, appended)
+        cache.layers = join_layers(kinds_of(cache.layers), kept, appended)
         return np.asarray(out)
 
     def generate(
@@ -380,25 +312,6 @@ def _has_cpu() -> bool:
         return bool(jax.devices("cpu"))
     except RuntimeError:
         return False
-
-
-def split_layers(layers: Layers) -> tuple[tuple, tuple]:
-    """What an answer must not change, layer by layer, and what it only adds to behind the end."""
-    parts = [((), ()) if x.remote is None else x.remote.split() for x in layers]
-    kept = tuple((x.recent, part[0]) for x, part in zip(layers, parts, strict=True))
-    return kept, tuple(part[1] for part in parts)
-
-
-def join_layers(kinds: tuple[Any, ...], kept: tuple, appended: tuple) -> Layers:
-    """The inverse of `split_layers`; `kinds` are the classes of the remote caches."""
-    return tuple(
-        LayerCache(recent, None if kind is type(None) else kind.join(part, rest))
-        for kind, (recent, part), rest in zip(kinds, kept, appended, strict=True)
-    )
-
-
-def _kinds(layers: Layers) -> tuple[Any, ...]:
-    return tuple(type(layer.remote) for layer in layers)
 
 
 def _answer(

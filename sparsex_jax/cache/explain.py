@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsex_jax.attention import select_remote
 from sparsex_jax.baselines.pattern import Pattern, random_blocks
+from sparsex_jax.branches import select_remote
 from sparsex_jax.cache.baselines import AllTokens, FirstTokens
 from sparsex_jax.cache.device import DeviceRemote
 from sparsex_jax.cache.layer import LayerCache, extend_layer

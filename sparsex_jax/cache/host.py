@@ -19,7 +19,7 @@ from jax.experimental import io_callback
 
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
-from sparsex_jax.attention import Ranges, landmark_ranges, select_remote
+from sparsex_jax.branches import Ranges, landmark_ranges, select_remote
 from sparsex_jax.cache.device import (
     empty_pyramid,
     extend_pyramid,

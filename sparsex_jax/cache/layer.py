@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.range_attention import range_attention
-from sparsex_jax.attention import Ranges
 from sparsex_jax.baselines.pattern import Pattern, make_pattern
+from sparsex_jax.branches import Ranges
 from sparsex_jax.cache.baselines import Past, empty_past
 from sparsex_jax.cache.device import touched
 from sparsex_jax.cache.near import Near, reach
@@ -21,7 +21,7 @@ from sparsex_jax.config import BASELINES, AttentionConfig, ModelConfig
 from sparsex_jax.fusion import Branch, fuse
 from sparsex_jax.modules.attention import KeySide, QuerySide
 from sparsex_jax.modules.transformer import Block
-from sparsex_jax.rotary import apply_rotary
+from sparsex_jax.rotary import rotate_from
 from sparsex_jax.scoring import block_features
 from sparsex_jax.spans import remote_end
 from sparsex_jax.token_chunks import map_chunks
@@ -133,7 +133,7 @@ def extend_layer(
     normed = block.attention_norm(x)
     mixed = layer.mix(normed, recent.history)
     keys = layer.key_side(normed, mixed)
-    turned_k = _turn(keys.k, length, config)
+    turned_k = rotate_from(keys.k, length, config.rope_base)
     if remote is not None:
         stored = keys._replace(k=turned_k) if config.turns_remote else keys
         features = None if keys.block_inputs is None else _features(recent, keys, length, config)
@@ -199,7 +199,7 @@ def attend(
         tokens = part.q.shape[1]
         positions = position + jnp.arange(tokens, dtype=jnp.int32)
         local_start = remote_end(positions, 0, config)
-        turned_q = _turn(part.q, position, config)
+        turned_q = rotate_from(part.q, position, config.rope_base)
         window = _window(near, begin, length, local_start, config)
         local = range_attention(turned_q, *window[:4], implementation=implementation)
         marks = None if remote is None else remote.landmarks(position, tokens, config)
@@ -226,7 +226,7 @@ def attend_one(
 ) -> tuple[jax.Array, Remote | Past | None]:
     """Attention of a token of an open block, which is in `near` already; otherwise as `attend`."""
     local_start = remote_end(position, 0, config)
-    turned_q = _turn(queries.q, position, config)
+    turned_q = rotate_from(queries.q, position, config.rope_base)
     local, landmarks = near.attend(
         turned_q, queries.q, position, local_start, config, implementation
     )
@@ -283,12 +283,6 @@ def _window(near, begin, length, local_start, config: AttentionConfig) -> Ranges
     first_key = length - kept + begin
     bias = jnp.zeros(k.shape[:3], jnp.float32)
     return Ranges(k, v, local_start - first_key, end - first_key, bias)
-
-
-def _turn(x: jax.Array, position: jax.Array, config: AttentionConfig) -> jax.Array:
-    """RoPE of tokens [B, T, H, D] from a position on."""
-    positions = position + jnp.arange(x.shape[1], dtype=jnp.int32)
-    return apply_rotary(x, positions, config.rope_base)
 
 
 def _joined(old: jax.Array, new: jax.Array) -> jax.Array:

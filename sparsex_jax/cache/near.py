@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.range_attention import range_attention
-from sparsex_jax.attention import Ranges
+from sparsex_jax.branches import Ranges
 from sparsex_jax.config import AttentionConfig
 from sparsex_jax.fusion import Branch
 

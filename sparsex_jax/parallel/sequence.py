@@ -17,13 +17,8 @@ from jax import lax
 from pallas_kernels.mesh_axes import vary_over, varying
 from pallas_kernels.range_attention import range_attention
 from sparsex_jax import spans
-from sparsex_jax.attention import (
-    check_arguments,
-    chunk_size,
-    landmark_branch,
-    local_branch,
-    select_remote,
-)
+from sparsex_jax.attention import check_arguments, chunk_size
+from sparsex_jax.branches import landmark_branch, local_branch, select_remote
 from sparsex_jax.config import AttentionConfig
 from sparsex_jax.fusion import Branch, fuse
 from sparsex_jax.landmarks import Marks, all_landmarks, gather_landmarks

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from sparsex_jax.cache import Engine
-from sparsex_jax.cache.engine import extend
 from sparsex_jax.cache.layer import empty_layers
 from sparsex_jax.cache.memory import Bytes, CacheMemoryError, Shape, check_fits
+from sparsex_jax.cache.model import extend
 from sparsex_jax.cache.store import CacheDirectory, CacheError
 from sparsex_jax.commands.train import load_preset
 from sparsex_jax.config import BaselineConfig, ConfigError

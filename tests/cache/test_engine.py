@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from sparsex_jax.cache import Engine, Sampling
-from sparsex_jax.cache.engine import extend
 from sparsex_jax.cache.layer import empty_layers
+from sparsex_jax.cache.model import extend
 from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
 
 CONFIGS = {

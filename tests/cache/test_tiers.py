@@ -13,9 +13,9 @@ from pallas_kernels.range_attention import range_attention
 from sparsex_jax.cache import Engine, compressed, host
 from sparsex_jax.cache.compressed import CompressedRemote, most_slots, partition
 from sparsex_jax.cache.device import DeviceRemote, touched
-from sparsex_jax.cache.engine import extend, map_layers
 from sparsex_jax.cache.layer import close_block, open_block
 from sparsex_jax.cache.memory import Bytes, CacheMemoryError, Shape, check_fits
+from sparsex_jax.cache.model import extend, map_layers
 from sparsex_jax.cache.near import left_in_block
 from sparsex_jax.config import ConfigError, ModelConfig
 from sparsex_jax.modules.attention import KeySide, QuerySide

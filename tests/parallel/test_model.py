@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from sparsex_jax.cache import Engine
-from sparsex_jax.cache.engine import extend
+from sparsex_jax.cache.model import extend
 from sparsex_jax.config import AttentionConfig, MeshConfig, ModelConfig
 from sparsex_jax.modules import Transformer
 from sparsex_jax.parallel.mesh import make_mesh

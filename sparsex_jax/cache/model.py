@@ -1,0 +1,100 @@
+"""All layers of a model that reads new tokens, and what they remember."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsex_jax.cache.layer import Attends, LayerCache, extend_layer
+from sparsex_jax.config import AttentionConfig
+from sparsex_jax.modules.transformer import Transformer
+
+Layers = tuple[LayerCache, ...]
+
+
+def extend(
+    model: Transformer,
+    layers: Layers,
+    tokens: jax.Array,
+    length: jax.Array,
+    valid: jax.Array,
+    logits: bool = True,
+) -> tuple[jax.Array | None, Layers]:
+    """Reads new tokens.
+
+    In the last layer only the last valid token attends, for nobody reads the others' output; none
+    where logits are not wanted.
+
+    Args:
+      model: whose caches these are.
+      layers: of the tokens before.
+      tokens: int32 [B, C].
+      length: tokens before, int32: a scalar, or [B] where sequences differ.
+      valid: how many of the C count, likewise; of a sequence with none nothing changes, and its
+        logits mean nothing.
+      logits: whether they are wanted.
+
+    Returns:
+      (logits after the last valid token, f32 [B, vocab], or None; the new caches).
+    """
+    if jnp.ndim(length) or jnp.ndim(valid):
+        length, valid = (jnp.broadcast_to(x, tokens.shape[:1]) for x in (length, valid))
+
+        def alone(*operands):
+            layers, tokens, length, valid = operands
+            layers, tokens = jax.tree.map(lambda x: x[None], (layers, tokens))
+            found = extend(model, layers, tokens, length, valid, logits)
+            return jax.tree.map(lambda x: x[0], found)
+
+        return jax.vmap(alone)(layers, tokens, length, valid)
+    x: jax.Array | None = model.embed(tokens)
+    after: list[LayerCache] = []
+    for block, layer in zip(model.blocks, layers, strict=True):
+        attends: Attends = "all"
+        if len(after) == len(layers) - 1:
+            attends = "last" if logits else "none"
+        x, layer = extend_layer(block, layer, x, length, valid, attends=attends)
+        after.append(layer)
+    return None if x is None else model.logits(model.final_norm(x[:, 0])), tuple(after)
+
+
+def map_layers(
+    function: Callable[[LayerCache, jax.Array, AttentionConfig], LayerCache],
+    model: Transformer,
+    layers: Layers,
+    position: jax.Array,
+) -> Layers:
+    """`open_block` or `close_block` of all layers; the position is int32, a scalar or [B]."""
+    if jnp.ndim(position):
+
+        def alone(layers, position):
+            layers = jax.tree.map(lambda x: x[None], layers)
+            found = map_layers(function, model, layers, position)
+            return jax.tree.map(lambda x: x[0], found)
+
+        return jax.vmap(alone)(layers, position)
+    return tuple(
+        function(layer, position, block.attention.attention_config())
+        for block, layer in zip(model.blocks, layers, strict=True)
+    )
+
+
+def split_layers(layers: Layers) -> tuple[tuple, tuple]:
+    """What an answer must not change, layer by layer, and what it only adds to behind the end."""
+    parts = [((), ()) if x.remote is None else x.remote.split() for x in layers]
+    kept = tuple((x.recent, part[0]) for x, part in zip(layers, parts, strict=True))
+    return kept, tuple(part[1] for part in parts)
+
+
+def join_layers(kinds: tuple[Any, ...], kept: tuple, appended: tuple) -> Layers:
+    """The inverse of `split_layers`; `kinds` are the classes of the remote caches."""
+    return tuple(
+        LayerCache(recent, None if kind is type(None) else kind.join(part, rest))
+        for kind, (recent, part), rest in zip(kinds, kept, appended, strict=True)
+    )
+
+
+def kinds_of(layers: Layers) -> tuple[Any, ...]:
+    """The classes of the remote caches."""
+    return tuple(type(layer.remote) for layer in layers)
