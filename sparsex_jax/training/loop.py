@@ -20,6 +20,7 @@ from sparsex_jax.parallel import distributed
 from sparsex_jax.parallel.mesh import batch_share, check_batch, check_model, make_mesh
 from sparsex_jax.training import checkpoints as ckpt
 from sparsex_jax.training.agreement import check_same_command, check_shared
+from sparsex_jax.training.compilation import StepCompiler
 from sparsex_jax.training.data import BatchStream, corpus_fingerprint
 from sparsex_jax.training.errors import TrainingError
 from sparsex_jax.training.metrics import Metrics, Progress
@@ -148,7 +149,7 @@ class Trainer:
         self.window: list[list[float]] = []  # metrics of steps since the last row
         self.pending: collections.deque = collections.deque()  # (step, two arrays on the device)
         self.loss: float | None = None
-        self.steps_by_top_k: dict[int | None, Callable] = {}
+        self.compiler = StepCompiler(self._make_step, self.state)
         self.stream: BatchStream | None = None
         self.restored_data: dict | None = None
         self.metrics: Metrics | None = None
@@ -184,7 +185,8 @@ class Trainer:
                 self.progress.say(f"resuming {self.run_dir} after step {self.step}")
         self.clock, self.clock_tokens = time.monotonic(), self._tokens(self.step)
         while self.step < total and not stop.requested(self.step):
-            self._take_step()
+            if not self._take_step(stop):
+                break
             if self.step % self.config.checkpoint_every == 0 or self.step == total:
                 self._save()
         if self.step == total:
@@ -218,14 +220,18 @@ class Trainer:
         stage, (first, _, before) = self.config.stages[number], self.bounds[number]
         return before + (step - first) * stage.batch_size * stage.length
 
-    def _take_step(self) -> None:
-        """Draws a batch, starts a step on the devices, logs one that is done."""
+    def _take_step(self, stop: StopRequest) -> bool:
+        """Draws a batch, starts a step on the devices, logs one that is done.
+
+        Returns whether it did: not where a request to stop has ended the compilation of a step.
+        """
         number = self._stage_number(self.step)
         stage = self.config.stages[number]
         if self.stream is not None and self.step == self.bounds[number][0]:
             self.stream.close()
             self.stream = None
-        if self.stream is None:
+        begins = self.stream is None
+        if begins:
             self.stream = BatchStream(
                 self.make_dataset, self.config.data, stage, number, self.config.seed,
                 self.config.model.vocab_size, self.restored_data, batch_share(self.mesh),
@@ -234,15 +240,37 @@ class Trainer:
         with distributed.waiting_for(f"the batch of step {self.step + 1}"):
             rows = self.stream.next()
         batch = place_batch(rows, self.config.accumulation, self.mesh)
-        if stage.top_k not in self.steps_by_top_k:
-            self.steps_by_top_k[stage.top_k] = make_step(
-                self.skeleton, self.optimizer, self.schedule, stage.top_k, self.mesh,
-                self.config.implementation, self.config.mesh.sequence_strategy,
-            )  # fmt: skip
-        self.state, *results = self.steps_by_top_k[stage.top_k](self.state, batch)
+        try:
+            step = self.compiler.prepare(stage.top_k, batch).result()
+        except jax.errors.JaxRuntimeError:
+            # A signal to all processes of a job reaches those of the compiler (ptxas), too.
+            if stop.reason is None:
+                raise
+            return False
+        self.state, *results = step(self.state, batch)
+        if begins:
+            self._prepare_stages(number + 1, batch)
         self.step += 1
         self.pending.append((self.step, *results))
         self._log(keep=STEPS_AHEAD)
+        return True
+
+    def _make_step(self, top_k: int | None) -> Callable:
+        return make_step(
+            self.skeleton, self.optimizer, self.schedule, top_k, self.mesh,
+            self.config.implementation, self.config.mesh.sequence_strategy,
+        )  # fmt: skip
+
+    def _prepare_stages(self, first: int, batch: dict[str, jax.Array]) -> None:
+        """Has the steps of later stages compiled, whose batches differ from this one in size."""
+        parts = self.config.accumulation
+        for stage in self.config.stages[first:]:
+            shape = parts, stage.batch_size // parts, stage.length
+            like = {
+                name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+                for name, x in batch.items()
+            }
+            self.compiler.prepare(stage.top_k, like)
 
     def _log(self, keep: int) -> None:
         """Fetches metrics of all but the last `keep` steps; writes the rows they complete."""
@@ -374,6 +402,8 @@ class Trainer:
     def close(self) -> None:
         """Ends what runs in the background."""
         with ExitStack() as stack:
-            for part in (self.checkpoints, self.stream, self.metrics, self.progress):
+            for part in (
+                self.checkpoints, self.stream, self.compiler, self.metrics, self.progress
+            ):  # fmt: skip
                 if part is not None:
                     stack.callback(part.close)

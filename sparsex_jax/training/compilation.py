@@ -1,0 +1,42 @@
+"""Compiled steps of the stages: while one stage trains, those of the next are compiled."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+
+from sparsex_jax.training.step import TrainState
+
+Batch = dict[str, jax.Array] | dict[str, jax.ShapeDtypeStruct]
+
+
+class StepCompiler:
+    """Compiles steps, one after the other, and keeps them.
+
+    Args:
+      make: K, or None for the model's -> a step, as `make_step` builds it.
+      state: shapes and shardings of the training state.
+    """
+
+    def __init__(self, make: Callable[[int | None], Callable], state: TrainState):
+        self._make, self._state = make, state
+        self._steps: dict[tuple, Future] = {}
+        self._thread = ThreadPoolExecutor(1, "compile")
+
+    def prepare(self, top_k: int | None, batch: Batch) -> Future:
+        """Has the step for batches of these shapes compiled in the background, if it is new."""
+        shapes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in batch.items()
+        }
+        key = top_k, tuple(sorted((name, x.shape, x.dtype) for name, x in shapes.items()))
+        if key not in self._steps:
+            self._steps[key] = self._thread.submit(self._compile, top_k, shapes)
+        return self._steps[key]
+
+    def _compile(self, top_k: int | None, batch: Batch) -> Callable:
+        return self._make(top_k).lower(self._state, batch).compile()
+
+    def close(self) -> None:
+        """Ends the thread, after the step that it is compiling."""
+        self._thread.shutdown(cancel_futures=True)

@@ -1,0 +1,61 @@
+"""Steps that are compiled in the background, and a stop while one is."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sparsex_jax.training import loop
+from sparsex_jax.training.compilation import StepCompiler
+from tests.training import tiny
+
+
+def batch(*shape):
+    return {"tokens": jnp.ones(shape)}
+
+
+def test_step_is_compiled_once_for_each_shape():
+    made = []
+
+    def make(top_k):
+        made.append(top_k)
+        return jax.jit(lambda state, batch: state + top_k * batch["tokens"].sum())
+
+    compiler = StepCompiler(make, jnp.zeros(()))
+    for _ in range(2):
+        assert compiler.prepare(3, batch(1, 4)).result()(jnp.ones(()), batch(1, 4)) == 13
+    assert compiler.prepare(3, batch(2, 4)).result()(jnp.ones(()), batch(2, 4)) == 25
+    assert made == [3, 3]
+    compiler.close()
+
+
+def test_steps_of_later_stages_are_compiled_while_the_first_trains(tmp_path, monkeypatch):
+    prepared = []
+    original = StepCompiler.prepare
+
+    def prepare(self, top_k, batch):
+        prepared.append((top_k, batch["tokens"].shape))
+        return original(self, top_k, batch)
+
+    monkeypatch.setattr(StepCompiler, "prepare", prepare)
+    assert tiny.run(tmp_path).status == "finished"
+    # The second stage's, of (1, 2, 32), before the second step.
+    assert prepared[:3] == [(2, (1, 4, 16)), (None, (1, 2, 32)), (2, (1, 4, 16))]
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_signal_that_ends_the_compiler_is_a_stop(tmp_path, monkeypatch, stops):
+    def fail(*_):
+        if stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise jax.errors.JaxRuntimeError("INTERNAL: ptxas exited with non-zero error code 15")
+
+    monkeypatch.setattr(loop, "make_step", fail)
+    if not stops:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="ptxas"):
+            tiny.run(tmp_path)
+        return
+    result = tiny.run(tmp_path)
+    assert (result.status, result.step) == ("interrupted", 0) and "SIGTERM" in result.message
