@@ -302,14 +302,18 @@ class DataConfig:
     Attributes:
       haystack: folder of text files; None means the running Python's standard library.
       text_weight: weight in the loss of tokens that are no answer (answers weigh 1).
+      workers: processes that make batches beside the one that trains, where a core cannot make them
+        as fast as the devices take them; 0 for a thread. The batches are the same.
     """
 
     haystack: str | None = None
     text_weight: float = 0.1
+    workers: int = 0
 
     def __post_init__(self):
         _check_types(self)
         _require(self.text_weight >= 0, f"text_weight={self.text_weight} is negative: use 0")
+        _require(self.workers >= 0, f"workers={self.workers} is negative: use 0 for a thread")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from sparsex_jax.tasks.needle import TASKS, check_length, longest_value, make_sa
 from sparsex_jax.tasks.phrases import KINDS, Kind, Phrases, draw_value
 from sparsex_jax.tasks.practice import LEAST_LENGTH, Practice
 from sparsex_jax.tasks.tokenizer import Tokenizer, load
+from sparsex_jax.tasks.workers import in_workers
 
 PRACTICE = ("retrieval", "crowd", "chains")
 SOURCES = ("text", "needle", *PRACTICE, *TASKS)
@@ -220,4 +221,5 @@ def make_dataset(
     # Tokenised now, so that a bad folder is told before anything else starts.
     maker.corpus.all_tokens()
     dataset = grain.MapDataset.range(1 << 40).map(maker)
-    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    return in_workers(batches, data.workers) if data.workers else batches

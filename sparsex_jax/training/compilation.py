@@ -18,12 +18,12 @@ class StepCompiler:
       state: shapes and shardings of the training state.
     """
 
-    def __init__(self, make: Callable[[int | None], Callable], state: TrainState):
+    def __init__(self, make: Callable[[int | None], jax.stages.Wrapped], state: TrainState):
         self._make, self._state = make, state
-        self._steps: dict[tuple, Future] = {}
+        self._steps: dict[tuple, Future[jax.stages.Compiled]] = {}
         self._thread = ThreadPoolExecutor(1, "compile")
 
-    def prepare(self, top_k: int | None, batch: Batch) -> Future:
+    def prepare(self, top_k: int | None, batch: Batch) -> Future[jax.stages.Compiled]:
         """Has the step for batches of these shapes compiled in the background, if it is new."""
         shapes = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
@@ -34,7 +34,7 @@ class StepCompiler:
             self._steps[key] = self._thread.submit(self._compile, top_k, shapes)
         return self._steps[key]
 
-    def _compile(self, top_k: int | None, batch: Batch) -> Callable:
+    def _compile(self, top_k: int | None, batch: Batch) -> jax.stages.Compiled:
         return self._make(top_k).lower(self._state, batch).compile()
 
     def close(self) -> None:

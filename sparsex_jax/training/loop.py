@@ -231,7 +231,7 @@ class Trainer:
             self.stream.close()
             self.stream = None
         begins = self.stream is None
-        if begins:
+        if self.stream is None:
             self.stream = BatchStream(
                 self.make_dataset, self.config.data, stage, number, self.config.seed,
                 self.config.model.vocab_size, self.restored_data, batch_share(self.mesh),
@@ -255,7 +255,7 @@ class Trainer:
         self._log(keep=STEPS_AHEAD)
         return True
 
-    def _make_step(self, top_k: int | None) -> Callable:
+    def _make_step(self, top_k: int | None) -> jax.stages.Wrapped:
         return make_step(
             self.skeleton, self.optimizer, self.schedule, top_k, self.mesh,
             self.config.implementation, self.config.mesh.sequence_strategy,

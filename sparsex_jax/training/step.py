@@ -161,7 +161,7 @@ def make_step(
     mesh: Mesh | None,
     implementation: str | None = None,
     sequence_strategy: str = "auto",
-) -> Callable[[TrainState, dict], tuple[TrainState, jax.Array, jax.Array]]:
+) -> jax.stages.Wrapped:
     """Builds the compiled step; the state passed in is consumed.
 
     Loss and gradients are sums over the whole batch (all micro-batches, all devices) divided by
@@ -177,8 +177,8 @@ def make_step(
       sequence_strategy: as in `MeshConfig`.
 
     Returns:
-      A function (state, batch with leaves [A, B / A, T]) -> (state, f32 [3]: loss, learning rate,
-      gradient norm before clipping, bool []: whether the new state is finite throughout).
+      A jitted function (state, batch with leaves [A, B / A, T]) -> (state, f32 [3]: loss, learning
+      rate, gradient norm before clipping, bool []: whether the new state is finite throughout).
 
     Raises:
       ConfigError: the mesh splits sequences or heads, and the model does not support it.
