@@ -55,5 +55,5 @@ print(*project["optional-dependencies"]["compile"], sep="\n")'
     requirements=$(.venv/bin/python -c "$requirements")
     install --target .venv/compiler --no-deps --requirements - <<<"$requirements"
 else
-    install --editable ".[dev${1:+,$1}]"
+    install --editable ".[dev,code${1:+,$1}]"
 fi

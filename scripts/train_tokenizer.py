@@ -13,12 +13,10 @@ import string
 import uuid
 from collections.abc import Iterator
 
-import tokenizers
 import tyro
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from sparsex_jax.tasks import corpus, words
-from sparsex_jax.tasks.tokenizer import DEFAULT_PATH, END, PAD
+from sparsex_jax.tasks.tokenizer import DEFAULT_PATH, train_bpe
 
 
 def needle_text(count: int, seed: int) -> Iterator[str]:
@@ -79,25 +77,9 @@ def main(
       sentences: needles with their questions to add to the source text.
       seed: decides these sentences.
     """
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\n+"), "isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=16,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts(sentences, seed), trainer)
-    output.write_text(tokenizer.to_str(), encoding="utf-8")
-    print(f"{output}: {tokenizer.get_vocab_size()} entries, {output.stat().st_size:,} bytes")
+    tokenizer = train_bpe(texts(sentences, seed), vocab_size)
+    tokenizer.save(output)
+    print(f"{output}: {tokenizer.vocab_size} entries, {output.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -301,17 +301,24 @@ class DataConfig:
 
     Attributes:
       haystack: folder of text files; None means the running Python's standard library.
+      code: folder made by scripts/prepare_linux.py, in the place of `haystack`: its train split is
+        the text of all sources, and its tokenizer the model's (docs/code.md); None for none.
       text_weight: weight in the loss of tokens that are no answer (answers weigh 1).
       workers: processes that make batches beside the one that trains, where a core cannot make them
         as fast as the devices take them; 0 for a thread. The batches are the same.
     """
 
     haystack: str | None = None
+    code: str | None = None
     text_weight: float = 0.1
     workers: int = 0
 
     def __post_init__(self):
         _check_types(self)
+        _require(
+            self.haystack is None or self.code is None,
+            f"haystack={self.haystack!r} and code={self.code!r} both name the text: use one",
+        )
         _require(self.text_weight >= 0, f"text_weight={self.text_weight} is negative: use 0")
         _require(self.workers >= 0, f"workers={self.workers} is negative: use 0 for a thread")
 
@@ -325,8 +332,8 @@ class StageConfig:
       length: tokens of a sequence.
       batch_size: sequences of an optimizer step, over all devices.
       top_k: blocks selected; None takes the model's.
-      mix: (source, weight) pairs, sources being "text" and the names in
-        `sparsex_jax.tasks.TASKS` that can be trained on.
+      mix: (source, weight) pairs, sources being those of `sparsex_jax.tasks.SOURCES`: "text", what
+        is made for training, tasks, and "definitions" and "descriptions" of `DataConfig.code`.
       needles: fewest and most needles hidden in a sequence.
       questions: most questions asked at the end of a sequence.
     """

@@ -49,7 +49,7 @@ def test_pins_satisfy_the_requirements(project):
     )
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     extras = described["optional-dependencies"]
-    wanted = described["dependencies"] + extras["dev"] + extras["compile"]
+    wanted = described["dependencies"] + extras["dev"] + extras["code"] + extras["compile"]
     for requirement in map(Requirement, wanted):
         version = pinned[requirement.name.lower()]
         assert requirement.specifier.contains(version), requirement

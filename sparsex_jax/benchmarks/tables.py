@@ -143,8 +143,11 @@ def accuracy_table(rows: Sequence[Row], label: Label) -> str:
 
     def name(row: Row) -> tuple[str, str]:
         tier = row.get("tier")
-        tiered = len({other.get("tier") for other in rows}) > 1
-        return row["system"] + (f", tier {tier}" if tiered else ""), row["task"]
+        tiered = tier is not None and len({other.get("tier") for other in rows} - {None}) > 1
+        details = [f", tier {tier}"] * tiered
+        if row.get("chunks"):
+            details.append(f", top {row['chunks']}")
+        return row["system"] + "".join(details), row["task"]
 
     lengths = sorted({row["tokens"] for row in rows})
     names = list(dict.fromkeys(map(name, rows)))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparsex_jax.cache import Engine
+from sparsex_jax.cache import Cache, Engine
 
 _STRETCH = 32  # chunks that are read between two looks at the clock
 _PROOF = 5.0  # seconds of reading from which the rest is foretold
@@ -32,9 +32,6 @@ def generate_within(
 ) -> np.ndarray:
     """`Engine.generate`, given up as soon as reading turns out to take too long.
 
-    No token costs less than the ones before it, so the time of the rest is foretold from below.
-    The first stretch, which compiles, does not count.
-
     Args:
       engine: with a batch of B sequences.
       prompts: int32 [B, P].
@@ -48,13 +45,35 @@ def generate_within(
     Raises:
       TooSlow: a sample would take longer.
     """
-    length, share = prompts.shape[1], engine.batch_size
-    context, stretch = (length - 1) // engine.chunk * engine.chunk, _STRETCH * engine.chunk
+    context = (prompts.shape[1] - 1) // engine.chunk * engine.chunk
+    cache = prefill_within(engine, prompts[:, :context], limit, prompts.shape[1])
+    return engine.answer(cache, prompts[:, context:], max_new_tokens, stop_tokens)
+
+
+def prefill_within(
+    engine: Engine, tokens: np.ndarray, limit: float, length: int | None = None
+) -> Cache:
+    """`Engine.prefill`, given up as soon as it turns out to take too long.
+
+    No token costs less than the ones before it, so the time of the rest is foretold from below.
+    The first stretch, which compiles, does not count.
+
+    Args:
+      engine: with a batch of B sequences.
+      tokens: int32 [B, P].
+      limit: seconds of a sample, a B-th of the batch's.
+      length: tokens of a sample; None for P.
+
+    Raises:
+      TooSlow: a sample would take longer.
+    """
+    context, share = tokens.shape[1], engine.batch_size
+    length, stretch = length or context, _STRETCH * engine.chunk
     cache = engine.empty()
     began = time.perf_counter()
     for end in range(stretch, context + stretch, stretch):
         end = min(end, context)
-        cache = engine.prefill(prompts[:, cache.length : end], cache=cache)
+        cache = engine.prefill(tokens[:, cache.length : end], cache=cache)
         if end == context:
             break
         cache.block_until_ready()
@@ -71,4 +90,4 @@ def generate_within(
                 f" (batches of {share})",
                 foretold,
             )
-    return engine.answer(cache, prompts[:, context:], max_new_tokens, stop_tokens)
+    return cache

@@ -35,8 +35,14 @@ def fitting_batch_size(length: int, samples: int) -> int:
     return max(1, min(LARGEST_BATCH, samples, tokens // length))
 
 
-def load(checkpoint: Path) -> tuple[Transformer, Tokenizer, str]:
+def load(
+    checkpoint: Path, tokenizer: Tokenizer | None = None
+) -> tuple[Transformer, Tokenizer, str]:
     """A model in the type that suits the device, its tokenizer, and the model in words.
+
+    Args:
+      checkpoint: directory of the model.
+      tokenizer: that it must have been trained with; None means the one in the package.
 
     Raises:
       CheckpointError: missing, damaged, or made with another tokenizer.
@@ -46,7 +52,7 @@ def load(checkpoint: Path) -> tuple[Transformer, Tokenizer, str]:
             "this copy of sparsex comes without its model: give --checkpoint DIR, made by"
             " `sparsex train configs/nano.py`"
         )
-    tokenizer = load_tokenizer()
+    tokenizer = tokenizer or load_tokenizer()
     dtype: Literal["bfloat16", "float32"] = "float32" if on_cpu() else "bfloat16"
     config, model = load_model(
         checkpoint, dtype, compute_dtype=dtype, tokenizer_fingerprint=tokenizer.fingerprint

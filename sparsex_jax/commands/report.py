@@ -221,6 +221,12 @@ KINDS = {
     "attention": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn="attention"),
     "attention_peers": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn="attention"),
     "needle": Kind(tables.ACCURACY_FIELDS, _show_table(tables.accuracy_table)),
+    "code": Kind(
+        tables.ACCURACY_FIELDS,
+        _show_table(
+            tables.accuracy_table, "Functions found in whole C files, by name and by description."
+        ),
+    ),
     "perplexity": Kind(
         tables.PERPLEXITY_FIELDS,
         _show_table(

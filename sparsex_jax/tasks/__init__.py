@@ -1,7 +1,7 @@
-"""Needle tasks (RULER), their text, their scoring, and training data made of them."""
+"""Needle tasks (RULER), retrieval in code, their scoring, and training data made of them."""
 
 from sparsex_jax.tasks.corpus import Corpus
-from sparsex_jax.tasks.data import SOURCES, make_dataset
+from sparsex_jax.tasks.data import SOURCES, make_dataset, open_text, tokenizer_of
 from sparsex_jax.tasks.evaluation import (
     Answer,
     Evaluation,
@@ -42,8 +42,10 @@ __all__ = [
     "make_haystack_with_needles",
     "make_row",
     "make_sample",
+    "open_text",
     "score",
     "smallest_length",
     "summarize",
+    "tokenizer_of",
     "wilson_interval",
 ]

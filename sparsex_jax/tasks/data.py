@@ -7,6 +7,8 @@ import numpy as np
 
 from sparsex_jax.config import DataConfig, StageConfig
 from sparsex_jax.tasks import words
+from sparsex_jax.tasks.code import practice as code_practice
+from sparsex_jax.tasks.code.prepared import CodeSplit, PreparedCode
 from sparsex_jax.tasks.corpus import Corpus
 from sparsex_jax.tasks.haystack import insert, take_text
 from sparsex_jax.tasks.needle import TASKS, check_length, longest_value, make_sample
@@ -16,7 +18,10 @@ from sparsex_jax.tasks.tokenizer import Tokenizer, load
 from sparsex_jax.tasks.workers import in_workers
 
 PRACTICE = ("retrieval", "crowd", "chains")
-SOURCES = ("text", "needle", *PRACTICE, *TASKS)
+CODE = tuple(code_practice.SOURCES)
+SOURCES = ("text", "needle", *PRACTICE, *CODE, *TASKS)
+# Tokens into which every text of a source fits.
+_LEAST = dict.fromkeys(PRACTICE, LEAST_LENGTH) | dict.fromkeys(CODE, code_practice.LEAST_LENGTH)
 
 # Most of a sequence that needles may take, and that questions with answers may take.
 _SHARE = 0.4
@@ -58,7 +63,7 @@ class BatchMaker:
         self.text_weight = data.text_weight
         self.tokenizer = tokenizer
         self.phrases = Phrases(tokenizer)
-        self.corpus = Corpus(data.haystack, tokenizer=tokenizer, split="train")
+        self.corpus = open_text(data, tokenizer)
         per_process = stage.batch_size // process_count
         self.rows = range(process_index * per_process, (process_index + 1) * per_process)
         self.sources = [name for name, _ in stage.mix]
@@ -67,15 +72,24 @@ class BatchMaker:
         self._check(stage)
         if not set(PRACTICE).isdisjoint(self.sources):
             self.practice = Practice(stage, tokenizer, self.corpus.all_tokens())
+        if isinstance(self.corpus, CodeSplit) and not set(CODE).isdisjoint(self.sources):
+            self.code = code_practice.CodePractice(stage, self.corpus, tokenizer)
+            for source in set(CODE).intersection(self.sources):
+                self.code.check(source)
 
     def _check(self, stage: StageConfig) -> None:
         for source in self.sources:
             if source not in SOURCES:
                 raise ValueError(f"mix: {source!r} is no source: use {', '.join(SOURCES)}")
-            if source in PRACTICE and stage.length < LEAST_LENGTH:
+            if stage.length < _LEAST.get(source, 0):
                 raise ValueError(
                     f"length={stage.length} cannot hold every text of source {source!r}: use at"
-                    f" least {LEAST_LENGTH}"
+                    f" least {_LEAST[source]}"
+                )
+            if source in CODE and not isinstance(self.corpus, CodeSplit):
+                raise ValueError(
+                    f"mix: source {source!r} is about prepared C files: use --data.code FOLDER,"
+                    " made by scripts/prepare_linux.py"
                 )
             if source in TASKS:
                 check_length(source, stage.length + 1, self.tokenizer, "train")
@@ -111,6 +125,8 @@ class BatchMaker:
             tokens, is_answer = self._needles(count, rng)
         elif source in PRACTICE:
             tokens, is_answer = getattr(self.practice, source)(count, rng)
+        elif source in CODE:
+            tokens, is_answer = self.code(source, count, rng)
         else:
             sample = make_sample(
                 source, count, rng=rng, tokenizer=self.tokenizer,
@@ -184,6 +200,22 @@ class BatchMaker:
         return needles, lines
 
 
+def tokenizer_of(data: DataConfig) -> Tokenizer:
+    """That of a run: of the prepared code or, without any, the one in the package.
+
+    Raises:
+      FileNotFoundError, ConfigError: as `PreparedCode`.
+    """
+    return load() if data.code is None else PreparedCode(data.code).tokenizer
+
+
+def open_text(data: DataConfig, tokenizer: Tokenizer) -> Corpus | CodeSplit:
+    """The text of a run; raises what `Corpus` and `PreparedCode` raise."""
+    if data.code is not None:
+        return PreparedCode(data.code).split("train")
+    return Corpus(data.haystack, tokenizer=tokenizer, split="train")
+
+
 def make_dataset(
     data: DataConfig,
     stage: StageConfig,
@@ -204,7 +236,7 @@ def make_dataset(
     Args:
       data, stage: what the batches are made of.
       seed: decides everything random; each stage of a run should have its own.
-      tokenizer: None means the one in the package.
+      tokenizer: None means that of the prepared code or, without any, the one in the package.
       process_index, process_count: the rows of the global batch that this process makes.
 
     Raises:
@@ -217,7 +249,8 @@ def make_dataset(
             f"batch_size={stage.batch_size} must be a multiple of the {process_count} processes:"
             f" use {-(-stage.batch_size // process_count) * process_count}"
         )
-    maker = BatchMaker(data, stage, seed, tokenizer or load(), process_index, process_count)
+    tokenizer = tokenizer or tokenizer_of(data)
+    maker = BatchMaker(data, stage, seed, tokenizer, process_index, process_count)
     # Tokenised now, so that a bad folder is told before anything else starts.
     maker.corpus.all_tokens()
     dataset = grain.MapDataset.range(1 << 40).map(maker)

@@ -1,4 +1,4 @@
-"""The tokenizer that ships with the package: byte-level BPE, every digit a token of its own."""
+"""Tokenizers, that of the package among them: byte-level BPE, every digit a token of its own."""
 
 import functools
 import hashlib
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 DEFAULT_PATH = pathlib.Path(__file__).parent.parent / "assets" / "tokenizer.json"
 PAD, END = "<|pad|>", "<|end|>"
@@ -26,6 +27,7 @@ class Tokenizer:
       newline_id: id of a single newline.
       line_end: bool [vocab_size], true for tokens that consist of newlines.
       stop_ids: tokens that end an answer: the end of text and every newline token.
+      sizes: bytes of UTF-8 of each token, int64 [vocab_size].
       fingerprint: SHA-256 of the definition, in hex.
     """
 
@@ -40,6 +42,9 @@ class Tokenizer:
         self.line_end = np.array([bool(piece) and not piece.strip("\n") for piece in pieces])
         self.newline_id = pieces.index("\n")
         self.stop_ids = (self.end_id, *np.flatnonzero(self.line_end).tolist())
+        # Byte-level entries are written with a character for each byte.
+        names = [self._tokenizer.id_to_token(index) or "" for index in range(self.vocab_size)]
+        self.sizes = np.array([len(name) for name in names], np.int64)
         self.fixed = functools.cache(self._fixed)
 
     def _special(self, name: str) -> int:
@@ -66,8 +71,43 @@ class Tokenizer:
         """Text of tokens; special tokens are left out."""
         return self._tokenizer.decode([int(token) for token in tokens])
 
+    def decode_batch(self, sequences: Sequence[np.ndarray]) -> list[str]:
+        """Texts of several arrays of tokens; faster than one by one."""
+        return self._tokenizer.decode_batch([tokens.tolist() for tokens in sequences])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a file that `load` reads; raises OSError where it cannot."""
+        pathlib.Path(path).write_text(self._definition, encoding="utf-8")
+
     def __reduce__(self):
         return Tokenizer, (self._definition,)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer learned from texts; the same texts in the same order give the same one.
+
+    Args:
+      texts: UTF-8, in pieces that end at line ends.
+      vocab_size: entries, the 256 bytes and 2 special ones among them.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\n+"), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=16,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Tokenizer(tokenizer.to_str())
 
 
 def load(path: str | os.PathLike | None = None) -> Tokenizer:

@@ -18,11 +18,18 @@ def stage_seed(seed: int, stage_number: int) -> int:
 
 
 def corpus_fingerprint(data: DataConfig) -> str:
-    """A hash of all tokens that `sparsex_jax.tasks` trains on; raises what its Corpus raises."""
+    """A hash of all tokens that `sparsex_jax.tasks` trains on; raises what its texts raise."""
     from sparsex_jax import tasks
 
-    corpus = tasks.Corpus(data.haystack, tokenizer=tasks.load(), split="train")
+    corpus = tasks.open_text(data, tasks.tokenizer_of(data))
     return hashlib.sha256(corpus.all_tokens()).hexdigest()
+
+
+def describe_text(data: DataConfig) -> str:
+    """Where it comes from, in words."""
+    if data.code is not None:
+        return f"code={data.code}"
+    return f"haystack={data.haystack or 'the standard library'}"
 
 
 class BatchStream:

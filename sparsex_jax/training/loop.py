@@ -21,7 +21,7 @@ from sparsex_jax.parallel.mesh import batch_share, check_batch, check_model, mak
 from sparsex_jax.training import checkpoints as ckpt
 from sparsex_jax.training.agreement import check_same_command, check_shared
 from sparsex_jax.training.compilation import StepCompiler
-from sparsex_jax.training.data import BatchStream, corpus_fingerprint
+from sparsex_jax.training.data import BatchStream, corpus_fingerprint, describe_text
 from sparsex_jax.training.errors import TrainingError
 from sparsex_jax.training.metrics import Metrics, Progress
 from sparsex_jax.training.models import load_parameters, save_model
@@ -98,7 +98,9 @@ def train(
             from sparsex_jax import tasks
 
             make_dataset = tasks.make_dataset
-            tokenizer_fingerprint = tokenizer_fingerprint or tasks.load().fingerprint
+            tokenizer_fingerprint = (
+                tokenizer_fingerprint or tasks.tokenizer_of(config.data).fingerprint
+            )
             data_fingerprint = data_fingerprint or corpus_fingerprint(config.data)
         run_dir = prepare(Path(run_dir))
         if jax.process_index() == 0:
@@ -369,8 +371,8 @@ class Trainer:
         ckpt.check_tokenizer(path, metadata["tokenizer"], self.tokenizer)
         if metadata["data_fingerprint"] != self.data:
             raise TrainingError(
-                f"the text of haystack={self.config.data.haystack or 'the standard library'} has"
-                f" changed since {self.run_dir} was begun: restore it, or use another run_dir"
+                f"the text of {describe_text(self.config.data)} has changed since {self.run_dir}"
+                " was begun: restore it, or use another run_dir"
             )
         like = self._arrays()
         ckpt.check_arrays(path, shapes, like)

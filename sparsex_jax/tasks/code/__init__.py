@@ -1,0 +1,1 @@
+"""Retrieval in real C sources: their preparation, questions, scoring and training data."""

@@ -1,0 +1,148 @@
+"""Texts to train on: stretches of source files, then questions about functions in them."""
+
+import numpy as np
+
+from sparsex_jax.config import StageConfig
+from sparsex_jax.tasks.code.prepared import CodeSplit
+from sparsex_jax.tasks.code.wording import BODY, Wording
+from sparsex_jax.tasks.haystack import take_text
+from sparsex_jax.tasks.phrases import join_tokens
+from sparsex_jax.tasks.tokenizer import Tokenizer
+
+# The sources of a mix, and what they ask for.
+SOURCES = {"definitions": "name_to_definition", "descriptions": "description_to_function"}
+LEAST_LENGTH = 1024  # tokens into which every text fits
+_SHARE = 0.4  # of a text, that questions with answers take at most
+_STRETCH = 512  # tokens of a stretch at least
+_NEAR = 4096  # tokens of a stretch behind which its function lies at most
+_LARGEST = 256  # tokens of a function's doc and beginning, so that every stretch holds one
+_LOOK_BACK = 256  # tokens that a line end is looked for in
+
+
+class CodePractice:
+    """Makes texts of exactly a number of tokens, at least `LEAST_LENGTH`.
+
+    A text is several stretches of random places of the split, each around a function that is asked
+    for; others in them are asked for, too. As in the test, names that are asked for are of one
+    definition of the stretches, and kernel-doc comments of functions that are described are
+    removed. What is left of the length is filled with text of another random place, in front.
+
+    Args:
+      stage: how many questions.
+      split: what is read.
+      tokenizer: of the split.
+    """
+
+    def __init__(self, stage: StageConfig, split: CodeSplit, tokenizer: Tokenizer):
+        self.stage, self.split, self.tokenizer = stage, split, tokenizer
+        self.wording = Wording(split, tokenizer)
+        functions = split.functions
+        self._begin = np.where(functions["doc"] >= 0, functions["doc"], functions["begin"])
+        self._end = functions["body"] + BODY
+        fits = self._end - self._begin <= _LARGEST
+        fits &= self._end <= split.bounds[functions["file"] + 1]
+        called = np.bincount(split.calls["name"], minlength=len(split.names)) > 0
+        self._askable = {
+            source: np.flatnonzero(fits & self.wording.askable(task) & (
+                called[functions["name"]] | (source == "descriptions")
+            ))
+            for source, task in SOURCES.items()
+        }  # fmt: skip
+
+    def check(self, source: str) -> None:
+        """Raises ValueError where no function can be asked for."""
+        if not len(self._askable[source]):
+            raise ValueError(
+                f"mix: no function of {self.split.folder} suits the source {source!r}: leave it"
+                " out, or prepare more files"
+            )
+
+    def __call__(
+        self, source: str, count: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A text: tokens int32 [count], and which of them are answers, bool [count]."""
+        room = int(_SHARE * count)
+        spans, chosen = self._draw(source, count - room, rng)
+        task, functions = SOURCES[source], self.split.functions
+        parts: list[np.ndarray] = []
+        removed: list[tuple[int, int]] = []
+        for i in self._order(source, spans, chosen, rng):
+            words = self._words(source, i)
+            if words is None:
+                continue
+            question = self.wording.question(task, words)
+            answer = self.wording.answer(task, functions[i])
+            if sum(map(len, [*parts, question, answer])) > room:
+                break
+            parts += [question, answer]
+            if source == "descriptions":
+                removed.append((int(functions["doc"][i]), int(functions["begin"][i])))
+            if len(parts) == 2 * self.stage.questions:
+                break
+        context = [self._without(span, removed) for span in spans]
+        filler = count - sum(map(len, [*context, *parts]))
+        before = take_text(self.split.tokens, filler, rng, self.tokenizer)
+        tokens = join_tokens([before, *context, *parts])
+        is_answer = np.zeros(count, bool)
+        if parts:
+            marks = np.repeat(np.arange(len(parts)) % 2 == 1, [len(part) for part in parts])
+            is_answer[count - len(marks) :] = marks
+        return tokens, is_answer
+
+    def _draw(
+        self, source: str, count: int, rng: np.random.Generator
+    ) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """Stretches of so many tokens together, each with a function that can be asked for."""
+        number = int(rng.integers(1, max(1, count // _STRETCH), endpoint=True))
+        cuts = np.sort(rng.integers(0, count - number * _STRETCH + 1, number - 1))
+        sizes = np.diff(np.concatenate([[0], cuts, [count - number * _STRETCH]])) + _STRETCH
+        chosen = rng.choice(self._askable[source], number)
+        spans = []
+        for i, size in zip(chosen, sizes, strict=True):
+            begin, end = int(self._begin[i]), int(self._end[i])
+            spare = min(int(size) - (end - begin), _NEAR, begin)
+            first = begin - int(rng.integers(0, spare, endpoint=True))
+            line_ends = np.flatnonzero(
+                self.tokenizer.line_end[self.split.tokens[first : min(begin, first + _LOOK_BACK)]]
+            )
+            first = first + int(line_ends[0]) + 1 if len(line_ends) else begin
+            first = max(0, min(first, len(self.split.tokens) - int(size)))
+            spans.append((first, first + int(size)))
+        return spans, chosen
+
+    def _order(
+        self,
+        source: str,
+        spans: list[tuple[int, int]],
+        chosen: np.ndarray,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """The functions to ask for: those chosen, then others, of names that are not ambiguous."""
+        inside = [
+            np.arange(
+                np.searchsorted(self._begin, begin), np.searchsorted(self._end, end, side="right")
+            )
+            for begin, end in spans
+        ]
+        everyone = np.concatenate(inside)
+        names = self.split.functions["name"]
+        values, counts = np.unique(names[everyone], return_counts=True)
+        once = values[counts == 1]
+        askable = np.intersect1d(everyone, self._askable[source])
+        drawn = [*rng.permutation(np.unique(chosen)), *rng.permutation(askable)]
+        order = list(dict.fromkeys(int(i) for i in drawn))
+        kept = np.array(order, np.int64)
+        return kept[np.isin(names[kept], once)]
+
+    def _words(self, source: str, i: int) -> str | None:
+        function = self.split.functions[i]
+        if source == "descriptions":
+            return self.wording.description(function)
+        return self.split.names[function["name"]]
+
+    def _without(self, span: tuple[int, int], removed: list[tuple[int, int]]) -> np.ndarray:
+        """The tokens of a span, without those of others, int32."""
+        kept = np.ones(span[1] - span[0], bool)
+        for begin, end in removed:
+            kept[max(0, begin - span[0]) : max(0, end - span[0])] = False
+        return self.split.tokens[span[0] : span[1]][kept].astype(np.int32)

@@ -1,0 +1,122 @@
+"""`sparsex train` on prepared code and `sparsex eval code`, from end to end."""
+
+import json
+
+import pytest
+
+from sparsex_jax import cli
+from sparsex_jax.cache import Engine
+from tests.test_cli import fail
+
+__all__ = ["fail"]  # a fixture
+
+MODEL = {
+    "vocab-size": 1024, "model-dim": 16, "num-heads": 2, "num-kv-heads": 1, "head-dim": 8,
+    "mlp-dim": 16, "layers": "s", "attention.window": 64, "attention.top-k": 2,
+    "attention.score-dim": 8,
+}  # fmt: skip
+STAGES = """
+from sparsex_jax.config import DataConfig, StageConfig, TrainConfig
+mix = (("definitions", 1.0), ("descriptions", 1.0))
+config = TrainConfig(stages=(StageConfig(steps=2, length=1024, batch_size=2, mix=mix),))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(folder, tmp_path_factory):
+    """A model that took two steps."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "preset.py").write_text(STAGES)
+    command = ["train", root / "preset.py", "--run-dir", root / "run", "--data.code", folder]
+    for name, value in MODEL.items():
+        command += [f"--model.{name}", value]
+    assert cli.run([str(word) for word in command]) == 0
+    return root / "run" / "model"
+
+
+def test_a_model_and_bm25_answer_the_same_questions(model, folder, tmp_path, fail, monkeypatch):
+    out, log = tmp_path / "code.json", tmp_path / "code.answers.jsonl"
+    command = ["eval", "code", "--data", folder, "--checkpoint", model, "--out", out]
+    command += ["--lengths", "6K", "--questions-per-context", 3, "--chunk", 1024]
+
+    def run(*more):
+        assert cli.run([str(word) for word in (*command, *more)]) == 0
+        return json.loads(out.read_text())["rows"]
+
+    rows = run("--samples", 4)
+    names = [(row["task"], row["system"], row["chunks"]) for row in rows]
+    assert names == [
+        (task, *system)
+        for task in ("name_to_definition", "description_to_function")
+        for system in (("sparsex", None), ("bm25", 1), ("bm25", 5))
+    ]
+    for row in rows:
+        assert (row["samples"], row["contexts"], row["tokens"]) == (4, 2, 6144)
+        assert row["system"] == "bm25" or row["correct"] == 0
+        assert row["low"] <= row["accuracy"] <= row["high"]
+    assert all(row["correct"] >= 3 for row in rows if row["chunks"] == 5)
+    config = json.loads(out.read_text())["config"]
+    assert config["bleu_threshold"] == 0.8 and "model_crc32" in config
+
+    lines = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    asked = {}
+    for line in lines:
+        asked.setdefault(tuple(line["cell"]), []).extend(x["question"] for x in line["answers"])
+    assert len({tuple(x) for x in asked.values()}) == 2  # of each task the same for all
+    # Killed between BM25's two lines about a question.
+    whole = log.read_text().splitlines()
+    log.write_text("\n".join(whole[:-3]) + "\n" + whole[-3][:30])
+    count = []
+    real = Engine.answer
+    monkeypatch.setattr(Engine, "answer", lambda *rest: count.append(1) or real(*rest))
+    again = run("--samples", 4, "--resume")
+    assert [row["correct"] for row in again] == [row["correct"] for row in rows]
+    assert len(log.read_text().splitlines()) == len(whole) and not count
+    assert [row["samples"] for row in run("--samples", 7, "--resume")] == [7] * 6
+    assert len(count) == 6
+    message = fail(*command, "--samples", 7, "--resume", "--seed", 1)
+    assert "config.seed is 0 there and 1 here" in message
+
+
+def test_bm25_alone_needs_no_model(folder, tmp_path, capsys):
+    out = tmp_path / "code.json"
+    command = ["eval", "code", "--data", folder, "--systems", "bm25", "--out", out]
+    command += ["--lengths", "6K", "8K", "--samples", 3, 2]
+    assert cli.run([str(word) for word in command]) == 0
+    results = json.loads(out.read_text())
+    assert "model" not in results["config"]
+    assert [row["samples"] for row in results["rows"]] == [3] * 4 + [2] * 4
+    shown = capsys.readouterr().out
+    assert "bm25, top 1: name_to_definition" in shown
+    assert cli.run(["report", "--results", str(tmp_path.parent)]) == 0
+    assert "Functions found in whole C files" in capsys.readouterr().out
+
+
+def test_what_takes_too_long_is_a_row(model, folder, tmp_path, monkeypatch):
+    from sparsex_jax.commands import answering
+
+    def prefill(*_):
+        raise answering.TooSlow("much too slow", 700.0)
+
+    monkeypatch.setattr(answering, "prefill_within", prefill)
+    out = tmp_path / "code.json"
+    command = ["eval", "code", "--data", folder, "--checkpoint", model, "--out", out]
+    command += ["--lengths", "6K", "--samples", 2, "--systems", "model"]
+    assert cli.run([str(word) for word in command]) == 0
+    for row in json.loads(out.read_text())["rows"]:
+        assert (row["status"], row["seconds"], row["accuracy"]) == ("too_slow", 700, None)
+
+
+def test_bad_arguments_give_one_line(model, folder, tmp_path, fail):
+    command = ["eval", "code", "--data", folder, "--out", tmp_path / "code.json"]
+    bm25 = [*command, "--systems", "bm25"]
+    assert "checkpoint must name the model" in fail(*command)
+    assert "is no folder: make one" in fail("eval", "code", "--data", tmp_path / "none", *bm25[4:])
+    assert "cannot hold questions: use at least 4096" in fail(*bm25, "--lengths", "1K")
+    assert "is more than the" in fail(*bm25, "--lengths", "1M")
+    assert "a number for all lengths, or one for each of 1" in fail(
+        *bm25, "--lengths", "6K", "--samples", 1, 2
+    )
+    assert "samples=0 must be positive" in fail(*bm25, "--samples", 0)
+    shipped = fail(*command, "--lengths", "6K", "--checkpoint", "sparsex_jax/assets/nano")
+    assert "tokenizer" in shipped

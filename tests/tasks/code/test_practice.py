@@ -1,0 +1,90 @@
+"""Training texts about code: their length, what is asked, and what is marked."""
+
+import re
+
+import numpy as np
+import pytest
+
+from sparsex_jax.config import ConfigError, DataConfig, StageConfig
+from sparsex_jax.tasks import make_dataset, tokenizer_of
+from sparsex_jax.tasks.code.practice import LEAST_LENGTH, SOURCES, CodePractice
+from sparsex_jax.tasks.code.wording import BODY
+
+
+def texts(source, prepared, count, tokens=LEAST_LENGTH, questions=8):
+    stage = StageConfig(steps=1, length=tokens, batch_size=1, questions=questions)
+    practice = CodePractice(stage, prepared.split("train"), prepared.tokenizer)
+    for seed in range(count):
+        found, is_answer = practice(source, tokens, np.random.default_rng(seed))
+        assert len(found) == len(is_answer) == tokens
+        yield found, is_answer
+
+
+def runs(is_answer):
+    """Begins and ends of runs of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], is_answer, [False]])))
+    return edges.reshape(-1, 2)
+
+
+@pytest.mark.parametrize("tokens", [LEAST_LENGTH, 4096])
+def test_answers_are_the_definitions(prepared, tokens):
+    asked = 0
+    for found, is_answer in texts("definitions", prepared, 40, tokens):
+        spans = runs(is_answer)
+        if not len(spans):  # both scales in one stretch
+            continue
+        context = prepared.tokenizer.decode(found[: spans[0][0]])
+        for begin, end in spans:
+            before = prepared.tokenizer.decode(found[:begin])
+            name = re.search(r"\ndefine: (\w+)$", before)[1]
+            answer = prepared.tokenizer.decode(found[begin:end])
+            assert f"{name}{answer}" in context
+            body = prepared.tokenizer.decode(found[end - BODY : end])
+            assert answer.endswith("{" + body)
+            asked += 1
+    assert asked > 60
+
+
+def test_what_is_described_has_no_comment(prepared):
+    asked = 0
+    for found, is_answer in texts("descriptions", prepared, 40):
+        spans = runs(is_answer)
+        context, *_ = prepared.tokenizer.decode(found).split("\ndescribe: ")
+        for begin, end in spans:
+            answer = prepared.tokenizer.decode(found[begin:end])
+            assert answer in context and answer.endswith(")\n{")
+            before = prepared.tokenizer.decode(found[:begin])
+            described = before.rpartition("\ndescribe: ")[2]
+            assert "FUNCTION() twice" in described
+            # Text in front may have the function once more.
+            assert not context[: context.rindex(answer)].endswith("*/\n")
+            asked += 1
+    assert asked > 60
+
+
+def test_batches_of_both_sources_and_text(folder, prepared):
+    mix = (*((name, 1.0) for name in SOURCES), ("text", 1.0), ("retrieval", 1.0))
+    stage = StageConfig(steps=1, length=1024, batch_size=8, mix=mix)
+    data = DataConfig(code=str(folder))
+    assert tokenizer_of(data).fingerprint == prepared.tokenizer.fingerprint
+    batch = next(iter(make_dataset(data, stage, seed=0)))
+    again = next(iter(make_dataset(data, stage, seed=0)))
+    for name in ("tokens", "targets", "weights"):
+        assert batch[name].shape == (8, 1024)
+        np.testing.assert_array_equal(batch[name], again[name])
+    assert batch["tokens"].max() < prepared.tokenizer.vocab_size
+
+
+def test_what_cannot_be_made_is_refused(folder, tmp_path):
+    def make(length=1024, **data):
+        stage = StageConfig(steps=1, length=length, batch_size=1, mix=(("definitions", 1.0),))
+        return make_dataset(DataConfig(**data), stage, seed=0)
+
+    with pytest.raises(ValueError, match="use --data.code FOLDER"):
+        make()
+    with pytest.raises(ValueError, match="length=512 .* 'definitions': use at least 1024"):
+        make(512, code=str(folder))
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        make(code=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="both name the text"):
+        make(code="a", haystack="b")
