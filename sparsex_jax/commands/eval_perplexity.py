@@ -65,7 +65,8 @@ def perplexity(arguments: Arguments, command: str) -> None:
     path = arguments.out or default_path("perplexity")
     check_writable(path)
     console = make_console()
-    stream, description = read_haystack(arguments.haystack, load_tokenizer())
+    tokenizer = load_tokenizer()
+    stream, description = read_haystack(arguments.haystack, tokenizer)
     texts = {length: cut(stream, length, arguments.sequences) for length in lengths}
     console.print(f"text: {description}", markup=False, soft_wrap=True)
     config: dict[str, Any] = {
@@ -79,7 +80,7 @@ def perplexity(arguments: Arguments, command: str) -> None:
     for checkpoint, length in itertools.product(arguments.checkpoints, lengths):
         name = name_of(checkpoint)
         if length == lengths[0]:
-            model, _, description = load(checkpoint)
+            model, _, description = load(checkpoint, tokenizer)
             console.print(f"model: {description}", markup=False, soft_wrap=True)
             described = {"model": to_json(model.config), "model_crc32": model_crc32(checkpoint)}
             config["models"].append({"checkpoint": name} | described)

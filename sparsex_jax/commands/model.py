@@ -15,6 +15,7 @@ from sparsex_jax.tasks import Corpus, Tokenizer
 from sparsex_jax.tasks import load as load_tokenizer
 from sparsex_jax.training import CheckpointError, load_model, model_crc32
 from sparsex_jax.training.checkpoints import to_json
+from sparsex_jax.training.models import own_tokenizer
 
 LARGEST_BATCH = 16
 
@@ -42,7 +43,8 @@ def load(
 
     Args:
       checkpoint: directory of the model.
-      tokenizer: that it must have been trained with; None means the one in the package.
+      tokenizer: that it must have been trained with; None means its own or, if it has none, the one
+        in the package.
 
     Raises:
       CheckpointError: missing, damaged, or made with another tokenizer.
@@ -52,7 +54,7 @@ def load(
             "this copy of sparsex comes without its model: give --checkpoint DIR, made by"
             " `sparsex train configs/nano.py`"
         )
-    tokenizer = tokenizer or load_tokenizer()
+    tokenizer = tokenizer or load_tokenizer(own_tokenizer(checkpoint))
     dtype: Literal["bfloat16", "float32"] = "float32" if on_cpu() else "bfloat16"
     config, model = load_model(
         checkpoint, dtype, compute_dtype=dtype, tokenizer_fingerprint=tokenizer.fingerprint

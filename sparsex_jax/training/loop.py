@@ -24,7 +24,7 @@ from sparsex_jax.training.compilation import StepCompiler
 from sparsex_jax.training.data import BatchStream, corpus_fingerprint, describe_text
 from sparsex_jax.training.errors import TrainingError
 from sparsex_jax.training.metrics import Metrics, Progress
-from sparsex_jax.training.models import load_parameters, save_model
+from sparsex_jax.training.models import TOKENIZER, load_parameters, own_tokenizer, save_model
 from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
 from sparsex_jax.training.run_directory import last_complete, lock, prepare
@@ -67,9 +67,10 @@ def train(
 ) -> TrainResult:
     """Trains a model, or goes on where the run directory stands.
 
-    The directory receives checkpoints/, metrics.jsonl, tensorboard/ and, at the end, model/ (see
-    `save_model`). SIGTERM, SIGINT and the time limit end the current step, save and return. On the
-    CPU a run that was interrupted, however often, ends with the same bits as one that was not.
+    The directory receives checkpoints/, metrics.jsonl, tensorboard/, tokenizer.json if it is not
+    that of the package, and, at the end, model/ (see `save_model`). SIGTERM, SIGINT and the time
+    limit end the current step, save and return. On the CPU a run that was interrupted, however
+    often, ends with the same bits as one that was not.
 
     Args:
       config: the run.
@@ -94,17 +95,19 @@ def train(
             from sparsex_jax.modules.transformer import Transformer
 
             model_class = Transformer
+        tokenizer = None
         if make_dataset is None:
             from sparsex_jax import tasks
 
             make_dataset = tasks.make_dataset
-            tokenizer_fingerprint = (
-                tokenizer_fingerprint or tasks.tokenizer_of(config.data).fingerprint
-            )
+            tokenizer = tasks.tokenizer_of(config.data)
+            tokenizer_fingerprint = tokenizer_fingerprint or tokenizer.fingerprint
             data_fingerprint = data_fingerprint or corpus_fingerprint(config.data)
         run_dir = prepare(Path(run_dir))
         if jax.process_index() == 0:
             stack.enter_context(lock(run_dir))
+            if config.data.code is not None and tokenizer and not own_tokenizer(run_dir):
+                tokenizer.save(run_dir / TOKENIZER)
         check_shared(run_dir)
         check_same_command(config, tokenizer_fingerprint, data_fingerprint)
         trainer = Trainer(
@@ -399,7 +402,10 @@ class Trainer:
             if jax.process_index() == 0:
                 params[name] = whole
         if jax.process_index() == 0:
-            save_model(path, params, self.config.model, self.tokenizer)
+            save_model(
+                path, params, self.config.model, self.tokenizer,
+                tokenizer=own_tokenizer(self.run_dir),
+            )  # fmt: skip
 
     def close(self) -> None:
         """Ends what runs in the background."""

@@ -31,6 +31,7 @@ from sparsex_jax.training.checkpoints import (
 from sparsex_jax.training.errors import CheckpointError
 from sparsex_jax.training.parameters import split_model
 
+TOKENIZER = "tokenizer.json"  # of a run or a model that has a tokenizer of its own
 _WAY_OUT = "copy it again from where it came, or use the version of sparsex that wrote it"
 
 
@@ -40,6 +41,7 @@ def save_model(
     config: ModelConfig,
     tokenizer_fingerprint: str | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    tokenizer: Path | None = None,
 ) -> None:
     """Writes a model alone: model.json and a few files of arrays; replaces the directory.
 
@@ -52,6 +54,7 @@ def save_model(
       config: of the model.
       tokenizer_fingerprint: of the tokenizer that it was trained with.
       dtype: of matrices; vectors and scalars stay float32.
+      tokenizer: file to copy to tokenizer.json, where it is not the one of the package.
 
     Raises:
       CheckpointError: the directory cannot be written; what was there before is intact.
@@ -81,9 +84,17 @@ def save_model(
             with _checkpointer() as checkpointer:
                 checkpointer.save(fresh / "arrays", arrays)
             (fresh / "model.json").write_text(json.dumps(description, indent=1) + "\n")
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, fresh / TOKENIZER)
             _replace(path, fresh)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+def own_tokenizer(directory: str | os.PathLike) -> Path | None:
+    """The tokenizer file of a run or a model; None where it has the one of the package."""
+    path = Path(directory) / TOKENIZER
+    return path if path.is_file() else None
 
 
 def _replace(path: Path, fresh: Path) -> None:
@@ -264,5 +275,5 @@ def export_model(
         manager.close()
     params = {name.removeprefix(PARAMS): value for name, value in params.items()}
     config = model_config(folder, metadata["config"]["model"], metadata["versions"])
-    save_model(directory, params, config, metadata["tokenizer"], dtype)
+    save_model(directory, params, config, metadata["tokenizer"], dtype, own_tokenizer(run_dir))
     return step

@@ -6,6 +6,7 @@ import pytest
 
 from sparsex_jax import cli
 from sparsex_jax.cache import Engine
+from sparsex_jax.training import export_model
 from tests.test_cli import fail
 
 __all__ = ["fail"]  # a fixture
@@ -76,6 +77,17 @@ def test_a_model_and_bm25_answer_the_same_questions(model, folder, tmp_path, fai
     assert len(count) == 6
     message = fail(*command, "--samples", 7, "--resume", "--seed", 1)
     assert "config.seed is 0 there and 1 here" in message
+
+
+def test_a_model_has_its_tokenizer_with_it(model, folder, tmp_path, capsys, fail):
+    saved = (folder / "tokenizer.json").read_bytes()
+    assert (model / "tokenizer.json").read_bytes() == saved
+    export_model(model.parent, tmp_path / "exported")
+    assert (tmp_path / "exported" / "tokenizer.json").read_bytes() == saved
+    command = ["generate", "--model", str(model), "--prompt", "int f(", "--max-new-tokens", "2"]
+    assert cli.run(command) == 0
+    text = ["--checkpoints", model, "--haystack", folder, "--out", tmp_path / "perplexity.json"]
+    assert "tokenizer" in fail("eval", "perplexity", *text, "--lengths", 64)
 
 
 def test_bm25_alone_needs_no_model(folder, tmp_path, capsys):
