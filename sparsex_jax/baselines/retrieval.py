@@ -8,6 +8,7 @@ import functools
 import logging
 import re
 from collections.abc import Iterable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +61,22 @@ def cut_chunks(tokens: np.ndarray, bounds: Iterable[int], tokenizer: "Tokenizer"
     return np.array(cuts, np.int64)
 
 
+def find_bm25s() -> ModuleType:
+    """The package bm25s.
+
+    Raises:
+      ConfigError: it is not installed.
+    """
+    try:
+        import bm25s
+    except ImportError as error:
+        raise ConfigError(
+            "bm25s is not installed: use pip install '.[code]', or --systems model"
+        ) from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # else it tells of every index
+    return bm25s
+
+
 class ChunkRetriever:
     """Ranks the chunks of a context by BM25 (Lucene's, k1 = 1.5, b = 0.75).
 
@@ -71,16 +88,9 @@ class ChunkRetriever:
     """
 
     def __init__(self, tokens: np.ndarray, bounds: Iterable[int], tokenizer: "Tokenizer"):
-        try:
-            import bm25s
-        except ImportError as error:
-            raise ConfigError(
-                "bm25s is not installed: use pip install '.[code]', or --systems model"
-            ) from error
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # tells of every index on stderr
         self.cuts = cut_chunks(tokens, bounds, tokenizer)
         texts = tokenizer.decode_batch(np.split(tokens, self.cuts[1:-1]))
-        self._index = bm25s.BM25(method="lucene")
+        self._index = find_bm25s().BM25(method="lucene")
         self._index.index([terms(text) for text in texts], show_progress=False)
 
     def rank(self, query: list[str], position: int) -> int | None:

@@ -106,6 +106,7 @@ def code(arguments: Arguments, command: str) -> None:
         systems.append(model)
     if "bm25" in arguments.systems:
         systems.append(Bm25System(prepared))
+        config |= Bm25System.describe()
     answers_path = path.with_suffix(".answers.jsonl")
     log = AnswerLog(
         answers_path, {"benchmark": "code", "config": config, **provenance()},
@@ -150,7 +151,6 @@ def _checked_lengths(arguments: Arguments) -> dict[int, int]:
 
 def _describe(arguments: Arguments, prepared: "PreparedCode") -> dict[str, Any]:
     """What decides the outcome, but for the model."""
-    from sparsex_jax.baselines.retrieval import CHUNK
     from sparsex_jax.tasks.code.scoring import THRESHOLD
 
     index = prepared.index
@@ -162,7 +162,6 @@ def _describe(arguments: Arguments, prepared: "PreparedCode") -> dict[str, Any]:
         "vocab_size": prepared.tokenizer.vocab_size,
         "questions_per_context": arguments.questions_per_context,
         "bleu_threshold": THRESHOLD,
-        "chunk_tokens": CHUNK,
         "seed": arguments.seed,
     }
 
@@ -238,6 +237,13 @@ class Bm25System(System):
 
     def __init__(self, prepared: "PreparedCode"):
         self._tokenizer = prepared.tokenizer
+
+    @staticmethod
+    def describe() -> dict[str, Any]:
+        """For the results file."""
+        from sparsex_jax.baselines.retrieval import CHUNK, find_bm25s
+
+        return {"chunk_tokens": CHUNK, "bm25s": find_bm25s().__version__}
 
     def cells(self, task: str, length: int) -> list["Cell"]:
         """One for each number of chunks."""

@@ -8,6 +8,8 @@ from sparsex_jax.config import ConfigError
 
 # https://docs.kernel.org/doc-guide/kernel-doc.html: a first line "name() - what it is for".
 _DOC_TITLE = re.compile(rb"/\*\*[ \t]*(?:\n[ \t]*\*[ \t]*)?(\w+)[ \t]*(?:\(\))?[ \t]*[-:]")
+_TITLE = re.compile(r"(\w+)\s*(?:\(\))?\s*[-:]*\s*")
+_MARK = re.compile(r"^\s*\*?\s*")
 _QUERY = "(function_definition) @function (call_expression function: (identifier) @call)"
 
 
@@ -121,9 +123,9 @@ def describe(comment: str, name: str) -> str:
       name: of the function.
     """
     inner = comment.strip().removeprefix("/**").removesuffix("*/")
-    lines = [re.sub(r"^\s*\*?\s*", "", line).rstrip() for line in inner.split("\n")]
+    lines = [_MARK.sub("", line).rstrip() for line in inner.split("\n")]
     lines = [line for line in lines if line]
-    if lines:
-        lines[0] = re.sub(rf"^{re.escape(name)}\s*(\(\))?\s*[-:]*\s*", "", lines[0])
+    if lines and (title := _TITLE.match(lines[0])) and title[1] == name:
+        lines[0] = lines[0][title.end() :]
     text = "\n".join(line for line in lines if line)
-    return re.sub(rf"\b{re.escape(name)}\b", "FUNCTION", text)
+    return re.sub(rf"\b{name}\b", "FUNCTION", text) if name in text else text

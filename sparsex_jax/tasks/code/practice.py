@@ -42,12 +42,11 @@ class CodePractice:
         fits = self._end - self._begin <= _LARGEST
         fits &= self._end <= split.bounds[functions["file"] + 1]
         called = np.bincount(split.calls["name"], minlength=len(split.names)) > 0
-        self._askable = {
-            source: np.flatnonzero(fits & self.wording.askable(task) & (
-                called[functions["name"]] | (source == "descriptions")
-            ))
-            for source, task in SOURCES.items()
-        }  # fmt: skip
+        self._suits = {
+            source: fits & self.wording.askable(task) for source, task in SOURCES.items()
+        }
+        self._suits["definitions"] &= called[functions["name"]]
+        self._askable = {source: np.flatnonzero(suits) for source, suits in self._suits.items()}
 
     def check(self, source: str) -> None:
         """Raises ValueError where no function can be asked for."""
@@ -128,7 +127,7 @@ class CodePractice:
         names = self.split.functions["name"]
         values, counts = np.unique(names[everyone], return_counts=True)
         once = values[counts == 1]
-        askable = np.intersect1d(everyone, self._askable[source])
+        askable = np.unique(everyone[self._suits[source][everyone]])
         drawn = [*rng.permutation(np.unique(chosen)), *rng.permutation(askable)]
         order = list(dict.fromkeys(int(i) for i in drawn))
         kept = np.array(order, np.int64)

@@ -24,6 +24,8 @@ ANSWER = {"name_to_definition": SIGNATURE + BODY, "description_to_function": SIG
 # Tokens that hold any question: of a name at most as many as of a signature.
 QUESTION = {"name_to_definition": SIGNATURE + 8, "description_to_function": DESCRIPTION + 8}
 
+_WORD = re.compile(r"[A-Za-z]{2,}")
+
 
 class Wording:
     """Questions and answers about the functions of a split.
@@ -54,15 +56,14 @@ class Wording:
         """What its kernel-doc comment says of it; None where these are hardly words."""
         comment = self.tokenizer.decode(self.split.tokens[function["doc"] : function["begin"]])
         text = describe(comment, self.split.names[function["name"]])
-        kept = ""
-        for line in text.splitlines():
-            longer = f"{kept}\n{line}" if kept else line
-            tokens = self.tokenizer.encode(longer)
-            if len(tokens) > DESCRIPTION:
-                kept = kept or self.tokenizer.decode(tokens[:DESCRIPTION]).rsplit(" ", 1)[0]
-                break
-            kept = longer
-        return kept if len(re.findall(r"[A-Za-z]{2,}", kept)) >= LEAST_WORDS else None
+        tokens = self.tokenizer.encode(text)
+        if len(tokens) > DESCRIPTION:
+            ends = np.flatnonzero(self.tokenizer.line_end[tokens[: DESCRIPTION + 1]])
+            if len(ends):
+                text = self.tokenizer.decode(tokens[: ends[-1]])
+            else:
+                text = self.tokenizer.decode(tokens[:DESCRIPTION]).rsplit(" ", 1)[0]
+        return text if len(_WORD.findall(text)) >= LEAST_WORDS else None
 
     def question(self, task: str, words: str) -> np.ndarray:
         """The question about a name or a description, int32."""
