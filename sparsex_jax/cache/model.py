@@ -56,7 +56,7 @@ def extend(
         return jax.vmap(alone)(layers, tokens, length, valid)
     x = model.embed(tokens)
     after: list[LayerCache] = []
-    attending = _attending(model.config, tokens.shape[1], logits)
+    attending = attending_tokens(model.config, tokens.shape[1], logits)
     for block, layer, count in zip(model.blocks, layers, attending, strict=True):
         first = first_attending(count, x.shape[1], valid)
         out, layer = extend_layer(block, layer, x, length, valid, attending=count)
@@ -66,8 +66,8 @@ def extend(
     return model.logits(model.final_norm(x[:, 0])) if logits else None, tuple(after)
 
 
-def _attending(config: ModelConfig, tokens: int, logits: bool) -> list[int]:
-    """How many of so many new tokens attend in each layer, the last ones."""
+def attending_tokens(config: ModelConfig, tokens: int, logits: bool) -> list[int]:
+    """How many of so many new tokens attend in each layer, the last ones, in `extend`."""
     counts = [int(logits)]
     for kind in reversed(config.layers[1:]):
         needed = inputs_of_local(counts[0], config) if kind == "l" else tokens
