@@ -4,12 +4,13 @@
     sparsex train configs/linux.py --data.code linux-6.1 --run-dir runs/linux
     sparsex eval code --data linux-6.1 --checkpoint runs/linux/model --lengths 500K 1M 8M
 
-Hardware: meant for one H200. Not trained yet: stages, steps and rates are those of
-configs/needle.py, with more text, and nothing is known of the result.
+Hardware: meant for one H200. Not trained yet: the model, stages and rates are those of
+configs/needle.py with a larger vocabulary and a few more steps, and nothing is known of the result.
 """
 
 from sparsex_jax.config import (
     AttentionConfig,
+    DataConfig,
     ModelConfig,
     OptimizerConfig,
     StageConfig,
@@ -21,16 +22,17 @@ MIX = (("definitions", 0.6), ("descriptions", 0.2), ("text", 0.1), ("retrieval",
 config = TrainConfig(
     model=ModelConfig(
         vocab_size=8192,
-        model_dim=256,
+        model_dim=320,
         num_heads=4,
         num_kv_heads=2,
-        head_dim=64,
-        mlp_dim=768,
-        layers="lllsls",
-        attention=AttentionConfig(window=128, block_size=64, top_k=16, score_dim=128),
+        head_dim=128,
+        mlp_dim=960,
+        # Behind the sparse layer a local one sees what was retrieved beside what was answered.
+        layers="llsl",
+        attention=AttentionConfig(window=128, block_size=64, top_k=64, score_dim=128),
         selection_loss=0.1,
     ),
-    # Every remote block is selected up to 4K tokens; then ever fewer of many.
+    # Every remote block is selected up to 4K tokens; then ever fewer of many. More when asked.
     stages=(
         StageConfig(steps=2000, length=1024, batch_size=64, top_k=16, needles=(1, 8), mix=MIX),
         StageConfig(steps=600, length=2048, batch_size=32, top_k=32, needles=(1, 16), mix=MIX),
@@ -39,10 +41,11 @@ config = TrainConfig(
             steps=3500, length=16384, batch_size=4, top_k=16, needles=(1, 48), questions=32, mix=MIX
         ),
         StageConfig(
-            steps=3500, length=32768, batch_size=2, top_k=8, needles=(1, 64), questions=48, mix=MIX
+            steps=9000, length=32768, batch_size=2, top_k=8, needles=(1, 64), questions=48, mix=MIX
         ),
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=300),
+    data=DataConfig(workers=4),
     checkpoint_every=1000,
     log_every=50,
 )

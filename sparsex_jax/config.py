@@ -366,7 +366,7 @@ class MeshConfig:
     Attributes:
       data: groups with their own sequences, each holding the whole state.
       fsdp: groups with their own sequences, each holding a part of parameters and moments.
-      seq: parts of every sequence.
+      seq: parts of every sequence; each device holds a part of the group's parameters and moments.
       tensor: parts of the heads, and of the hidden width of feed-forward layers.
       sequence_strategy: how selected blocks in another part of the sequence are attended to:
         "ring" (keys and values travel), "dispatch" (queries do) or "auto" (fewer bytes).

@@ -108,6 +108,8 @@ def remote_branch(
         return first
     batch, tokens = q.shape[:2]
     index = random_blocks(positions, 0 if first_block is None else first_block, pattern)
+    # Without this, XLA sorts them while it compiles, for minutes.
+    index = jax.lax.optimization_barrier(index)
     index = jnp.broadcast_to(index, (batch, tokens, index.shape[-1]))[:, :, None]
     index = jnp.broadcast_to(index, (batch, tokens, k.shape[2], index.shape[-1]))
     size = pattern.block_size

@@ -17,7 +17,7 @@ from sparsex_jax.cache import CacheMemoryError, Engine, Tier
 from sparsex_jax.cache.engine import SUFFIX_UNIT
 from sparsex_jax.cache.layer import empty_layers
 from sparsex_jax.cache.memory import Shape
-from sparsex_jax.cache.model import extend
+from sparsex_jax.cache.model import attending_tokens, extend
 from sparsex_jax.config import ConfigError
 from sparsex_jax.modules import Transformer
 
@@ -159,8 +159,15 @@ class Benchmark(runner.Benchmark[Step]):
         if peak is not None and peak == before:
             peak = None
             notes.append("an earlier part of this process took as much memory or more")
-        if self.model.config.layers.count("s") == 1 and self.model.config.layers[-1] == "s":
-            notes.append("in the only sparse layer, the last, no token of a prefill attends")
+        attending = attending_tokens(self.model.config, settings.chunk, logits=False)
+        sparse = [
+            n for n, kind in zip(attending, self.model.config.layers, strict=True) if kind == "s"
+        ]
+        if sparse and max(sparse) < settings.chunk:
+            notes.append(
+                f"{max(sparse)} of a chunk's {settings.chunk} tokens attend in sparse layers:"
+                " nobody reads the others' output"
+            )
         cache = Shape(engine.config, step.length, 1, settings.chunk + SUFFIX_UNIT)
         return {
             "milliseconds": median,

@@ -13,6 +13,7 @@ ATTENTION_FIELDS = ("system", "part", "direction", "tokens", *SHAPE, "millisecon
 MEMORY = ("argument_bytes", "output_bytes", "temporary_bytes", "peak_bytes")
 COMPILED_FIELDS = ("chips", *MEMORY)  # of rows that name a target, too
 ACCURACY_FIELDS = ("system", "task", "tokens", "samples", "accuracy", "low", "high", "status")
+ABLATION_FIELDS = ("ablation", "seed", *ACCURACY_FIELDS)
 PERPLEXITY_FIELDS = (
     "system", "checkpoint", "tokens", "sequences", "perplexity", "low", "high", "ratio",
     "ratio_low", "ratio_high", "status",
@@ -188,6 +189,29 @@ def headline_table(rows: Sequence[Row], label: Label) -> str:
         spread = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
         remarks.append(f"{spread} samples a cell; in brackets 95 % intervals of Wilson.")
     return "\n\n".join((markdown(head, lines), *remarks))
+
+
+def ablations_table(rows: Sequence[Row], label: Label) -> str:
+    """Accuracy in per cent by ablation, task and length: means over seeds, and their range."""
+    columns = list(dict.fromkeys((row["task"], row["tokens"]) for row in rows))
+    names = list(dict.fromkeys(row["ablation"] for row in rows))
+    lengths = {tokens for _, tokens in columns}
+
+    def cell(name: str, task: str, tokens: int) -> str:
+        wanted = name, task, tokens
+        found = [
+            100 * row["accuracy"] for row in rows
+            if (row["ablation"], row["task"], row["tokens"]) == wanted
+            and row["accuracy"] is not None
+        ]  # fmt: skip
+        if not found:
+            return ""
+        spread = f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""
+        return f"{sum(found) / len(found):.1f}{spread}"
+
+    head = [task + (f", {label(tokens)}" if len(lengths) > 1 else "") for task, tokens in columns]
+    lines = [[name, *(cell(name, *column) for column in columns)] for name in names]
+    return markdown(["ablation", *head], lines)
 
 
 def perplexity_table(rows: Sequence[Row], label: Label) -> str:

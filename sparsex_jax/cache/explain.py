@@ -79,7 +79,7 @@ def explain(
         attention = block.attention
         normed = block.attention_norm(x)
         queries = attention.query_side(normed, attention.mix(normed, layer.recent.history))
-        x, after = extend_layer(block, layer, x, length, jnp.int32(1), attends="all")
+        x, after = extend_layer(block, layer, x, length, jnp.int32(1), attending=1)
         config = attention.attention_config()
         found += [
             _measure(parts, place, span) for parts in _softmaxes(queries, after, length, config)

@@ -5,7 +5,7 @@ valid ones: what the others write lies beyond the length, is never read, and is 
 tokens that follow.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from sparsex_jax.scoring import block_features
 from sparsex_jax.spans import remote_end
 from sparsex_jax.token_chunks import map_chunks
 
-Attends = Literal["all", "last", "none"]
 CHUNK = 2**15  # tokens that attend at a time: temporaries are theirs
 
 
@@ -112,7 +111,7 @@ def extend_layer(
     length: jax.Array,
     valid: jax.Array,
     *,
-    attends: Attends,
+    attending: int,
 ) -> tuple[jax.Array | None, LayerCache]:
     """Applies a block to new tokens and remembers them.
 
@@ -122,11 +121,11 @@ def extend_layer(
       x: [B, C, channels].
       length: tokens so far, int32 scalar.
       valid: of the new tokens, how many count, int32 scalar.
-      attends: which of them do; all are remembered. In the last layer the last valid one is enough,
-        and in a prefill none.
+      attending: how many of them do, the last valid ones: those whose output somebody reads. All
+        are remembered.
 
     Returns:
-      ([B, 1 or C, channels], None if none attends; the new cache).
+      ([B, attending, channels], from `first_attending` on, or None if none attends; the new cache).
     """
     layer, recent, remote = block.attention, cache.recent, cache.remote
     config = layer.attention_config()
@@ -153,19 +152,35 @@ def extend_layer(
         attended, remote = attend_one(queries, length, near, remote, config)
         out = block.feed_forward(x + layer.project_out(attended))
         return out, LayerCache(recent, remote, near)
-    if attends == "none":
+    if not attending:
         return None, LayerCache(recent, remote)
     assert window[0] is not None and window[1] is not None
     near_keys = _joined(window[0], turned_k), _joined(window[1], keys.v)
-    first = jnp.int32(0)
-    if attends == "last":
-        first = valid - 1
+    first = first_attending(attending, x.shape[1], valid)
+    if attending < x.shape[1]:
         x, normed, mixed = (
-            jax.lax.dynamic_slice_in_dim(y, first, 1, axis=1) for y in (x, normed, mixed)
+            jax.lax.dynamic_slice_in_dim(y, first, attending, axis=1) for y in (x, normed, mixed)
         )
     queries = layer.query_side(normed, mixed)
     attended, remote = attend(queries, first, length, near_keys, remote, config)
     return block.feed_forward(x + layer.project_out(attended)), LayerCache(recent, remote)
+
+
+def first_attending(attending: int, tokens: int, valid: jax.Array) -> jax.Array:
+    """Number of the first of the new tokens that attend, int32; they end with the last valid one.
+
+    Where fewer than `attending` are valid, others beyond them attend, too.
+    """
+    return jnp.clip(valid - attending, 0, tokens - attending)
+
+
+def inputs_of_local(attending: int, config: ModelConfig) -> int:
+    """How many of the last tokens a local layer needs, of which `attending` attend.
+
+    Their windows lie among these tokens, whatever the layer kept of those before, and so do the
+    windows of tokens to come; the first few only complete the convolution.
+    """
+    return attending + reach(config.attention) + max(config.conv_width - 1, 0)
 
 
 def attend(

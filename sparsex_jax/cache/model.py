@@ -6,8 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsex_jax.cache.layer import Attends, LayerCache, extend_layer
-from sparsex_jax.config import AttentionConfig
+from sparsex_jax.cache.layer import (
+    LayerCache,
+    extend_layer,
+    first_attending,
+    inputs_of_local,
+)
+from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.modules.transformer import Transformer
 
 Layers = tuple[LayerCache, ...]
@@ -23,8 +28,9 @@ def extend(
 ) -> tuple[jax.Array | None, Layers]:
     """Reads new tokens.
 
-    In the last layer only the last valid token attends, for nobody reads the others' output; none
-    where logits are not wanted.
+    Where nobody reads a token's output it does not attend: in the last layer all but the last valid
+    one do not (none where logits are not wanted), in layers before local ones all but those that
+    these need.
 
     Args:
       model: whose caches these are.
@@ -48,15 +54,25 @@ def extend(
             return jax.tree.map(lambda x: x[0], found)
 
         return jax.vmap(alone)(layers, tokens, length, valid)
-    x: jax.Array | None = model.embed(tokens)
+    x = model.embed(tokens)
     after: list[LayerCache] = []
-    for block, layer in zip(model.blocks, layers, strict=True):
-        attends: Attends = "all"
-        if len(after) == len(layers) - 1:
-            attends = "last" if logits else "none"
-        x, layer = extend_layer(block, layer, x, length, valid, attends=attends)
+    attending = attending_tokens(model.config, tokens.shape[1], logits)
+    for block, layer, count in zip(model.blocks, layers, attending, strict=True):
+        first = first_attending(count, x.shape[1], valid)
+        out, layer = extend_layer(block, layer, x, length, valid, attending=count)
+        x = x if out is None else out
+        length, valid = length + first, valid - first
         after.append(layer)
-    return None if x is None else model.logits(model.final_norm(x[:, 0])), tuple(after)
+    return model.logits(model.final_norm(x[:, 0])) if logits else None, tuple(after)
+
+
+def attending_tokens(config: ModelConfig, tokens: int, logits: bool) -> list[int]:
+    """How many of so many new tokens attend in each layer, the last ones, in `extend`."""
+    counts = [int(logits)]
+    for kind in reversed(config.layers[1:]):
+        needed = inputs_of_local(counts[0], config) if kind == "l" else tokens
+        counts.insert(0, min(needed, tokens))
+    return counts
 
 
 def map_layers(

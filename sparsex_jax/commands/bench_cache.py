@@ -60,7 +60,8 @@ class PrefillArguments:
 
     Logits after a chunked prefill are first compared with those of the forward pass; if they
     differ, nothing is timed and the command exits with 1. Tokens are random. In the last layer
-    nobody attends in a prefill; give --layers to see what a sparse layer before it costs.
+    nobody attends in a prefill, and few do in a layer before local ones; give --layers to see what
+    another order costs.
 
     Attributes:
       checkpoint: directory of a model; by default the one that comes with sparsex.

@@ -76,22 +76,26 @@ def report(arguments: Arguments) -> None:
 
 
 def needle_rows(files: Files) -> list[dict[str, Any]]:
-    """Rows of all needle files; a system that several files or tiers have gets a longer name."""
-    chosen = [(path, x["rows"]) for path, x in files if x["benchmark"] == "needle"]
+    """Rows of all needle files; a system of several models or tiers gets a longer name.
+
+    What one model answered may stand in several files.
+    """
+    chosen = [(path, x) for path, x in files if x["benchmark"] == "needle"]
+    models = {path: (x.get("config") or {}).get("model_crc32", path.stem) for path, x in chosen}
     kinds = {
-        (path.stem, row["system"], row.get("tier")) for path, rows in chosen for row in rows
+        (models[path], row["system"], row.get("tier")) for path, x in chosen for row in x["rows"]
     }  # fmt: skip
 
     def name(path: Path, row: dict[str, Any]) -> str:
-        same = [(stem, tier) for stem, system, tier in kinds if system == row["system"]]
+        same = [(model, tier) for model, system, tier in kinds if system == row["system"]]
         details = []
-        if len({stem for stem, _ in same}) > 1:
-            details.append(path.stem)
+        if len({model for model, _ in same}) > 1:
+            details.append(next(p.stem for p in models if models[p] == models[path]))
         if len({tier for _, tier in same}) > 1:
             details.append(f"tier {row.get('tier') or 'device'}")
         return row["system"] + (f" ({', '.join(details)})" if details else "")
 
-    return [row | {"system": name(path, row)} for path, rows in chosen for row in rows]
+    return [row | {"system": name(path, row)} for path, x in chosen for row in x["rows"]]
 
 
 def _write_readme(path: Path, found: dict[str, Files]) -> None:
@@ -225,6 +229,13 @@ KINDS = {
         tables.ACCURACY_FIELDS,
         _show_table(
             tables.accuracy_table, "Functions found in whole C files, by name and by description."
+        ),
+    ),
+    "ablations": Kind(
+        tables.ABLATION_FIELDS,
+        _show_table(
+            tables.ablations_table,
+            "Accuracy in per cent of variants of one model: means over seeds, and their range.",
         ),
     ),
     "perplexity": Kind(

@@ -9,6 +9,7 @@ from sparsex_jax.config import BASELINES, ModelConfig
 from sparsex_jax.modules.attention import SparseXAttention
 from sparsex_jax.modules.baselines import BaselineAttention, more_hidden
 from sparsex_jax.modules.layers import RMSNorm, SwiGLU
+from sparsex_jax.modules.repeats import apply_layers
 from sparsex_jax.parallel.rules import whole
 from sparsex_jax.selection_loss import sample_queries
 
@@ -113,20 +114,19 @@ class Transformer(nnx.Module):
 
     def _hidden(self, tokens, queries, segment_ids, *options) -> tuple[jax.Array, jax.Array]:
         """Hidden states, and the sum of the sparse layers' selection losses for `queries`, [B]."""
-        x, unlearned = self.embed(tokens), jnp.zeros(len(tokens), jnp.float32)
+        x = self.embed(tokens)
 
-        def apply(block: Block, x):
-            after = block(x, segment_ids, *options)
-            if queries is None or not block.attention.sparse:
-                return after, jnp.float32(0)
-            normed = block.attention_norm(x)
-            return after, block.attention.selection_loss(normed, queries, segment_ids)
+        def apply(block: Block, carry):
+            x, unlearned = carry
+            if queries is not None and block.attention.sparse:
+                normed = block.attention_norm(x)
+                unlearned += block.attention.selection_loss(normed, queries, segment_ids)
+            return block(x, segment_ids, *options), unlearned
 
         if self.config.remat == "layer":
             apply = nnx.remat(apply)
-        for block in self.blocks:
-            x, of_layer = apply(block, x)
-            unlearned += of_layer
+        none = vary_with(x, jnp.zeros(len(tokens), jnp.float32))
+        x, unlearned = apply_layers(self.blocks, apply, (x, none))
         return self.final_norm(x), unlearned
 
     def loss(

@@ -1,5 +1,6 @@
 """Meshes of devices: their axes, and which sizes of these fit a model and its sequences."""
 
+import math
 from typing import Any
 
 import jax
@@ -143,14 +144,18 @@ def check_model(model: ModelConfig, mesh: Mesh | None) -> None:
             f"mesh.seq={mesh.shape['seq']} splits sequences, which {baselines} layers take whole:"
             " use mesh.seq=1"
         )
-    for axis, name in (
-        ("tensor", "num_kv_heads"), ("tensor", "mlp_dim"), ("fsdp", "model_dim"),
-    ):  # fmt: skip
-        size, value = mesh.shape[axis], getattr(model, name)
+    split = used(("fsdp", "seq"), dict(mesh.shape))
+    for axes, name in (
+        (("tensor",), "num_kv_heads"),
+        (("tensor",), "mlp_dim"),
+        (split, "model_dim"),
+    ):
+        size, value = math.prod(mesh.shape[axis] for axis in axes), getattr(model, name)
         if value % size:
+            sizes = " times ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
             fitting = [n for n in range(1, size + 1) if value % n == 0]
             raise ConfigError(
-                f"mesh.{axis}={size} must divide model.{name}={value}: use {axis} of"
+                f"{sizes} must divide model.{name}={value}: use {' times '.join(axes)} of"
                 f" {' or '.join(map(str, fitting))}, or {name}={-(-value // size) * size}"
             )
 

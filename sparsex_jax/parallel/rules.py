@@ -1,8 +1,9 @@
 """Which axis of the mesh splits which axis of the parameters, and what that asks of a layer.
 
 Parameters name their axes (`axis_names`); the state of the optimizer has those of its parameters.
-Within `jax.shard_map` a layer sees a device's part: `whole` gathers what is split to be stored
-("fsdp"), and what is split to share the work ("tensor") stays split.
+Within `jax.shard_map` a layer sees a device's part: `whole` gathers what is split to be stored,
+over devices with other sequences ("fsdp") and with other tokens of the same ones ("seq"); what is
+split to share the work ("tensor") stays split.
 """
 
 import functools
@@ -19,8 +20,10 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.mesh_axes import vary_over, varying
 from sparsex_jax.parallel.mesh import TOKEN_AXES, axis_size, used
 
-# Logical axis -> axis of the mesh; others are not split.
-RULES = {"heads": "tensor", "kv_heads": "tensor", "hidden": "tensor", "model": "fsdp"}
+STORED = ("fsdp", "seq")
+WORK = ("tensor",)
+# Logical axis -> axes of the mesh; others are not split.
+RULES = {"heads": WORK, "kv_heads": WORK, "hidden": WORK, "model": STORED}
 Axes = tuple[str | None, ...]
 
 
@@ -29,8 +32,8 @@ def partition(axes: Axes, sizes: Mapping[str, int]) -> P:
 
     The scales of norms have no named axis: they are on every device.
     """
-    split = [RULES.get(name) if name else None for name in axes]
-    return P(*(name if name and sizes[name] > 1 else None for name in split))
+    split = [used(RULES.get(name, ()), sizes) if name else () for name in axes]
+    return P(*(names[0] if len(names) == 1 else names or None for names in split))
 
 
 def partitions(tree: Any, axes: Mapping[str, Axes], sizes: Mapping[str, int]) -> Any:
@@ -59,7 +62,7 @@ def state_shardings(state: Any, axes: Mapping[str, Axes], mesh: Mesh) -> Any:
 
 
 def whole(parameter: nnx.Param, dtype: Any = None) -> jax.Array:
-    """A parameter as a layer computes with it, of a dtype: gathered along "fsdp".
+    """A parameter as a layer computes with it, of a dtype: gathered along `STORED`.
 
     Its gradient is summed over the devices that have other tokens, in the parameter's own dtype,
     and each gets its part of the sum.
@@ -71,24 +74,24 @@ def gather(x: jax.Array, axes: Axes, dtype: Any = None) -> jax.Array:
     """`whole`, of an array with logical axes."""
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     x = vary_over(frozenset(used(TOKEN_AXES)), x)
-    if axis_size("fsdp") > 1:
-        for axis, name in enumerate(axes):
-            if name and RULES.get(name) == "fsdp":
-                return _gathered(x, axis, x.dtype, dtype)
+    split = used(STORED)
+    for axis, name in enumerate(axes):
+        if split and name and RULES.get(name) == STORED:
+            return _gathered(x, axis, split, x.dtype, dtype)
     return x.astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gathered(x, axis, wide, dtype):
-    return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _gathered(x, axis, split, wide, dtype):
+    return lax.all_gather(x.astype(dtype), split, axis=axis, tiled=True)
 
 
-def _gathered_fwd(x, axis, wide, dtype):
-    return _gathered(x, axis, wide, dtype), None
+def _gathered_fwd(x, axis, split, wide, dtype):
+    return _gathered(x, axis, split, wide, dtype), None
 
 
-def _gathered_bwd(axis, wide, dtype, _, bar):
-    return (lax.psum_scatter(bar.astype(wide), "fsdp", scatter_dimension=axis, tiled=True),)
+def _gathered_bwd(axis, split, wide, dtype, _, bar):
+    return (lax.psum_scatter(bar.astype(wide), split, scatter_dimension=axis, tiled=True),)
 
 
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
@@ -96,12 +99,12 @@ _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 def enter_split(x: jax.Array) -> jax.Array:
     """x before layers that each device of "tensor" has a part of; its gradient is summed there."""
-    return vary_over(frozenset(used(("tensor",))), x)
+    return vary_over(frozenset(used(WORK)), x)
 
 
 def leave_split(x: jax.Array, axes: Axes) -> jax.Array:
     """A product with a kernel of these axes: summed over the parts that its first one has."""
-    split = axes[0] is not None and RULES.get(axes[0]) == "tensor"
+    split = axes[0] is not None and RULES.get(axes[0]) == WORK
     return lax.psum(x, "tensor") if split and "tensor" in varying(x) else x
 
 

@@ -94,6 +94,9 @@ def test_equal_systems_are_told_apart(tmp_path):
         "sparsex (needle, tier device)", "sparsex (needle_k4, tier device)",
         "sparsex (needle_k4, tier compressed)", "dense",
     ]  # fmt: skip
+    same = [(path, x | {"config": {"model_crc32": 7}}) for path, x in files[:2]]
+    names = [row["system"] for row in needle_rows(same)]
+    assert names == ["sparsex (tier device)"] * 2 + ["sparsex (tier compressed)"]
 
 
 def test_the_readme_gets_the_table(results, tmp_path, fail, capsys):

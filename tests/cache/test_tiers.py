@@ -23,7 +23,7 @@ from sparsex_jax.spans import remote_end
 from tests.cache.test_engine import greedy
 from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
 
-SPARSE_FIRST = dataclasses.replace(TINY, layers="sl")  # all tokens of a chunk attend in it
+SPARSE_FIRST = dataclasses.replace(TINY, layers="sl")  # many tokens of a chunk attend in it
 
 
 @pytest.fixture(scope="module")

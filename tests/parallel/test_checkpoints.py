@@ -100,7 +100,8 @@ def test_state_moves_between_meshes_shard_by_shard_and_bit_for_bit(tmp_path):
         if mesh is not None:
             kernel = state["optimizer"][0].mu["blocks.0.mlp.up.kernel"]
             part = kernel.addressable_shards[0].data.size
-            assert part * mesh.shape["fsdp"] * mesh.shape["tensor"] == kernel.size
+            parts = mesh.shape["fsdp"] * mesh.shape["seq"] * mesh.shape["tensor"]
+            assert part * parts == kernel.size
     manager.close()
 
 

@@ -74,6 +74,11 @@ def test_config_refuses():
             (1, 3, 1, 1),
             r"fsdp=3 must divide model.model_dim=256: use .* 1 or 2, or model_dim=258",
         ),
+        (
+            (1, 2, 3, 1),
+            r"mesh.fsdp=2 times mesh.seq=3 must divide model.model_dim=256: use fsdp times seq of"
+            r" 1 or 2 or 4, or model_dim=258",
+        ),
     ],
 )
 def test_names_sizes_that_a_model_allows(sizes, message):
@@ -111,12 +116,13 @@ def test_parameters_and_moments_lie_alike():
     specs = partitions(state, skeleton.axes, mesh(1, 2, 2, 2).shape)
     assert specs["optimizer"] == ({"mu": specs["params"]}, P()) and specs["step"] == P()
     found = specs["params"]
-    assert found["embedding"] == P(None, "fsdp")
-    assert found["blocks.0.attention.query.kernel"] == P("fsdp", "tensor")
-    assert found["blocks.0.attention.output.kernel"] == P("tensor", "fsdp")
+    both = "fsdp", "seq"
+    assert found["embedding"] == P(None, both)
+    assert found["blocks.0.attention.query.kernel"] == P(both, "tensor")
+    assert found["blocks.0.attention.output.kernel"] == P("tensor", both)
     assert found["blocks.0.attention.log_scale"] == P("tensor")
-    assert found["blocks.0.attention.gates.kernel"] == P("fsdp", None)
-    assert found["blocks.0.mlp.down.kernel"] == P("tensor", "fsdp")
+    assert found["blocks.0.attention.gates.kernel"] == P(both, None)
+    assert found["blocks.0.mlp.down.kernel"] == P("tensor", both)
     assert found["final_norm.scale"] == P(None)
     alone = partitions(params, skeleton.axes, mesh(8, 1, 1, 1).shape)
     assert all(not any(spec) for spec in alone.values())

@@ -1,0 +1,122 @@
+"""Trains variants of the needle model, each with something left out, and asks them all the same.
+
+    python scripts/ablate_needles.py --names full no_landmarks --seeds 0 1 \
+        --run-dir runs/ablations --out results/h200/ablations.json
+
+Each run is a shorter configs/needle.py. Runs that are complete are not made again, and several
+processes, each with a GPU and names of its own, may share the folder: whoever ends last writes the
+results of all.
+"""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsex_jax.benchmarks.results import check_writable, read_results, write_results
+from sparsex_jax.commands import eval_needle
+from sparsex_jax.commands.train import load_preset
+from sparsex_jax.config import TrainConfig
+from sparsex_jax.training import train
+from sparsex_jax.training.checkpoints import to_json
+
+PRESET = Path(__file__).parents[1] / "configs" / "needle.py"
+TASKS = ("single_1", "single_3", "multikey_2", "multikey_3", "multiquery", "multivalue", "vt")
+
+
+def attention(config: TrainConfig, **fields) -> TrainConfig:
+    """The config with other fields of its attention."""
+    changed = dataclasses.replace(config.model.attention, **fields)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=changed))
+
+
+def model(config: TrainConfig, **fields) -> TrainConfig:
+    """The config with other fields of its model."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+
+def selecting(config: TrainConfig, change: Callable[[int], int]) -> TrainConfig:
+    """The config with other numbers of selected blocks, in all stages and when asked."""
+    stages = tuple(dataclasses.replace(x, top_k=change(x.top_k)) for x in config.stages)
+    config = dataclasses.replace(config, stages=stages)
+    return attention(config, top_k=change(config.model.attention.top_k))
+
+
+def blocks(config: TrainConfig, size: int) -> TrainConfig:
+    """The config with blocks of another size, as many tokens of them selected, up to 64 blocks."""
+    scale = config.model.attention.block_size / size
+    return attention(selecting(config, lambda k: min(64, int(k * scale))), block_size=size)
+
+
+VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
+    "full": lambda config: config,
+    "no_landmarks": lambda config: attention(config, landmarks="off"),
+    "no_dynamic": lambda config: model(selecting(config, lambda _: 0), selection_loss=0.0),
+    "window_64": lambda config: attention(config, window=config.model.attention.block_size),
+    "no_selection_loss": lambda config: model(config, selection_loss=0.0),
+    "softmax": lambda config: attention(config, landmarks="off", fusion="softmax"),
+    "k_4": lambda config: selecting(config, lambda k: min(k, 4)),
+    "k_16": lambda config: selecting(config, lambda k: min(k, 16)),
+    "k_64": lambda config: selecting(config, lambda _: 64),
+    "blocks_32": lambda config: blocks(config, 32),
+    "blocks_128": lambda config: blocks(config, 128),
+    "sparse_last": lambda config: model(config, layers="llls"),
+    "score_dim_64": lambda config: attention(config, score_dim=64),
+    "head_dim_64": lambda config: model(config, head_dim=64),
+}
+
+
+def variant(name: str, seed: int, share: float) -> TrainConfig:
+    """The config of a run, with a share of the preset's steps in its last two stages."""
+    preset = load_preset(PRESET)
+    last = tuple(dataclasses.replace(x, steps=int(x.steps * share)) for x in preset.stages[-2:])
+    return VARIANTS[name](
+        dataclasses.replace(preset, stages=(*preset.stages[:-2], *last), seed=seed)
+    )
+
+
+def collect(run_dir: Path) -> list[dict]:
+    """Rows of all runs of a folder that were evaluated."""
+    rows = []
+    for path in sorted(run_dir.glob("*/needle.json")):
+        name, _, seed = path.parent.name.rpartition("-")
+        common = {"ablation": name, "seed": int(seed)}
+        rows += [common | row for row in read_results(path)["rows"]]
+    return rows
+
+
+def main() -> None:
+    """Runs the script."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--names", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--share", type=float, default=0.5, help="of the long stages' steps")
+    parser.add_argument("--lengths", nargs="+", default=["128K"])
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="results file (JSON)")
+    arguments = parser.parse_args()
+    check_writable(arguments.out)
+    for seed in arguments.seeds:
+        for name in arguments.names:
+            folder = arguments.run_dir / f"{name}-{seed}"
+            result = train(variant(name, seed, arguments.share), folder)
+            if result.status != "finished":
+                sys.exit(result.message)
+            if not (folder / "needle.json").exists():
+                asked = eval_needle.Arguments(
+                    checkpoint=folder / "model", tasks=TASKS, lengths=tuple(arguments.lengths),
+                    samples=arguments.samples, chunk="16K", diagnose=True,
+                    out=folder / "partial" / "needle.json",
+                )  # fmt: skip
+                eval_needle.needle(asked, shlex.join(sys.argv))
+                (folder / "partial" / "needle.json").rename(folder / "needle.json")
+            config = to_json(variant("full", seed, arguments.share))
+            rows = collect(arguments.run_dir)
+            write_results(arguments.out, "ablations", shlex.join(sys.argv), config, rows)
+
+
+if __name__ == "__main__":
+    main()

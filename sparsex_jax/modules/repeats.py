@@ -1,0 +1,65 @@
+"""Layers that repeat become loops, so that a deep model compiles as fast as its pattern."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# Of fewer repetitions the program is written out: a loop's turns cost launches on a GPU.
+FEWEST = 4
+
+Carry = Any
+Apply = Callable[[Any, Carry], Carry]
+
+
+def apply_layers(layers: Sequence[nnx.Module], apply: Apply, carry: Carry) -> Carry:
+    """Applies layer after layer, `carry = apply(layer, carry)`; neighbours that repeat in a loop.
+
+    Layers are alike if they differ in their parameters only. What a loop takes are copies of these,
+    one layer's behind the other's.
+
+    Args:
+      layers: of any kinds.
+      apply: of one of them.
+      carry: arrays, of the same types before and after each layer.
+    """
+    kinds, states = zip(*map(nnx.split, layers), strict=True)
+    return _apply(kinds, states, apply, carry)
+
+
+def _apply(kinds: Sequence, states: Sequence, apply: Apply, carry: Carry) -> Carry:
+    while kinds:
+        period, times = _longest_repetition(kinds)
+        if times < FEWEST:
+            carry = apply(nnx.merge(kinds[0], states[0]), carry)
+            kinds, states = kinds[1:], states[1:]
+            continue
+        pattern, end = kinds[:period], period * times
+        stacked = [
+            jax.tree.map(lambda *x: jnp.stack(x), *states[first:end:period])
+            for first in range(period)
+        ]
+
+        def turn(carry, states, pattern=pattern):
+            return _apply(pattern, states, apply, carry), None
+
+        carry = jax.lax.scan(turn, carry, stacked)[0]
+        kinds, states = kinds[end:], states[end:]
+    return carry
+
+
+def _longest_repetition(kinds: Sequence) -> tuple[int, int]:
+    """Period and times of the repetition at the beginning that takes in most layers.
+
+    One with too few times counts as none, so that a longer one behind its first layer is found.
+    """
+    best = 1, 1
+    for period in range(1, len(kinds) // FEWEST + 1):
+        times = 1
+        while kinds[times * period : (times + 1) * period] == kinds[:period]:
+            times += 1
+        if times >= FEWEST and period * times > best[0] * best[1]:
+            best = period, times
+    return best

@@ -1,0 +1,45 @@
+"""Variants of the needle model, and the table of what they answer."""
+
+import importlib.util
+from pathlib import Path
+
+from sparsex_jax.benchmarks.results import write_results
+from sparsex_jax.benchmarks.tables import ablations_table
+from sparsex_jax.commands.arguments import format_length
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "ablate_needles.py"
+spec = importlib.util.spec_from_file_location("ablate_needles", SCRIPT)
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+def test_each_variant_changes_what_its_name_says():
+    configs = {name: script.variant(name, 1, 0.5) for name in script.VARIANTS}
+    full = configs.pop("full")
+    assert all(config != full and config.seed == 1 for config in configs.values())
+    preset = script.load_preset(script.PRESET)
+    assert [x.steps for x in full.stages[-2:]] == [x.steps // 2 for x in preset.stages[-2:]]
+    for name, k, size in (("k_4", 4, 64), ("blocks_32", 64, 32), ("blocks_128", 32, 128)):
+        attention = configs[name].model.attention
+        assert (attention.top_k, attention.block_size) == (k, size)
+    assert {x.top_k for x in configs["no_dynamic"].stages} == {0}
+    assert max(x.top_k for x in configs["k_4"].stages) == 4
+
+
+def test_table_has_means_over_seeds(tmp_path):
+    def write(name, *accuracies):
+        row = {"task": "vt", "tokens": 131072, "accuracy": None}
+        rows = [row | {"accuracy": x} for x in accuracies]
+        write_results(tmp_path / name / "needle.json", "needle", "", {}, rows)
+
+    write("full-0", 0.5)
+    write("full-1", 0.75)
+    write("no_landmarks-0", None)
+    (tmp_path / "k_4-0").mkdir()  # still being trained
+    rows = script.collect(tmp_path)
+    assert [(row["ablation"], row["seed"]) for row in rows] == [
+        ("full", 0), ("full", 1), ("no_landmarks", 0),
+    ]  # fmt: skip
+    table = ablations_table(rows, format_length).splitlines()
+    assert table[0] == "| ablation | vt |"
+    assert table[2:] == ["| full | 62.5 (50.0 to 75.0) |", "| no_landmarks |  |"]
