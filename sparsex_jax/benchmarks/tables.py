@@ -18,6 +18,10 @@ PERPLEXITY_FIELDS = (
     "system", "checkpoint", "tokens", "sequences", "perplexity", "low", "high", "ratio",
     "ratio_low", "ratio_high", "status",
 )  # fmt: skip
+LM_FIELDS = (
+    "system", "checkpoint", "tokens", "context", "begin", "end", "sequences", "loss", "low", "high",
+    "more", "more_low", "more_high", "status",
+)  # fmt: skip
 NUMERICS_FIELDS = (
     "system", "logits", "tokens", "queries", "head_dim", "output_error", "output_error_max",
     "lse_error", "lse_relative_error", "status",
@@ -234,6 +238,27 @@ def perplexity_table(rows: Sequence[Row], label: Label) -> str:
     lines = [[*name, *(cell(found.get((*name, length))) for length in lengths)] for name in names]
     head = ["system", "checkpoint", *(f"{label(length)} tokens" for length in lengths)]
     return markdown(head, lines)
+
+
+def position_table(rows: Sequence[Row], label: Label) -> str:
+    """Nats per token by bucket of positions, and how many more than the first has."""
+    ends = sorted({row["end"] for row in rows})
+    names = list(dict.fromkeys((row["checkpoint"], row["context"]) for row in rows))
+    found = {(row["checkpoint"], row["context"], row["end"]): row for row in rows}
+
+    def cell(row: Row | None) -> str:
+        if row is None or row["status"] != "measured":
+            return "" if row is None else row["status"].replace("_", " ")
+        if row["more"] is None:
+            return f"{row['loss']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
+        more, low, high = (f"{row[name]:+.4f}" for name in ("more", "more_low", "more_high"))
+        return f"{row['loss']:.4f}; {more} ({low} to {high})"
+
+    lines = [
+        [name, label(context), *(cell(found.get((name, context, end))) for end in ends)]
+        for name, context in names
+    ]
+    return markdown(["checkpoint", "context", *(f"to {label(end)}" for end in ends)], lines)
 
 
 def numerics_table(rows: Sequence[Row], label: Label) -> str:

@@ -18,6 +18,7 @@ from sparsex_jax.cache.model import (
     join_layers,
     kinds_of,
     map_layers,
+    read_all,
     split_layers,
 )
 from sparsex_jax.cache.near import left_in_block
@@ -103,6 +104,14 @@ class Engine:
             return extend(model, layers, tokens, length, valid, logits=False)[1]
 
         self._read = jax.jit(read, donate_argnums=1)
+
+        def losses(state, layers, tokens, targets, length, valid):
+            model = nnx.merge(self._graph, state)
+            logits, layers = read_all(model, layers, tokens, length, valid)
+            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            return jax.nn.logsumexp(logits, axis=-1) - chosen, layers
+
+        self._losses = jax.jit(losses, donate_argnums=1)
         self._answer = jax.jit(
             functools.partial(_answer, self._graph),
             donate_argnames="appended", static_argnames=("kinds", "max_new_tokens", "sampling"),
@@ -219,6 +228,38 @@ class Engine:
         cache = self.prefill(before, progress)
         after = [row[split:] for row, split in zip(rows, splits, strict=True)]
         return self.answer(cache, after, max_new_tokens, stop_tokens, sampling, seeds)
+
+    def losses(
+        self, tokens: np.ndarray, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """Negative log-likelihoods, in nats, of all tokens but the first, given those before.
+
+        Args:
+          tokens: int [B, T + 1].
+          progress: called with the number of tokens of a sequence read so far.
+
+        Returns:
+          f32 [B, T].
+
+        Raises:
+          ValueError: as `prefill`, or the sequences differ in length.
+        """
+        rows = np.asarray(tokens)
+        if rows.ndim != 2 or rows.shape[1] < 2:
+            raise ValueError(f"tokens have shape {rows.shape}: use [batch_size, 2 or more]")
+        rows = np.stack(self._checked(rows, 0))
+        cache, found = self.empty(), []
+        for begin in range(0, rows.shape[1] - 1, self.chunk):
+            part = rows[:, begin : begin + self.chunk + 1]
+            padded, valid = _padded(part[:, :-1], self.chunk)
+            targets, _ = _padded(part[:, 1:], self.chunk)
+            losses, cache.layers = self._losses(
+                self._state, cache.layers, padded, targets, np.int32(begin), np.int32(valid[0])
+            )
+            found.append(np.asarray(losses)[:, : valid[0]])
+            if progress is not None:
+                progress(begin + int(valid[0]))
+        return np.concatenate(found, axis=1)
 
     def _checked(self, tokens: Tokens, used: np.ndarray | int) -> list[np.ndarray]:
         """The tokens of each sequence, int32; `used` more are needed beside them."""

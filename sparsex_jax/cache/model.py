@@ -66,6 +66,28 @@ def extend(
     return model.logits(model.final_norm(x[:, 0])) if logits else None, tuple(after)
 
 
+def read_all(
+    model: Transformer, layers: Layers, tokens: jax.Array, length: jax.Array, valid: jax.Array
+) -> tuple[jax.Array, Layers]:
+    """Reads new tokens, all of which attend in all layers.
+
+    Args:
+      model, layers, tokens: as in `extend`.
+      length, valid: int32 scalars, the same for all sequences.
+
+    Returns:
+      (logits after each token, f32 [B, C, vocab]; the new caches).
+    """
+    x = model.embed(tokens)
+    after: list[LayerCache] = []
+    for block, layer in zip(model.blocks, layers, strict=True):
+        out, layer = extend_layer(block, layer, x, length, valid, attending=tokens.shape[1])
+        assert out is not None
+        x = out
+        after.append(layer)
+    return model.logits(model.final_norm(x)), tuple(after)
+
+
 def attending_tokens(config: ModelConfig, tokens: int, logits: bool) -> list[int]:
     """How many of so many new tokens attend in each layer, the last ones, in `extend`."""
     counts = [int(logits)]

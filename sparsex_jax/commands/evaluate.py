@@ -22,6 +22,7 @@ class What(NamedTuple):
 KINDS = {
     "needle": What("eval_needle", "RULER's needle tasks by free generation, with intervals"),
     "code": What("eval_code", "functions in whole C files, by name and by description"),
+    "lm": What("eval_lm", "loss by position in long sequences of C files, and with less context"),
     "perplexity": What("eval_perplexity", "perplexity of models on the same held-out text"),
 }
 

@@ -245,6 +245,14 @@ KINDS = {
             "On the same held-out text; behind the semicolon, how much more than the first line's.",
         ),
     ),
+    "lm": Kind(
+        tables.LM_FIELDS,
+        _show_table(
+            tables.position_table,
+            "Nats per token by position in long sequences; behind the semicolon, how many more than"
+            " the first line's.",
+        ),
+    ),
     "numerics": Kind(
         tables.NUMERICS_FIELDS,
         _show_table(

@@ -25,6 +25,20 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_losses_are_those_of_the_forward_pass(name):
+    model, tokens = make(CONFIGS[name]), make_tokens(2, 150)
+    logits = np.asarray(model.logits(model(tokens[:, :-1])), np.float64)
+    chosen = np.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    expected = np.log(np.exp(logits).sum(-1)) - chosen
+    read = []
+    found = Engine(model, 160, batch_size=2, chunk=64).losses(tokens, read.append)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+    assert found.shape == (2, 149) and read == [64, 128, 149]
+    with pytest.raises(ValueError, match=r"shape \(2, 1\): use \[batch_size, 2 or more\]"):
+        Engine(model, 160, batch_size=2, chunk=64).losses(tokens[:, :1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_any_chunking_equals_the_forward_pass(name):
     model, tokens = make(CONFIGS[name]), make_tokens(2, 150)
     expected = np.asarray(model.logits(model(tokens)))

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from sparsex_jax import cli
 from sparsex_jax.tasks.code.prepare import PrepareConfig, prepare
 from sparsex_jax.tasks.code.prepared import PreparedCode
 from sparsex_jax.tasks.code.wording import Wording
@@ -14,6 +15,16 @@ SOURCES = pathlib.Path(__file__).parent / "sources"
 THINGS = "lamp door valve motor clock fan pump mirror bell gate".split()
 DEEDS = "open close turn warm cool count drain paint lift test".split()
 CONFIG = PrepareConfig(vocab_size=1024, test_share=0.5)
+MODEL = {
+    "vocab-size": 1024, "model-dim": 16, "num-heads": 2, "num-kv-heads": 1, "head-dim": 8,
+    "mlp-dim": 16, "layers": "s", "attention.window": 64, "attention.top-k": 2,
+    "attention.score-dim": 8,
+}  # fmt: skip
+STAGES = """
+from sparsex_jax.config import DataConfig, StageConfig, TrainConfig
+mix = (("definitions", 1.0), ("descriptions", 1.0))
+config = TrainConfig(stages=(StageConfig(steps=2, length=1024, batch_size=2, mix=mix),))
+"""
 
 
 def made_up_file(thing: str, rng: random.Random) -> str:
@@ -75,3 +86,15 @@ def prepared(folder):
 @pytest.fixture(scope="session")
 def wording(prepared):
     return Wording(prepared.split("test"), prepared.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model(folder, tmp_path_factory):
+    """A model that took two steps."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "preset.py").write_text(STAGES)
+    command = ["train", root / "preset.py", "--run-dir", root / "run", "--data.code", folder]
+    for name, value in MODEL.items():
+        command += [f"--model.{name}", value]
+    assert cli.run([str(word) for word in command]) == 0
+    return root / "run" / "model"

@@ -2,37 +2,12 @@
 
 import json
 
-import pytest
-
 from sparsex_jax import cli
 from sparsex_jax.cache import Engine
 from sparsex_jax.training import export_model
 from tests.test_cli import fail
 
 __all__ = ["fail"]  # a fixture
-
-MODEL = {
-    "vocab-size": 1024, "model-dim": 16, "num-heads": 2, "num-kv-heads": 1, "head-dim": 8,
-    "mlp-dim": 16, "layers": "s", "attention.window": 64, "attention.top-k": 2,
-    "attention.score-dim": 8,
-}  # fmt: skip
-STAGES = """
-from sparsex_jax.config import DataConfig, StageConfig, TrainConfig
-mix = (("definitions", 1.0), ("descriptions", 1.0))
-config = TrainConfig(stages=(StageConfig(steps=2, length=1024, batch_size=2, mix=mix),))
-"""
-
-
-@pytest.fixture(scope="module")
-def model(folder, tmp_path_factory):
-    """A model that took two steps."""
-    root = tmp_path_factory.mktemp("runs")
-    (root / "preset.py").write_text(STAGES)
-    command = ["train", root / "preset.py", "--run-dir", root / "run", "--data.code", folder]
-    for name, value in MODEL.items():
-        command += [f"--model.{name}", value]
-    assert cli.run([str(word) for word in command]) == 0
-    return root / "run" / "model"
 
 
 def test_a_model_and_bm25_answer_the_same_questions(model, folder, tmp_path, fail, monkeypatch):
