@@ -93,6 +93,20 @@ class ChunkRetriever:
         self._index = find_bm25s().BM25(method="lucene")
         self._index.index([terms(text) for text in texts], show_progress=False)
 
+    def _scores(self, query: list[str]) -> np.ndarray:
+        return np.asarray(self._index.get_scores(query))
+
+    def best(self, query: list[str], count: int) -> list[tuple[int, int]]:
+        """Spans of tokens of the first chunks, the best first; fewer where few have a term.
+
+        Args:
+          query: terms.
+          count: chunks at most.
+        """
+        scores = self._scores(query)
+        order = np.argsort(-scores, kind="stable")[:count]
+        return [(int(self.cuts[i]), int(self.cuts[i + 1])) for i in order if scores[i] > 0]
+
     def rank(self, query: list[str], position: int) -> int | None:
         """The rank of the chunk that has a token, from 1; None where no term of the query is in it.
 
@@ -102,7 +116,7 @@ class ChunkRetriever:
           query: terms.
           position: of the token.
         """
-        scores = np.asarray(self._index.get_scores(query))
+        scores = self._scores(query)
         chunk = int(np.searchsorted(self.cuts, position, side="right")) - 1
         own = scores[chunk]
         if own <= 0:

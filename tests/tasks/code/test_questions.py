@@ -140,6 +140,8 @@ def test_bm25_finds_what_one_chunk_names(wording):
     assert len(retriever.cuts) == 7
     assert retriever.rank(terms("needle_of_hay"), int(bounds[3]) + 1) == 1
     assert retriever.rank(terms("b_get"), int(bounds[1])) == 1
+    assert retriever.best(terms("needle_of_hay"), 3) == [(bounds[3], bounds[4])]
+    assert [begin for begin, _ in retriever.best(terms("int"), 2)] == [0, bounds[1]]
     # Chunks without a term are not retrieved; the earlier of equal ones comes first.
     assert retriever.rank(terms("needle_of_hay"), 0) is None
     assert retriever.rank(terms("zebra"), 0) is None

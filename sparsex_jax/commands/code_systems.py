@@ -1,0 +1,280 @@
+"""Who answers the questions of `sparsex eval code`: a model, BM25, and the model with BM25."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsex_jax.errors import first_line, is_memory_full
+
+if TYPE_CHECKING:
+    from sparsex_jax.baselines.retrieval import ChunkRetriever
+    from sparsex_jax.cache import Engine, Tier
+    from sparsex_jax.modules import Transformer
+    from sparsex_jax.tasks import Answer
+    from sparsex_jax.tasks.answer_log import AnswerLog, Cell
+    from sparsex_jax.tasks.code.prepared import PreparedCode
+    from sparsex_jax.tasks.code.questions import CodeContext, Question
+    from sparsex_jax.tasks.code.wording import Wording
+
+RETRIEVED = (1, 5)  # chunks that BM25 may name
+READ = 5  # chunks that a model reads
+
+Pending = dict[str, list[tuple[int, "Question"]]]  # of each task, with their numbers
+
+
+class System:
+    """Answers questions and keeps the answers in a log, by cell."""
+
+    def cells(self, task: str, length: int) -> list["Cell"]:
+        """Those of a task, which have the same questions."""
+        raise NotImplementedError
+
+    def ask(
+        self,
+        context: "CodeContext",
+        length: int,
+        pending: Pending,
+        log: "AnswerLog",
+        advance: Callable[[], None],
+    ) -> None:
+        """Answers questions about a context; calls `advance` after each."""
+        raise NotImplementedError
+
+    def rows(
+        self, task: str, length: int, samples: int, contexts: int, log: "AnswerLog"
+    ) -> list[dict[str, Any]]:
+        """Of a task, made from the log."""
+        raise NotImplementedError
+
+
+def _answer(
+    number: int,
+    context: "CodeContext",
+    question: "Question",
+    text: str,
+    right: bool,
+    seconds: float,
+) -> "Answer":
+    from sparsex_jax.tasks import Answer
+
+    depth = 100 * question.position / len(context.tokens)
+    return Answer(number, depth, question.text, (question.target,), text, float(right), seconds)
+
+
+def _row(
+    system: str, task: str, length: int, answers: Sequence["Answer"], **more: Any
+) -> dict[str, Any]:
+    from sparsex_jax.tasks import summarize
+
+    return summarize(system, task, length, answers, diagnosed=False) | more
+
+
+class Retrieval:
+    """The chunks of the context that was asked about last, which systems share."""
+
+    def __init__(self, prepared: "PreparedCode"):
+        self._tokenizer = prepared.tokenizer
+        self._last: tuple[CodeContext, ChunkRetriever] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """For the results file."""
+        from sparsex_jax.baselines.retrieval import CHUNK, find_bm25s
+
+        return {"chunk_tokens": CHUNK, "bm25s": find_bm25s().__version__}
+
+    def of(self, context: "CodeContext") -> "ChunkRetriever":
+        """Of a context."""
+        from sparsex_jax.baselines.retrieval import ChunkRetriever
+
+        if self._last is None or self._last[0] is not context:
+            made = ChunkRetriever(context.tokens, context.bounds, self._tokenizer)
+            self._last = context, made
+        return self._last[1]
+
+
+class Bm25System(System):
+    """The opponent: right if the chunk with the definition's name is among the first ones."""
+
+    def __init__(self, retrieval: Retrieval):
+        self._retrieval = retrieval
+
+    def cells(self, task: str, length: int) -> list["Cell"]:
+        """One for each number of chunks."""
+        return [(task, length, "bm25", count) for count in RETRIEVED]
+
+    def ask(self, context, length, pending, log, advance) -> None:
+        """Ranks the chunks of a context for each question."""
+        from sparsex_jax.baselines.retrieval import terms
+
+        began = time.perf_counter()
+        retriever = self._retrieval.of(context)
+        share = (time.perf_counter() - began) / sum(map(len, pending.values()))
+        for task, questions in pending.items():
+            for number, question in questions:
+                began = time.perf_counter()
+                rank = retriever.rank(terms(question.text), question.position)
+                seconds = share + time.perf_counter() - began
+                text = "not retrieved" if rank is None else f"rank {rank}"
+                for cell, count in zip(self.cells(task, length), RETRIEVED, strict=True):
+                    right = rank is not None and rank <= count
+                    answer = _answer(number, context, question, text, right, seconds)
+                    if number == len(log.answers(cell)):  # not there already, after a kill
+                        log.add(cell, [answer])
+                advance()
+
+    def rows(self, task, length, samples, contexts, log) -> list[dict[str, Any]]:
+        """A row for each number of chunks."""
+        return [
+            _row(
+                "bm25", task, length, log.answers(cell)[:samples],
+                tier=None, chunks=count, contexts=contexts,
+            )
+            for cell, count in zip(self.cells(task, length), RETRIEVED, strict=True)
+        ]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A model that answers.
+
+    Attributes:
+      model: a Transformer with a cache in the tier.
+      wording: of the questions.
+      tier: where the cache keeps keys and values of old blocks.
+      chunk: tokens that are read at a time.
+      limit: seconds that reading a context may take.
+    """
+
+    model: "Transformer"
+    wording: "Wording"
+    tier: "Tier"
+    chunk: int
+    limit: float
+
+    def engine(self, capacity: int) -> "Engine":
+        """For one sequence."""
+        from sparsex_jax.cache import Engine
+
+        return Engine(self.model, capacity, chunk=min(self.chunk, capacity), tier=self.tier)
+
+    def answer(self, engine: "Engine", cache, question: "Question") -> str:
+        """What it generates, as it is compared."""
+        from sparsex_jax.tasks.code.wording import ANSWER
+
+        task = question.task
+        stop = (self.wording.brace,) if task == "description_to_function" else ()
+        (found,) = engine.answer(cache, [question.prompt], ANSWER[task], stop)
+        return self.wording.generated(task, found)
+
+
+class ModelSystem(System):
+    """A model: reads a context once and answers all questions about it."""
+
+    def __init__(self, reader: Reader):
+        self._reader, self._system = reader, reader.model.config.system
+        self._engine: tuple[int, Engine] | None = None  # of the length asked last
+
+    def cells(self, task: str, length: int) -> list["Cell"]:
+        """One."""
+        return [(task, length, self._system, self._reader.tier)]
+
+    def ask(self, context, length, pending, log, advance) -> None:
+        """Reads the context and answers; what takes too much memory or time is put down as that."""
+        from jax.errors import JaxRuntimeError
+
+        from sparsex_jax.cache import CacheMemoryError
+        from sparsex_jax.commands.answering import TooSlow
+
+        cells = [self.cells(task, length)[0] for task in pending]
+        if any(log.missing(cell) for cell in cells):
+            return
+        try:
+            self._read(context, length, pending, log, advance)
+            return
+        except TooSlow as error:
+            missing = {"status": "too_slow", "note": str(error), "seconds": error.seconds}
+        except CacheMemoryError as error:
+            missing = {"status": "out_of_memory", "note": str(error)}
+        except JaxRuntimeError as error:
+            if not is_memory_full(error):
+                raise
+            missing = {"status": "out_of_memory", "note": first_line(error)}
+        for cell in cells:
+            log.add_missing(cell, missing)
+
+    def _read(self, context, length, pending, log, advance) -> None:
+        from sparsex_jax.commands.answering import prefill_within
+
+        reader = self._reader
+        if self._engine is None or self._engine[0] != length:
+            self._engine = None  # before there is another
+            self._engine = length, reader.engine(length)
+        engine, began = self._engine[1], time.perf_counter()
+        cache = prefill_within(engine, context.tokens[None], reader.limit).block_until_ready()
+        share = (time.perf_counter() - began) / sum(map(len, pending.values()))
+        for task, questions in pending.items():
+            (cell,) = self.cells(task, length)
+            for number, question in questions:
+                began = time.perf_counter()
+                text = reader.answer(engine, cache, question)
+                seconds = share + time.perf_counter() - began
+                right = context.is_right(question, text)
+                log.add(cell, [_answer(number, context, question, text, right, seconds)])
+                advance()
+
+    def rows(self, task, length, samples, contexts, log) -> list[dict[str, Any]]:
+        """A row, of the answers or of why there are none."""
+        from sparsex_jax.tasks import make_row
+
+        (cell,) = self.cells(task, length)
+        more = {"tier": self._reader.tier, "chunks": None, "contexts": contexts}
+        missing = log.missing(cell)
+        if missing is not None:
+            return [make_row(self._system, task, length, [], **missing) | more]
+        return [_row(self._system, task, length, log.answers(cell)[:samples], **more)]
+
+
+class ReaderSystem(System):
+    """The model as reader of the chunks that BM25 finds, the best of them last."""
+
+    def __init__(self, reader: Reader, retrieval: Retrieval):
+        from sparsex_jax.baselines.retrieval import CHUNK
+        from sparsex_jax.tasks.code.questions import ROOM
+
+        self._reader, self._retrieval = reader, retrieval
+        self._name = f"bm25+{reader.model.config.system}"
+        self._engine = reader.engine(READ * CHUNK + ROOM)
+
+    def cells(self, task: str, length: int) -> list["Cell"]:
+        """One."""
+        return [(task, length, self._name, READ)]
+
+    def ask(self, context, length, pending, log, advance) -> None:
+        """Retrieves, reads and answers, for each question anew."""
+        from sparsex_jax.baselines.retrieval import terms
+
+        retriever = self._retrieval.of(context)
+        for task, questions in pending.items():
+            (cell,) = self.cells(task, length)
+            for number, question in questions:
+                began = time.perf_counter()
+                spans = retriever.best(terms(question.text), READ)
+                parts = [context.tokens[begin:end] for begin, end in reversed(spans)]
+                cache = self._engine.prefill([np.concatenate(parts or [context.tokens[:0]])])
+                text = self._reader.answer(self._engine, cache, question)
+                seconds = time.perf_counter() - began
+                right = context.is_right(question, text)
+                log.add(cell, [_answer(number, context, question, text, right, seconds)])
+                advance()
+
+    def rows(self, task, length, samples, contexts, log) -> list[dict[str, Any]]:
+        """A row."""
+        (cell,) = self.cells(task, length)
+        answers = log.answers(cell)[:samples]
+        tier = self._reader.tier
+        return [
+            _row(self._name, task, length, answers, tier=tier, chunks=READ, contexts=contexts)
+        ]  # fmt: skip
