@@ -149,10 +149,7 @@ def accuracy_table(rows: Sequence[Row], label: Label) -> str:
     def name(row: Row) -> tuple[str, str]:
         tier = row.get("tier")
         tiered = tier is not None and len({other.get("tier") for other in rows} - {None}) > 1
-        details = [f", tier {tier}"] * tiered
-        if row.get("chunks"):
-            details.append(f", top {row['chunks']}")
-        return row["system"] + "".join(details), row["task"]
+        return code_system(row) + (f", tier {tier}" if tiered else ""), row["task"]
 
     lengths = sorted({row["tokens"] for row in rows})
     names = list(dict.fromkeys(map(name, rows)))
@@ -164,6 +161,11 @@ def accuracy_table(rows: Sequence[Row], label: Label) -> str:
         for system, task in names
     ]
     return markdown(["task", *(f"{label(length)} tokens" for length in lengths)], lines)
+
+
+def code_system(row: Row) -> str:
+    """Who answered, and from how many chunks, where these were retrieved."""
+    return row["system"] + (f", top {row['chunks']}" if row.get("chunks") else "")
 
 
 def headline_table(rows: Sequence[Row], label: Label) -> str:

@@ -17,7 +17,7 @@ Files = list[tuple[Path, dict[str, Any]]]  # results files and what is in them
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Prints tables of all results (Markdown) and draws those of attention and of needles.
+    """Prints tables of all results (Markdown) and draws those of attention, needles and source trees.
 
     Attributes:
       results: folder with a folder for each hardware, which holds results files.
@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> None:
 
 def report(arguments: Arguments) -> None:
     """Runs the command."""
+    from sparsex_jax.benchmarks.code_plots import draw_code
     from sparsex_jax.benchmarks.needle_plots import draw_needles
     from sparsex_jax.benchmarks.plots import draw_attention
 
@@ -63,6 +64,11 @@ def report(arguments: Arguments) -> None:
                 pictures += draw_attention(chosen, folder, format_length, name, suffix)
         needles = needle_rows(files)
         pictures += draw_needles(needles, folder, format_length) if needles else []
+        code, losses = (
+            [row for _, x in files if x["benchmark"] == name for row in x["rows"]]
+            for name in ("code", "lm")
+        )
+        pictures += draw_code(code, losses, folder, format_length)
         for path, results in files:
             _print_section(hardware, path, results)
         if len({row["system"] for row in needles}) > 1:

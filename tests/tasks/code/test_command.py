@@ -77,7 +77,8 @@ def test_bm25_alone_needs_no_model(folder, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "bm25, top 1: name_to_definition" in shown
     assert cli.run(["report", "--results", str(tmp_path.parent)]) == 0
-    assert "Functions found in whole C files" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Functions found in whole C files" in shown and "![code-accuracy](" in shown
 
 
 def test_what_takes_too_long_is_a_row(model, folder, tmp_path, monkeypatch):

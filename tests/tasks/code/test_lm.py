@@ -69,7 +69,11 @@ def test_command(model, folder, tmp_path, fail, capsys):
     assert results["config"]["sequences"] == 2
     assert cli.run(["report", "--results", str(tmp_path / "results")]) == 0
     shown = capsys.readouterr().out
-    assert "Nats per token by position" in shown and "| checkpoint | context | to 1K |" in shown
+    assert (
+        "![lm-loss-2K](" in shown
+        and "Nats per token by position" in shown
+        and "| checkpoint | context | to 1K |" in shown
+    )
     assert "contexts=4096 must lie between 2 and length=2048" in fail(*command, "--contexts", "4K")
     assert "sequences=1 leave no interval" in fail(*short[:-1], 1)
     assert "lengths must be at most" in fail(*short, "--length", "1M")
