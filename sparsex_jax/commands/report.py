@@ -17,7 +17,7 @@ Files = list[tuple[Path, dict[str, Any]]]  # results files and what is in them
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Prints tables of all results (Markdown) and draws those of attention, needles and source trees.
+    """Prints tables of all results (Markdown) and draws those of attention, needles and code.
 
     Attributes:
       results: folder with a folder for each hardware, which holds results files.
