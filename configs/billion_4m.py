@@ -2,7 +2,11 @@
 
     sparsex train configs/billion_4m.py --run-dir runs/billion_4m --init-from runs/billion/model
 
-Hardware: 256 TPU v5e chips (v5e:16x16), 16K tokens on each.
+Hardware: 256 TPU v5e chips (v5e:16x16), 16K tokens on each. It was compiled for them (`sparsex plan
+configs/billion_4m.py --target v5e:16x16`): 10.35 of 15.75 GiB a chip, 150 TFLOP and 55 GiB sent,
+results/tpu-v5e/plan-billion-4m.json.
+Hours: not known; it has not been trained.
+Result: none; the learning rate and the numbers of steps are guesses.
 """
 
 from sparsex_jax.config import (

@@ -18,7 +18,7 @@ from sparsex_jax.cache.engine import SUFFIX_UNIT
 from sparsex_jax.cache.layer import empty_layers
 from sparsex_jax.cache.memory import Shape
 from sparsex_jax.cache.model import attending_tokens, extend
-from sparsex_jax.config import ConfigError
+from sparsex_jax.config import ConfigError, ModelConfig
 from sparsex_jax.modules import Transformer
 
 TOLERANCE = 0.05  # of logits, relative in norm: bfloat16 throughout, in another order
@@ -159,15 +159,7 @@ class Benchmark(runner.Benchmark[Step]):
         if peak is not None and peak == before:
             peak = None
             notes.append("an earlier part of this process took as much memory or more")
-        attending = attending_tokens(self.model.config, settings.chunk, logits=False)
-        sparse = [
-            n for n, kind in zip(attending, self.model.config.layers, strict=True) if kind == "s"
-        ]
-        if sparse and max(sparse) < settings.chunk:
-            notes.append(
-                f"{max(sparse)} of a chunk's {settings.chunk} tokens attend in sparse layers:"
-                " nobody reads the others' output"
-            )
+        notes += _who_attends(self.model.config, settings.chunk)
         cache = Shape(engine.config, step.length, 1, settings.chunk + SUFFIX_UNIT)
         return {
             "milliseconds": median,
@@ -182,6 +174,23 @@ class Benchmark(runner.Benchmark[Step]):
             "status": "measured",
             "note": "; ".join(notes) or None,
         }
+
+
+def _who_attends(config: ModelConfig, chunk: int) -> list[str]:
+    """A remark where not all tokens of a chunk attend in sparse layers."""
+
+    def most(goes_on: bool) -> int:
+        counts = attending_tokens(config, chunk, logits=False, goes_on=goes_on)
+        return max(
+            (n for n, x in zip(counts, config.layers, strict=True) if x == "s"), default=chunk
+        )
+
+    if most(goes_on=True) == chunk:
+        return []
+    return [
+        f"in sparse layers {most(goes_on=True)} tokens of a chunk attend, {most(goes_on=False)} of"
+        " the last: nobody reads the others' output"
+    ]
 
 
 def _peak_bytes() -> int | None:

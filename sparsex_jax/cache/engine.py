@@ -20,6 +20,7 @@ from sparsex_jax.cache.model import (
     map_layers,
     read_all,
     split_layers,
+    tokens_to_go_on,
 )
 from sparsex_jax.cache.near import left_in_block
 from sparsex_jax.cache.sampling import GREEDY, Sampling
@@ -99,11 +100,12 @@ class Engine:
         reads = chunk + SUFFIX_UNIT
         check_fits(Shape(self.config, capacity, batch_size, reads, weights), tier)
 
-        def read(state, layers, tokens, length, valid):
+        def read(state, layers, tokens, length, valid, goes_on):
             model = nnx.merge(self._graph, state)
-            return extend(model, layers, tokens, length, valid, logits=False)[1]
+            return extend(model, layers, tokens, length, valid, logits=False, goes_on=goes_on)[1]
 
-        self._read = jax.jit(read, donate_argnums=1)
+        self._read = jax.jit(read, donate_argnums=1, static_argnums=5)
+        self._to_go_on = tokens_to_go_on(model.config)
 
         def losses(state, layers, tokens, targets, length, valid):
             model = nnx.merge(self._graph, state)
@@ -155,9 +157,11 @@ class Engine:
         for begin in range(0, max(map(len, rows)), self.chunk):
             parts = [row[begin : begin + self.chunk] for row in rows]
             padded, valid = _padded(parts, self.chunk)
+            following = min(min(map(len, rows)) - begin - self.chunk, self.chunk)
             cache.layers = self._read(
-                self._state, cache.layers, padded, _as_int32(cache.lengths), _as_int32(valid)
-            )
+                self._state, cache.layers, padded, _as_int32(cache.lengths), _as_int32(valid),
+                0 < self._to_go_on <= following,
+            )  # fmt: skip
             cache.lengths = cache.lengths + valid
             if progress is not None:
                 cache.block_until_ready()

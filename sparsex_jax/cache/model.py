@@ -25,12 +25,11 @@ def extend(
     length: jax.Array,
     valid: jax.Array,
     logits: bool = True,
+    goes_on: bool = False,
 ) -> tuple[jax.Array | None, Layers]:
     """Reads new tokens.
 
-    Where nobody reads a token's output it does not attend: in the last layer all but the last valid
-    one do not (none where logits are not wanted), in layers before local ones all but those that
-    these need.
+    Where nobody reads a token's output it does not attend: see `attending_tokens`.
 
     Args:
       model: whose caches these are.
@@ -40,6 +39,7 @@ def extend(
       valid: how many of the C count, likewise; of a sequence with none nothing changes, and its
         logits mean nothing.
       logits: whether they are wanted.
+      goes_on: without logits, that the next call brings each sequence `tokens_to_go_on` or more.
 
     Returns:
       (logits after the last valid token, f32 [B, vocab], or None; the new caches).
@@ -50,20 +50,20 @@ def extend(
         def alone(*operands):
             layers, tokens, length, valid = operands
             layers, tokens = jax.tree.map(lambda x: x[None], (layers, tokens))
-            found = extend(model, layers, tokens, length, valid, logits)
+            found = extend(model, layers, tokens, length, valid, logits, goes_on)
             return jax.tree.map(lambda x: x[0], found)
 
         return jax.vmap(alone)(layers, tokens, length, valid)
-    x = model.embed(tokens)
+    x: jax.Array | None = model.embed(tokens)
     after: list[LayerCache] = []
-    attending = attending_tokens(model.config, tokens.shape[1], logits)
+    attending = attending_tokens(model.config, tokens.shape[1], logits, goes_on)
     for block, layer, count in zip(model.blocks, layers, attending, strict=True):
-        first = first_attending(count, x.shape[1], valid)
-        out, layer = extend_layer(block, layer, x, length, valid, attending=count)
-        x = x if out is None else out
-        length, valid = length + first, valid - first
+        if x is not None:
+            first = first_attending(count, x.shape[1], valid)
+            x, layer = extend_layer(block, layer, x, length, valid, attending=count)
+            length, valid = length + first, valid - first
         after.append(layer)
-    return model.logits(model.final_norm(x[:, 0])) if logits else None, tuple(after)
+    return None if x is None else model.logits(model.final_norm(x[:, 0])), tuple(after)
 
 
 def read_all(
@@ -88,13 +88,29 @@ def read_all(
     return model.logits(model.final_norm(x)), tuple(after)
 
 
-def attending_tokens(config: ModelConfig, tokens: int, logits: bool) -> list[int]:
-    """How many of so many new tokens attend in each layer, the last ones, in `extend`."""
+def attending_tokens(
+    config: ModelConfig, tokens: int, logits: bool, goes_on: bool = False
+) -> list[int]:
+    """How many of so many new tokens attend in each layer, the last ones, in `extend`.
+
+    In the last layer only the last token does, or none where logits are not wanted. Before a local
+    layer those do that fill its window; none where the tokens that follow will fill it, and then
+    the layers behind that one have nothing to do.
+    """
     counts = [int(logits)]
     for kind in reversed(config.layers[1:]):
         needed = inputs_of_local(counts[0], config) if kind == "l" else tokens
+        if kind == "l" and goes_on and not counts[0]:
+            needed = 0
         counts.insert(0, min(needed, tokens))
     return counts
+
+
+def tokens_to_go_on(config: ModelConfig) -> int:
+    """The fewest tokens of a call of `extend` after one that goes on; 0 if that skips nothing."""
+    many = 2**30
+    first = attending_tokens(config, many, logits=False, goes_on=True).index(0)
+    return attending_tokens(config, many, logits=False)[first]
 
 
 def map_layers(

@@ -10,7 +10,7 @@ from flax import nnx
 
 from sparsex_jax.cache import Engine, Sampling
 from sparsex_jax.cache.layer import empty_layers
-from sparsex_jax.cache.model import extend
+from sparsex_jax.cache.model import attending_tokens, extend, tokens_to_go_on
 from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
 
 CONFIGS = {
@@ -93,6 +93,18 @@ def test_generation_equals_the_forward_pass_and_keeps_the_cache():
         kept = ends[0] + 1 if ends.size else 6
         np.testing.assert_array_equal(row[:kept], tokens_of_row[:kept])
         assert (row[kept:] == -1).all()
+
+
+def test_chunks_that_others_follow_skip_the_last_layers():
+    model, tokens = make(dataclasses.replace(TINY, layers="sl")), make_tokens(1, 110)
+    assert attending_tokens(model.config, 48, logits=False, goes_on=True) == [0, 0]
+    assert tokens_to_go_on(model.config) == 34 and tokens_to_go_on(TINY) == 0
+    expected = greedy(model, tokens, 4)
+    engine = Engine(model, capacity=128, chunk=48)
+    # Behind the second chunk there are too few tokens to fill a window, or enough.
+    for read in (48 + 48 + 5, 48 + 48 + 13, 48 + 48):
+        cache = engine.prefill(tokens[:, :read])
+        np.testing.assert_array_equal(engine.answer(cache, tokens[:, read:], 4), expected)
 
 
 def test_no_step_is_wasted(monkeypatch):
