@@ -163,11 +163,12 @@ def test_many(levels):
     ("target", "dim", "count"),
     [
         ("h200", 64, 16),
-        ("h200", 128, 16),
-        ("h200", 64, 32),
         ("h200", 64, 64),
         ("h200", 128, 64),
-        ("h100", 64, 8),
+        *(
+            pytest.param(*case, marks=pytest.mark.long_compile)
+            for case in (("h200", 128, 16), ("h200", 64, 32), ("h100", 64, 8))
+        ),
     ],
 )
 def test_keeps_to_registers(target, dim, count):

@@ -167,7 +167,12 @@ class TestCompiled:
     """With the compilers for H100 and H200."""
 
     @pytest.mark.parametrize(
-        ("target", "dim", "groups"), [("h200", 128, 8), ("h200", 64, 16), ("h100", 128, 16)]
+        ("target", "dim", "groups"),
+        [
+            ("h200", 128, 8),
+            pytest.param("h200", 64, 16, marks=pytest.mark.long_compile),
+            pytest.param("h100", 128, 16, marks=pytest.mark.long_compile),
+        ],
     )
     def test_keeps_to_registers(self, target, dim, groups):
         operands = abstract_operands(2**17, dim, groups)

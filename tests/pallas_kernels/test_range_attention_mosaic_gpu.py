@@ -195,8 +195,13 @@ class TestCompiled:
 
     @pytest.mark.parametrize(
         ("target", "dim", "biased"),
-        [("h200", 64, False), ("h200", 64, True), ("h200", 128, False), ("h200", 128, True)]
-        + [("h100", 128, False)],
+        [
+            ("h200", 64, True),
+            ("h200", 128, True),
+            ("h200", 128, False),
+            pytest.param("h200", 64, False, marks=pytest.mark.long_compile),
+            pytest.param("h100", 128, False, marks=pytest.mark.long_compile),
+        ],
     )
     def test_keeps_to_registers(self, target, dim, biased):
         operands = abstract_operands(2**17, dim, biased=biased)
