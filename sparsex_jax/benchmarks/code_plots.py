@@ -6,7 +6,8 @@ from pathlib import Path
 import matplotlib.figure
 
 from sparsex_jax.benchmarks.needle_plots import curves
-from sparsex_jax.benchmarks.tables import Label, Row, code_system
+from sparsex_jax.benchmarks.plots import save
+from sparsex_jax.benchmarks.tables import Label, Row, who_answered
 
 
 def draw_code(
@@ -28,19 +29,13 @@ def draw_code(
     """
     figures = {}
     if len({row["tokens"] for row in found if row["status"] == "measured"}) > 1:
-        named = [row | {"system": code_system(row)} for row in found]
+        named = [row | {"system": who_answered(row)} for row in found]
         figures["code-accuracy"] = curves(named, label)
     measured = [row for row in losses if row["status"] == "measured"]
     for tokens in sorted({row["tokens"] for row in measured}):
         chosen = [row for row in measured if row["tokens"] == tokens]
         figures[f"lm-loss-{label(tokens)}"] = loss_curves(chosen, label)
-    paths = []
-    if figures:
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150)
-    return paths
+    return save(figures, folder)
 
 
 def loss_curves(rows: Sequence[Row], label: Label) -> matplotlib.figure.Figure:

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 
+from sparsex_jax.benchmarks.plots import save
 from sparsex_jax.benchmarks.tables import Label, Row
 
 _COLUMNS = 3
@@ -35,13 +36,7 @@ def draw_needles(rows: Sequence[Row], folder: Path, label: Label) -> list[Path]:
         name = "".join(c if c.isalnum() else "-" for c in system).strip("-")
         chosen = [row for row in deep if row["system"] == system]
         figures[f"needle-depth-{name}"] = heat_maps(chosen, label)
-    paths = []
-    if figures:
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150)
-    return paths
+    return save(figures, folder)
 
 
 def _grid(names: Sequence[str], width: float, height: float):

@@ -131,9 +131,14 @@ def draw_attention(
     for selection in [x for x in selections if x] or selections:
         title = f"parts-{selection}" if selection else "parts"
         figures[title] = _stacks(ours, selection, label)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for title, figure in figures.items():
-        paths.append(folder / f"{name}-{title}{suffix}.png")
-        figure.savefig(paths[-1], dpi=150)
+    return save({f"{name}-{title}{suffix}": x for title, x in figures.items()}, folder)
+
+
+def save(figures: dict[str, matplotlib.figure.Figure], folder: Path) -> list[Path]:
+    """Writes figures, by name, to a folder that is made; returns the files."""
+    if figures:
+        folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=150)
     return paths

@@ -149,7 +149,7 @@ def accuracy_table(rows: Sequence[Row], label: Label) -> str:
     def name(row: Row) -> tuple[str, str]:
         tier = row.get("tier")
         tiered = tier is not None and len({other.get("tier") for other in rows} - {None}) > 1
-        return code_system(row) + (f", tier {tier}" if tiered else ""), row["task"]
+        return who_answered(row) + (f", tier {tier}" if tiered else ""), row["task"]
 
     lengths = sorted({row["tokens"] for row in rows})
     names = list(dict.fromkeys(map(name, rows)))
@@ -163,7 +163,7 @@ def accuracy_table(rows: Sequence[Row], label: Label) -> str:
     return markdown(["task", *(f"{label(length)} tokens" for length in lengths)], lines)
 
 
-def code_system(row: Row) -> str:
+def who_answered(row: Row) -> str:
     """Who answered, and from how many chunks, where these were retrieved."""
     return row["system"] + (f", top {row['chunks']}" if row.get("chunks") else "")
 

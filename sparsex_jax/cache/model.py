@@ -1,6 +1,6 @@
 """All layers of a model that reads new tokens, and what they remember."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,16 +54,9 @@ def extend(
             return jax.tree.map(lambda x: x[0], found)
 
         return jax.vmap(alone)(layers, tokens, length, valid)
-    x: jax.Array | None = model.embed(tokens)
-    after: list[LayerCache] = []
     attending = attending_tokens(model.config, tokens.shape[1], logits, goes_on)
-    for block, layer, count in zip(model.blocks, layers, attending, strict=True):
-        if x is not None:
-            first = first_attending(count, x.shape[1], valid)
-            x, layer = extend_layer(block, layer, x, length, valid, attending=count)
-            length, valid = length + first, valid - first
-        after.append(layer)
-    return None if x is None else model.logits(model.final_norm(x[:, 0])), tuple(after)
+    x, after = _read(model, layers, tokens, length, valid, attending)
+    return None if x is None else model.logits(model.final_norm(x[:, 0])), after
 
 
 def read_all(
@@ -78,14 +71,30 @@ def read_all(
     Returns:
       (logits after each token, f32 [B, C, vocab]; the new caches).
     """
-    x = model.embed(tokens)
+    everyone = [tokens.shape[1]] * len(layers)
+    x, after = _read(model, layers, tokens, length, valid, everyone)
+    assert x is not None
+    return model.logits(model.final_norm(x)), after
+
+
+def _read(
+    model: Transformer,
+    layers: Layers,
+    tokens: jax.Array,
+    length: jax.Array,
+    valid: jax.Array,
+    attending: Sequence[int],
+) -> tuple[jax.Array | None, Layers]:
+    """The last layer's output for the tokens that attend in it, None for none; the new caches."""
+    x: jax.Array | None = model.embed(tokens)
     after: list[LayerCache] = []
-    for block, layer in zip(model.blocks, layers, strict=True):
-        out, layer = extend_layer(block, layer, x, length, valid, attending=tokens.shape[1])
-        assert out is not None
-        x = out
+    for block, layer, count in zip(model.blocks, layers, attending, strict=True):
+        if x is not None:
+            first = first_attending(count, x.shape[1], valid)
+            x, layer = extend_layer(block, layer, x, length, valid, attending=count)
+            length, valid = length + first, valid - first
         after.append(layer)
-    return model.logits(model.final_norm(x)), tuple(after)
+    return x, tuple(after)
 
 
 def attending_tokens(

@@ -1,11 +1,16 @@
-"""Answers of a model within a limit of time."""
+"""What evaluations have in common: answers within a limit of time, their log, and why some lack."""
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from sparsex_jax.cache import Cache, Engine
+from sparsex_jax.benchmarks.results import check_same_run, provenance
+from sparsex_jax.cache import Cache, CacheMemoryError, Engine
+from sparsex_jax.errors import first_line, is_memory_full
+from sparsex_jax.tasks.answer_log import AnswerLog
 
 _STRETCH = 32  # chunks that are read between two looks at the clock
 _PROOF = 5.0  # seconds of reading from which the rest is foretold
@@ -21,6 +26,38 @@ class TooSlow(Exception):
     def __init__(self, message: str, seconds: float):
         super().__init__(message)
         self.seconds = seconds
+
+
+def why_missing(error: Exception) -> dict[str, Any]:
+    """Status and note of a row without numbers; raises the error if it is not of time or memory."""
+    if isinstance(error, TooSlow):
+        return {"status": "too_slow", "note": str(error), "seconds": error.seconds}
+    if isinstance(error, CacheMemoryError):
+        return {"status": "out_of_memory", "note": str(error)}
+    if is_memory_full(error):
+        return {"status": "out_of_memory", "note": first_line(error)}
+    raise error
+
+
+def open_log(path: Path, benchmark: str, config: dict[str, Any], *, resume: bool) -> AnswerLog:
+    """The log of the answers that a results file rests on, beside it.
+
+    Args:
+      path: of the results file.
+      benchmark: its name.
+      config: of the run, which a resumed one must have, too.
+      resume: keeps what is there.
+
+    Raises:
+      ConfigError: what is there is of another run, or no log.
+    """
+    path = path.with_suffix(".answers.jsonl")
+    run = {"benchmark": benchmark, "config": config, **provenance()}
+
+    def check(saved: dict[str, Any]) -> None:
+        check_same_run(saved, benchmark, config, path)
+
+    return AnswerLog(path, run, check if resume else None)
 
 
 def generate_within(

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsex_jax.errors import first_line, is_memory_full
-
 if TYPE_CHECKING:
     from sparsex_jax.baselines.retrieval import ChunkRetriever
     from sparsex_jax.cache import Engine, Tier
@@ -183,10 +181,7 @@ class ModelSystem(System):
 
     def ask(self, context, length, pending, log, advance) -> None:
         """Reads the context and answers; what takes too much memory or time is put down as that."""
-        from jax.errors import JaxRuntimeError
-
-        from sparsex_jax.cache import CacheMemoryError
-        from sparsex_jax.commands.answering import TooSlow
+        from sparsex_jax.commands.answering import why_missing
 
         cells = [self.cells(task, length)[0] for task in pending]
         if any(log.missing(cell) for cell in cells):
@@ -194,14 +189,8 @@ class ModelSystem(System):
         try:
             self._read(context, length, pending, log, advance)
             return
-        except TooSlow as error:
-            missing = {"status": "too_slow", "note": str(error), "seconds": error.seconds}
-        except CacheMemoryError as error:
-            missing = {"status": "out_of_memory", "note": str(error)}
-        except JaxRuntimeError as error:
-            if not is_memory_full(error):
-                raise
-            missing = {"status": "out_of_memory", "note": first_line(error)}
+        except Exception as error:
+            missing = why_missing(error)
         for cell in cells:
             log.add_missing(cell, missing)
 

@@ -82,15 +82,9 @@ def main(arguments: list[str], command: str) -> None:
 
 def code(arguments: Arguments, command: str) -> None:
     """Runs the command."""
-    from sparsex_jax.benchmarks.results import (
-        check_same_run,
-        check_writable,
-        default_path,
-        provenance,
-        write_results,
-    )
+    from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
     from sparsex_jax.benchmarks.tables import accuracy_table
-    from sparsex_jax.tasks.answer_log import AnswerLog
+    from sparsex_jax.commands.answering import open_log
     from sparsex_jax.tasks.code.prepared import PreparedCode
 
     lengths = _checked_lengths(arguments)
@@ -117,13 +111,7 @@ def code(arguments: Arguments, command: str) -> None:
             systems.append(Bm25System(retrieval))
         else:
             systems.append(ReaderSystem(reader, retrieval))
-    answers_path = path.with_suffix(".answers.jsonl")
-    log = AnswerLog(
-        answers_path, {"benchmark": "code", "config": config, **provenance()},
-        (lambda saved: check_same_run(saved, "code", config, answers_path))
-        if arguments.resume
-        else None,
-    )  # fmt: skip
+    log = open_log(path, "code", config, resume=arguments.resume)
     rows: list[dict[str, Any]] = []
     for length, samples in lengths.items():
         read = _ask_all(contexts, systems, arguments.tasks, length, samples, log, console)
@@ -132,7 +120,7 @@ def code(arguments: Arguments, command: str) -> None:
         # After each length, since a later one may fail.
         write_results(path, "code", command, config, rows)
     console.print(accuracy_table(rows, format_length), markup=False, soft_wrap=True)
-    console.print(f"results: {path}, answers: {answers_path}", markup=False, soft_wrap=True)
+    console.print(f"results: {path}, answers: {log.path}", markup=False, soft_wrap=True)
 
 
 def _checked_lengths(arguments: Arguments) -> dict[int, int]:

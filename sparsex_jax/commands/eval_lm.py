@@ -17,7 +17,6 @@ from sparsex_jax.commands.arguments import (
     parse_lengths,
 )
 from sparsex_jax.config import ConfigError
-from sparsex_jax.errors import first_line, is_memory_full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +53,10 @@ def main(arguments: list[str], command: str) -> None:
 
 def lm(arguments: Arguments, command: str) -> None:
     """Runs the command."""
-    from jax.errors import JaxRuntimeError
-
     from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
     from sparsex_jax.benchmarks.tables import position_table
-    from sparsex_jax.cache import CacheMemoryError, Engine
+    from sparsex_jax.cache import Engine
+    from sparsex_jax.commands.answering import why_missing
     from sparsex_jax.commands.model import chunk_size, fitting_batch_size, load, name_of
     from sparsex_jax.tasks.code.prepared import PreparedCode
     from sparsex_jax.tasks.perplexity import cut
@@ -92,7 +90,7 @@ def lm(arguments: Arguments, command: str) -> None:
             described = {"model": to_json(model.config), "model_crc32": model_crc32(checkpoint)}
             config["models"].append({"checkpoint": name} | described)
         found: list[np.ndarray] = []
-        status, note = "measured", None
+        missing: dict[str, Any] = {}
         title = f"{name}, context {format_length(context)}"
         with make_progress(console) as bar:
             shown = bar.add_task(title, total=len(sequences) * length)
@@ -102,18 +100,14 @@ def lm(arguments: Arguments, command: str) -> None:
                 for number, tokens in enumerate(sequences):
                     show = functools.partial(_show, bar, shown, number * length)
                     found.append(bucket_means(losses_with(engine, tokens, context, show)))
-            except (JaxRuntimeError, CacheMemoryError) as error:
-                if not isinstance(error, CacheMemoryError) and not is_memory_full(error):
-                    raise
-                found, status, note = [], "out_of_memory", first_line(error)
+            except Exception as error:
+                found, missing = [], why_missing(error)
         losses = np.array(found)
         compared, first = first, losses if first is None else first
-        rows += make_rows(
-            model.config.system, name, length, context, losses, compared, status, note
-        )
+        rows += make_rows(model.config.system, name, length, context, losses, compared, **missing)
         write_results(path, "lm", command, config, rows)
         last = rows[-1]
-        outcome = note if last["loss"] is None else f"{last['loss']:.4f} nats in the last bucket"
+        outcome = last["note"] if missing else f"{last['loss']:.4f} nats in the last bucket"
         console.print(f"{title}: {outcome}", markup=False, soft_wrap=True)
     console.print(position_table(rows, format_length), markup=False, soft_wrap=True)
     console.print(f"results: {path}", markup=False, soft_wrap=True)

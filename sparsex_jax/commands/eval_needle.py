@@ -22,7 +22,6 @@ from sparsex_jax.commands.arguments import (
     parse_lengths,
 )
 from sparsex_jax.config import ConfigError
-from sparsex_jax.errors import first_line, is_memory_full
 
 if TYPE_CHECKING:
     from sparsex_jax.cache import Engine, Tier
@@ -88,16 +87,10 @@ def main(arguments: list[str], command: str) -> None:
 
 def needle(arguments: Arguments, command: str) -> None:
     """Runs the command."""
-    from sparsex_jax.benchmarks.results import (
-        check_same_run,
-        check_writable,
-        default_path,
-        provenance,
-        write_results,
-    )
+    from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
     from sparsex_jax.cache.tiers import why_not_in
+    from sparsex_jax.commands.answering import open_log
     from sparsex_jax.commands.model import chunk_size, describe_run, load, read_haystack
-    from sparsex_jax.tasks.answer_log import AnswerLog
     from sparsex_jax.training import model_crc32
 
     lengths = _checked_lengths(arguments)
@@ -121,14 +114,7 @@ def needle(arguments: Arguments, command: str) -> None:
         "diagnose": arguments.diagnose,
         "max_seconds": arguments.max_seconds,
     }
-    answers_path = path.with_suffix(".answers.jsonl")
-    run = {"benchmark": "needle", "config": config, **provenance()}
-    log = AnswerLog(
-        answers_path, run,
-        (lambda saved: check_same_run(saved, "needle", config, answers_path))
-        if arguments.resume
-        else None,
-    )  # fmt: skip
+    log = open_log(path, "needle", config, resume=arguments.resume)
     rows: list[dict[str, Any]] = []
     for length, tier in itertools.product(lengths, arguments.tiers):
         ask = _Questions(arguments, model, length, tier, chunk, tokenizer, haystack, log)
@@ -140,7 +126,7 @@ def needle(arguments: Arguments, command: str) -> None:
             total = [row for row in rows if row["depth"] is None][-1]
             console.print(f"{task} at {format_length(length)}{where}: {_outcome(total)}")
     console.print(_table(rows, arguments.diagnose))
-    console.print(f"results: {path}, answers: {answers_path}", markup=False, soft_wrap=True)
+    console.print(f"results: {path}, answers: {log.path}", markup=False, soft_wrap=True)
 
 
 def _checked_lengths(arguments: Arguments) -> list[int]:
@@ -243,10 +229,7 @@ class _Questions:
         self, task: str, cell: tuple, depths: list[float] | None, console: rich.console.Console
     ) -> dict[str, Any] | None:
         """Asks what the log has no answers to; if that takes too much memory or time, says so."""
-        from jax.errors import JaxRuntimeError
-
-        from sparsex_jax.cache import CacheMemoryError
-        from sparsex_jax.commands.answering import TooSlow, generate_within
+        from sparsex_jax.commands.answering import generate_within, why_missing
         from sparsex_jax.tasks import evaluate
 
         arguments, name = self.arguments, f"{task}, {format_length(self.length)}"
@@ -284,14 +267,8 @@ class _Questions:
                     answered=tuple(there),
                 )  # fmt: skip
                 return None
-            except TooSlow as error:
-                missing = {"status": "too_slow", "note": str(error), "seconds": error.seconds}
-            except CacheMemoryError as error:
-                missing = {"status": "out_of_memory", "note": str(error)}
-            except JaxRuntimeError as error:
-                if not is_memory_full(error):
-                    raise
-                missing = {"status": "out_of_memory", "note": first_line(error)}
+            except Exception as error:
+                missing = why_missing(error)
         self.log.add_missing(cell, missing)
         return missing
 

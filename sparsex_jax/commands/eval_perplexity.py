@@ -16,7 +16,6 @@ from sparsex_jax.commands.arguments import (
     parse_lengths,
 )
 from sparsex_jax.config import ConfigError
-from sparsex_jax.errors import first_line, is_memory_full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +46,9 @@ def main(arguments: list[str], command: str) -> None:
 
 def perplexity(arguments: Arguments, command: str) -> None:
     """Runs the command."""
-    from jax.errors import JaxRuntimeError
-
     from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
     from sparsex_jax.benchmarks.tables import perplexity_table
+    from sparsex_jax.commands.answering import why_missing
     from sparsex_jax.commands.model import load, name_of, read_haystack
     from sparsex_jax.tasks import load as load_tokenizer
     from sparsex_jax.tasks.perplexity import cut, make_row, sequence_losses
@@ -85,21 +83,19 @@ def perplexity(arguments: Arguments, command: str) -> None:
             described = {"model": to_json(model.config), "model_crc32": model_crc32(checkpoint)}
             config["models"].append({"checkpoint": name} | described)
         found: list[float] = []
-        status, note = "measured", None
+        missing: dict[str, Any] = {}
         with make_progress(console) as bar:
             shown = bar.add_task(f"{name}, {format_length(length)}", total=len(texts[length]))
             try:
                 for loss in sequence_losses(model, texts[length]):
                     found.append(loss)
                     bar.advance(shown)
-            except JaxRuntimeError as error:
-                if not is_memory_full(error):
-                    raise
-                found, status, note = [], "out_of_memory", first_line(error)
+            except Exception as error:
+                found, missing = [], why_missing(error)
         losses = np.array(found)
         compared = first.get(length) if checkpoint != arguments.checkpoints[0] else None
         first.setdefault(length, losses)
-        rows.append(make_row(model.config.system, name, length, losses, compared, status, note))
+        rows.append(make_row(model.config.system, name, length, losses, compared, **missing))
         write_results(path, "perplexity", command, config, rows)
     console.print(perplexity_table(rows, format_length), markup=False, soft_wrap=True)
     console.print(f"results: {path}", markup=False, soft_wrap=True)

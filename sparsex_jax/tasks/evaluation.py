@@ -18,6 +18,8 @@ from sparsex_jax.tasks.tokenizer import Tokenizer
 Diagnosis = Literal["not_selected", "not_attended", "not_copied"]
 DIAGNOSES: tuple[Diagnosis, ...] = get_args(Diagnosis)
 
+_Z = 1.959964  # of a 95 % interval
+
 # (prompts int32 [B, P], max_new_tokens) -> B sequences of new tokens, each at most that long.
 GenerateFn = Callable[[np.ndarray, int], Iterable[Sequence[int]]]
 
@@ -51,7 +53,7 @@ class Evaluation:
     answers: tuple[Answer, ...]
 
 
-def wilson_interval(correct: float, samples: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(correct: float, samples: int, z: float = _Z) -> tuple[float, float]:
     """Wilson's score interval of a share (1927); z = 1.96 gives 95 %.
 
     Raises:
@@ -69,6 +71,13 @@ def wilson_interval(correct: float, samples: int, z: float = 1.959964) -> tuple[
     low = 0.0 if correct == 0 else factor * (centre - spread)
     high = 1.0 if correct == samples else factor * (centre + spread)
     return low, high
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """A mean of independent values, two or more, and its 95 % interval by the normal law."""
+    mean = float(np.mean(values))
+    spread = _Z * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - spread, mean + spread
 
 
 def decode_answer(generated: Iterable[int], tokenizer: Tokenizer) -> str:

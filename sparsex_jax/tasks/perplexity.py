@@ -9,8 +9,7 @@ import numpy as np
 from flax import nnx
 
 from sparsex_jax.modules.transformer import Transformer
-
-_Z = 1.959964  # of a 95 % interval
+from sparsex_jax.tasks.evaluation import mean_interval
 
 
 def cut(stream: np.ndarray, length: int, most: int | None = None) -> np.ndarray:
@@ -84,8 +83,6 @@ def make_row(
     return row
 
 
-def _exponentials(losses: np.ndarray) -> tuple[float, float, float]:
+def _exponentials(losses: np.ndarray) -> tuple[float, ...]:
     """exp of the mean, and of the ends of its interval."""
-    mean = float(np.mean(losses))
-    spread = _Z * float(np.std(losses, ddof=1)) / math.sqrt(len(losses))
-    return math.exp(mean), math.exp(mean - spread), math.exp(mean + spread)
+    return tuple(map(math.exp, mean_interval(losses)))

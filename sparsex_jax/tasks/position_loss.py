@@ -1,15 +1,14 @@
 """Loss by position in long sequences, with all that came before as context or with less."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from sparsex_jax.cache import Engine
+from sparsex_jax.tasks.evaluation import mean_interval
 
 _FIRST = 1024  # tokens of the first bucket
-_Z = 1.959964  # of a 95 % interval
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
@@ -95,16 +94,9 @@ def make_rows(
             "note": note,
         }  # fmt: skip
         if len(losses):
-            row |= zip(("loss", "low", "high"), _interval(losses[:, number]), strict=True)
+            row |= zip(("loss", "low", "high"), mean_interval(losses[:, number]), strict=True)
             if compared is not None and len(compared):
-                found = _interval(losses[:, number] - compared[:, number])
+                found = mean_interval(losses[:, number] - compared[:, number])
                 row |= zip(("more", "more_low", "more_high"), found, strict=True)
         rows.append(row)
     return rows
-
-
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    """A mean, and the ends of its interval."""
-    mean = float(np.mean(values))
-    spread = _Z * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean, mean - spread, mean + spread

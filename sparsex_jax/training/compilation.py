@@ -1,10 +1,11 @@
 """Compiled steps of the stages: while one stage trains, those of the next are compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
+from sparsex_jax.config import StageConfig
 from sparsex_jax.training.step import TrainState
 
 Batch = dict[str, jax.Array] | dict[str, jax.ShapeDtypeStruct]
@@ -33,6 +34,18 @@ class StepCompiler:
         if key not in self._steps:
             self._steps[key] = self._thread.submit(self._compile, top_k, shapes)
         return self._steps[key]
+
+    def prepare_stages(
+        self, stages: Sequence[StageConfig], accumulation: int, batch: dict[str, jax.Array]
+    ) -> None:
+        """The same for stages whose batches differ from this one in their sizes only."""
+        for stage in stages:
+            shape = accumulation, stage.batch_size // accumulation, stage.length
+            like = {
+                name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+                for name, x in batch.items()
+            }
+            self.prepare(stage.top_k, like)
 
     def _compile(self, top_k: int | None, batch: Batch) -> jax.stages.Compiled:
         return self._make(top_k).lower(self._state, batch).compile()

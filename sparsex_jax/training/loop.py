@@ -254,7 +254,8 @@ class Trainer:
             return False
         self.state, *results = step(self.state, batch)
         if begins:
-            self._prepare_stages(number + 1, batch)
+            later = self.config.stages[number + 1 :]
+            self.compiler.prepare_stages(later, self.config.accumulation, batch)
         self.step += 1
         self.pending.append((self.step, *results))
         self._log(keep=STEPS_AHEAD)
@@ -265,17 +266,6 @@ class Trainer:
             self.skeleton, self.optimizer, self.schedule, top_k, self.mesh,
             self.config.implementation, self.config.mesh.sequence_strategy,
         )  # fmt: skip
-
-    def _prepare_stages(self, first: int, batch: dict[str, jax.Array]) -> None:
-        """Has the steps of later stages compiled, whose batches differ from this one in size."""
-        parts = self.config.accumulation
-        for stage in self.config.stages[first:]:
-            shape = parts, stage.batch_size // parts, stage.length
-            like = {
-                name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
-                for name, x in batch.items()
-            }
-            self.compiler.prepare(stage.top_k, like)
 
     def _log(self, keep: int) -> None:
         """Fetches metrics of all but the last `keep` steps; writes the rows they complete."""

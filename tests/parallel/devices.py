@@ -23,9 +23,12 @@ def _process():
         1, mp_context=multiprocessing.get_context("spawn")
     )
     atexit.register(executor.shutdown, cancel_futures=True)
-    before = {name: os.environ.get(name) for name in (_HERE, "XLA_FLAGS")}
+    names = _HERE, "XLA_FLAGS", "JAX_ENABLE_COMPILATION_CACHE"
+    before = {name: os.environ.get(name) for name in names}
     os.environ[_HERE] = "1"
     os.environ["XLA_FLAGS"] = f"{before['XLA_FLAGS'] or ''} {_FLAGS}".strip()
+    # Programs that XLA reads back from the cache no longer keep their collectives in order.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     try:
         executor.submit(os.getpid).result()
     finally:
