@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sparsex_jax.config import AttentionConfig
 from sparsex_jax.spans import remote_end
 
-SAMPLE = 256  # queries of a sequence
+SAMPLE = 512  # queries of a sequence
 _CHUNK = 32  # of them at a time: their logits are held for all keys
 _SHARPNESS = 2.0  # of the distribution to learn
 

@@ -109,9 +109,12 @@ class BatchMaker:
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         """Batch: tokens, targets int32 [B, T] and weights f32 [B, T]."""
         samples = [self.sample(index * self.stage.batch_size + row) for row in self.rows]
-        tokens = np.stack([tokens for tokens, _ in samples])
-        weights = np.stack([weights for _, weights in samples])
-        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights[:, 1:]}
+        # Each whole in memory: only such arrays reach another process by shared memory.
+        return {
+            "tokens": np.stack([tokens[:-1] for tokens, _ in samples]),
+            "targets": np.stack([tokens[1:] for tokens, _ in samples]),
+            "weights": np.stack([weights[1:] for _, weights in samples]),
+        }
 
     def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample of a number: tokens int32 [T + 1] and their weights f32 [T + 1]."""

@@ -1,14 +1,14 @@
 """Processes that make batches."""
 
-import ctypes
+import multiprocessing
+import os
 import signal
-import sys
+import threading
 
 import grain
 from absl import flags
 
 _BATCHES_AHEAD = 2  # of each process
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def in_workers(batches: grain.IterDataset, workers: int) -> grain.IterDataset:
@@ -25,5 +25,13 @@ def _begin(*_) -> None:
     """A worker ends with the process that trains, not by the signals that ask that one to stop."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Not Linux's PR_SET_PDEATHSIG: it kills where the *thread* ends that started the worker, which
+    # is one of grain's, and a batch cut off on its way lets grain wait for the rest forever.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

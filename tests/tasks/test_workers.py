@@ -15,7 +15,9 @@ import pytest
 from sparsex_jax.config import DataConfig, StageConfig
 from sparsex_jax.tasks import make_dataset
 
-STAGE = StageConfig(steps=1, length=512, batch_size=2)
+# A batch is more than a pipe holds (64 KiB).
+STAGE = StageConfig(steps=1, length=512, batch_size=16)
+CLOSING_SECONDS = 15  # grain waits for 25 where a worker is stuck
 # Prints pids of the workers; then, each time that it is told so, the next batch and the state.
 SCRIPT = """
 import json, multiprocessing, sys, zlib
@@ -56,7 +58,7 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="workers end with their parent on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_same_batches_and_no_worker_left(folder):
     iterator = iter(make_dataset(DataConfig(str(folder)), STAGE, seed=0))
     expected = [zlib.crc32(np.ascontiguousarray(next(iterator)["tokens"])) for _ in range(7)]
@@ -70,6 +72,9 @@ def test_same_batches_and_no_worker_left(folder):
         first.kill()
     with begin(folder, json.dumps(answers[-1]["state"])) as second:
         answers += [ask(second) for _ in range(3)]
+        time.sleep(1)  # batches ahead are made
+        begun = time.monotonic()
+    assert time.monotonic() - begun < CLOSING_SECONDS
     assert second.returncode == 0
     assert [answer["crc"] for answer in answers] == expected
     workers += answers[-1]["workers"]
