@@ -38,10 +38,17 @@ _BARRIER = 8  # bytes
 MULTIPROCESSORS = 132  # of an H100 SXM, H200: one thread block each
 
 
-def operand_tile(shape, dtype=jnp.bfloat16):
-    """Shared memory for an operand of wgmma; its last two axes are a matrix of rows of D."""
-    swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(shape, dtype, transforms=swizzled)
+def operand_tile(shape, inner: int = HALF):
+    """Shared memory for an operand of wgmma, bf16; its last two axes are a matrix of rows of D.
+
+    Args:
+      shape: of the tile.
+      inner: the smallest inner dimension of the products that it is in, 32 or a multiple of 64. Both
+        operands of a product need the same.
+    """
+    columns = min(inner, HALF)
+    swizzled = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled)
 
 
 def crossed_tile(shape, dtype=jnp.float32):

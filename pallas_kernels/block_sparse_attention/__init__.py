@@ -14,8 +14,8 @@ from pallas_kernels.mesh_axes import vary_alike
 
 
 def _not_for_hopper(q, k, v, blocks, block_size, *_) -> str | None:
-    if block_size != 64:
-        return f"takes blocks of 64 keys, not {block_size}"
+    if block_size not in (32, 64):
+        return f"takes blocks of 32 and 64 keys, not {block_size}"
     return dispatch.unfit_for_hopper(q, k, (64, 128))
 
 

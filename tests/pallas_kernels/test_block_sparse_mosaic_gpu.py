@@ -31,26 +31,27 @@ NAMES = ("out", "lse", "q", "k", "v", "values")
 attend = functools.partial(block_sparse_attention, block_size=SIZE, implementation="mosaic_gpu")
 
 
-def make(pattern, batch, tokens, num_keys, heads, groups, dim, count, seed=0):
+def make(pattern, batch, tokens, num_keys, heads, groups, dim, count, seed=0, size=SIZE):
     rng = np.random.default_rng(seed)
-    blocks = pattern(rng, batch, tokens, heads, -(-num_keys // SIZE), count)
+    blocks = pattern(rng, batch, tokens, heads, -(-num_keys // size), count)
     q = jnp.asarray(rng.normal(size=(batch, tokens, heads * groups, dim)) * 2, jnp.bfloat16)
     k, v = jnp.asarray(rng.normal(size=(2, batch, num_keys, heads, dim)), jnp.bfloat16)
     return q, k, v, blocks
 
 
-def run(operands, implementation="mosaic_gpu", dtype=jnp.bfloat16):
+def run(operands, implementation="mosaic_gpu", dtype=jnp.bfloat16, size=SIZE):
     q, k, v, blocks = operands
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     out_bar, lse_bar = random_cotangents(operands[0], np.random.default_rng(1))
     cotangents = out_bar.astype(dtype), lse_bar
-    found = results_and_gradients((q, k, v, blocks), SIZE, cotangents, implementation)
+    found = results_and_gradients((q, k, v, blocks), size, cotangents, implementation)
     return jax.tree.map(np.asarray, found)
 
 
-def assert_right(operands):
-    found = run(operands)
-    assert_accurate(NAMES, found, run(operands, "xla"), run(operands, "reference", jnp.float32))
+def assert_right(operands, size=SIZE):
+    found = run(operands, size=size)
+    plain = run(operands, "xla", size=size)
+    assert_accurate(NAMES, found, plain, run(operands, "reference", jnp.float32, size))
     return found
 
 
@@ -73,6 +74,16 @@ class TestSmall:
     )
     def test_against_reference(self, hopper, case):
         assert_right(make(*case))
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            (random_selection, 1, 40, 136, 2, 8, 64, 3),  # incomplete block
+            (one_block, 1, 70, 64, 1, 16, 128, 1),
+        ],
+    )
+    def test_blocks_of_32(self, hopper, case):
+        assert_right(make(*case, size=32), size=32)
 
     def test_chunks_of_queries_and_entries(self, hopper, monkeypatch):
         operands = make(random_selection, 1, 16, 192, 2, 8, 64, 2)
@@ -131,18 +142,20 @@ class TestSmall:
 class TestLarge:
     """With what only a GPU has: time and memory."""
 
-    @pytest.mark.parametrize(("groups", "dim"), [(8, 128), (16, 64), (4, 128)])
-    def test_accurate_and_deterministic(self, groups, dim):
-        operands = make(random_selection, 1, 4096, 4096, 2, groups, dim, 16)
-        first = assert_right(operands)
+    @pytest.mark.parametrize(
+        ("groups", "dim", "size"), [(8, 128, 64), (16, 64, 64), (4, 128, 64), (8, 128, 32)]
+    )
+    def test_accurate_and_deterministic(self, groups, dim, size):
+        operands = make(random_selection, 1, 4096, 4096, 2, groups, dim, 16, size=size)
+        first = assert_right(operands, size)
         for _ in range(10):
-            assert_same_bits(run(operands), first)
+            assert_same_bits(run(operands, size=size), first)
 
     def test_a_block_that_everybody_selects(self):
         assert_right(make(one_block, 1, 8192, 256, 1, 8, 128, 1))
 
 
-def abstract_operands(tokens, dim, groups=8, heads=2, count=16):
+def abstract_operands(tokens, dim, groups=8, heads=2, count=16, size=SIZE):
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, *sizes), dtype)
 
@@ -150,14 +163,14 @@ def abstract_operands(tokens, dim, groups=8, heads=2, count=16):
     entries = shape(heads, tokens * count, dtype=jnp.int32)
     blocks = BlockCSR(
         shape(heads, tokens + 1, dtype=jnp.int32), entries,
-        shape(heads, tokens * count, dtype=jnp.float32), tokens // SIZE, count,
+        shape(heads, tokens * count, dtype=jnp.float32), tokens // size, count,
     )  # fmt: skip
     return shape(tokens, heads * groups, dim), keys, keys, blocks
 
 
-def forward_and_backward(q, k, v, blocks):
+def forward_and_backward(q, k, v, blocks, size=SIZE):
     def f(q, k, v, values):
-        return attend(q, k, v, dataclasses.replace(blocks, values=values))
+        return attend(q, k, v, dataclasses.replace(blocks, values=values), block_size=size)
 
     out, vjp = jax.vjp(f, q, k, v, blocks.values)
     return out, vjp(out)
@@ -167,16 +180,19 @@ class TestCompiled:
     """With the compilers for H100 and H200."""
 
     @pytest.mark.parametrize(
-        ("target", "dim", "groups"),
+        ("target", "dim", "groups", "size"),
         [
-            ("h200", 128, 8),
-            pytest.param("h200", 64, 16, marks=pytest.mark.long_compile),
-            pytest.param("h100", 128, 16, marks=pytest.mark.long_compile),
+            ("h200", 128, 8, 64),
+            pytest.param("h200", 64, 16, 64, marks=pytest.mark.long_compile),
+            pytest.param("h100", 128, 16, 64, marks=pytest.mark.long_compile),
+            pytest.param("h200", 128, 8, 32, marks=pytest.mark.long_compile),
         ],
     )
-    def test_keeps_to_registers(self, target, dim, groups):
-        operands = abstract_operands(2**17, dim, groups)
-        compilation = compile_for(target, forward_and_backward, *operands)
+    def test_keeps_to_registers(self, target, dim, groups, size):
+        operands = abstract_operands(2**17, dim, groups, size=size)
+        compilation = compile_for(
+            target, functools.partial(forward_and_backward, size=size), *operands
+        )
         assert len(compilation.kernels) == 4
         for kernel in compilation.kernels:
             assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0, kernel

@@ -41,9 +41,9 @@ def attend_ranges(implementation, q, k, v, start, end, bias=None):
     return range_attention(q, k, v, start, end, bias, implementation=implementation)
 
 
-def attend_blocks(implementation, q, k, v, blocks):
+def attend_blocks(implementation, q, k, v, blocks, size=64):
     return block_sparse_attention(
-        q, k, v, blocks, block_size=64, scale=0.2, implementation=implementation
+        q, k, v, blocks, block_size=size, scale=0.2, implementation=implementation
     )
 
 
@@ -92,21 +92,28 @@ class TestRanges:
 
 
 class TestBlocks:
-    def make(self, batch, tokens, keys, kv_heads, groups, dim):
+    def make(self, batch, tokens, keys, kv_heads, groups, dim, size=64):
         """Some entries are missing, some removed, and a row has none."""
         q, k, v, _ = operands(2, batch, tokens, keys, kv_heads, groups, dim, jnp.bfloat16)
         rng = np.random.default_rng(3)
-        mask = rng.random((batch, kv_heads, tokens, -(-keys // 64))) < 0.6
+        mask = rng.random((batch, kv_heads, tokens, -(-keys // size))) < 0.6
         mask[0, 0, 0] = False
         values = rng.normal(size=mask.shape).astype(np.float32)
         values[rng.random(mask.shape) < 0.2] = -np.inf
         return q, k, v, BlockCSR.from_mask(mask, values)
 
     @pytest.mark.parametrize(
-        "shape", [(2, 3, 200, 2, 4, 64), (1, 2, 128, 1, 16, 128), (1, 4, 190, 1, 8, 64)]
+        "shape",
+        [
+            (2, 3, 200, 2, 4, 64),
+            (1, 2, 128, 1, 16, 128),
+            (1, 4, 190, 1, 8, 64),
+            (1, 2, 110, 1, 8, 64, 32),
+        ],
     )
     def test_blocks(self, hopper, shape):
-        out, lse = assert_right(attend_blocks, *self.make(*shape))
+        attend = functools.partial(attend_blocks, size=shape[6] if len(shape) > 6 else 64)
+        out, lse = assert_right(attend, *self.make(*shape))
         assert np.all(np.asarray(lse[0, 0, 0]) == -np.inf)
         assert np.all(np.asarray(out[0, 0, 0]) == 0)
 

@@ -213,7 +213,8 @@ def _attend_few(q, k, v, indptr, indices, values, *, sizes: Sizes):
         value = find_entries(jnp.zeros(1, jnp.int32), indptr, indices, values, sizes)[2][0]
     return attend_blocks(
         q, k, v, indptr, indices, values, value,
-        num_keys=sizes.num_keys, num_blocks=sizes.num_blocks, scale=sizes.scale,
+        num_keys=sizes.num_keys, num_blocks=sizes.num_blocks, block_size=sizes.block_size,
+        scale=sizes.scale,
     )  # fmt: skip
 
 

@@ -40,8 +40,8 @@ from pallas_kernels.hopper import HALF, Ring
 class BlockWalk:
     """A thread block that walks over its share of the tiles, block by block.
 
-    Products are transposed: rows are the block's keys, columns the tile's queries. `at` has the
-    references: q, k, v, out_bar, tiles, span and sums in device memory; q_tile, out_bar_tile,
+    Products are transposed: rows are the block's keys, columns the tile's queries. A product has 64
+    rows, those past a smaller block's keys mean nothing and go nowhere. `at` has the references: q, k, v, out_bar, tiles, span and sums in device memory; q_tile, out_bar_tile,
     sums_tile, k_tile, v_tile and bar_tile in shared memory; and the rings' barriers.
     """
 
@@ -57,14 +57,15 @@ class BlockWalk:
     def scratch(sizes: Sizes, config: Config):
         """What the walk needs in shared memory."""
         queries = hopper.operand_tile((config.stages, HALF, sizes.head_dim))
-        keys = hopper.operand_tile((config.key_stages, sizes.block_size, sizes.head_dim))
+        rows = _rows(sizes)
+        keys = hopper.operand_tile((config.key_stages, rows, sizes.head_dim))
         return {
             "q_tile": queries,
             "out_bar_tile": queries,
             "sums_tile": plgpu.SMEM((config.stages, 2, HALF), jnp.float32),
             "k_tile": keys,
             "v_tile": keys,
-            "bar_tile": hopper.operand_tile((2, sizes.block_size, sizes.head_dim)),
+            "bar_tile": hopper.operand_tile((2, rows, sizes.head_dim)),
             "q_ring": Ring.barriers(config.stages, 2 * HALF // sizes.groups + 1),
             "k_ring": Ring.barriers(config.key_stages, 2),
         }
@@ -109,7 +110,7 @@ class BlockWalk:
         turn = self.turn(i)
         stop = jnp.minimum(self.at.tiles[self.begin + i, LAST] + 1 - self.first, self.count)
         slot = self.k_ring.receive(turn)
-        zeros = hopper.full((self.sizes.block_size, self.sizes.head_dim), 0)
+        zeros = hopper.full((_rows(self.sizes), self.sizes.head_dim), 0)
         total = lax.fori_loop(i, stop, functools.partial(step, slot), zeros)
         self.k_ring.release(turn)
         self._store(i, target, total)
@@ -154,7 +155,8 @@ class BlockWalk:
             plgpu.wait_smem_to_gmem(0)  # of the copy before
             at.bar_tile[at.warpgroup] = x
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(at.bar_tile.at[at.warpgroup], place)
+            own = at.bar_tile.at[at.warpgroup, pl.ds(0, self.sizes.block_size)]
+            plgpu.copy_smem_to_gmem(own, place)
 
         @pl.when(whole)
         def _():
@@ -168,6 +170,11 @@ class BlockWalk:
             put((total - high.astype(jnp.float32)).astype(target.dtype), edge.at[1])
 
         plgpu.wait_smem_to_gmem(0)
+
+
+def _rows(sizes: Sizes) -> int:
+    """Rows of a product, at least those of one wgmma."""
+    return max(HALF, sizes.block_size)
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "config"))

@@ -56,9 +56,10 @@ class EntryWalk:
     def scratch(sizes: Sizes, config: Config, arrays: int):
         """What every walk needs, for tiles of so many arrays of rows, each with one of numbers."""
         width = HALF // sizes.groups
-        keys = hopper.operand_tile((config.key_stages, sizes.block_size, sizes.head_dim))
+        operand = functools.partial(hopper.operand_tile, inner=sizes.block_size)
+        keys = operand((config.key_stages, sizes.block_size, sizes.head_dim))
         return {
-            "q_tile": hopper.operand_tile((config.stages, HALF, sizes.head_dim)),
+            "q_tile": operand((config.stages, HALF, sizes.head_dim)),
             "info_tile": plgpu.SMEM((config.stages, DESCRIPTION), jnp.int32),
             "k_tile": keys,
             "v_tile": keys,

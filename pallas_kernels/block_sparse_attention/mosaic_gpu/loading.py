@@ -73,7 +73,8 @@ def load_block(at, ring: Ring, turns, tile: Tile, block_size: int):
         slot = ring.claim(tile.turn)
         for x, place in ((at.k, at.k_tile), (at.v, at.v_tile)):
             source = x.at[tile.batch, keys, tile.head]
-            plgpu.copy_gmem_to_smem(source, place.at[slot], ring.ready.at[slot])
+            target = place.at[slot, pl.ds(0, block_size)]
+            plgpu.copy_gmem_to_smem(source, target, ring.ready.at[slot])
 
 
 def load_entries(x, place, ready, tile: Tile, groups: int):
