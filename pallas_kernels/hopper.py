@@ -38,13 +38,13 @@ _BARRIER = 8  # bytes
 MULTIPROCESSORS = 132  # of an H100 SXM, H200: one thread block each
 
 
-def operand_tile(shape, inner: int = HALF):
+def operand_tile(shape, inner=HALF):
     """Shared memory for an operand of wgmma, bf16; its last two axes are a matrix of rows of D.
 
     Args:
       shape: of the tile.
-      inner: the smallest inner dimension of the products that it is in, 32 or a multiple of 64. Both
-        operands of a product need the same.
+      inner: the smallest inner dimension of the products that it is in, 32 or a multiple of 64;
+        the same for both operands.
     """
     columns = min(inner, HALF)
     swizzled = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)

@@ -16,6 +16,8 @@ from sparsex_jax.tasks.ragged import Ragged, gather
 from sparsex_jax.tasks.tokenizer import Tokenizer
 
 _UUIDS = 1 << 16  # different ones, encoded once
+# Of a key's numbers, the share that begin alike, and how many digits are then the same, at most.
+_ALIKE, _SAME_DIGITS = 0.6, 2
 
 
 class Parts:
@@ -46,6 +48,17 @@ class Parts:
         if kind == "uuids":
             return self._uuids + rng.integers(0, _UUIDS, (count, 1), np.int32)
         return self._pairs(rng, count, None)
+
+    def draw_values(self, rng: np.random.Generator, kind: Kind, count: int) -> np.ndarray:
+        """Values of one key as `draw` gives them, of which many begin alike."""
+        if kind == "words":
+            return self.draw_keys(rng, kind, count, similar=True)
+        values = self.draw(rng, kind, count)
+        if kind == "numbers":
+            alike = rng.random(count) < _ALIKE
+            digits = 1 + int(rng.integers(1, _SAME_DIGITS, endpoint=True))  # and the space
+            values[alike, :digits] = values[:1, :digits]
+        return values
 
     def draw_keys(
         self, rng: np.random.Generator, kind: Kind, count: int, similar: bool

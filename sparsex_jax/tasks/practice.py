@@ -33,6 +33,7 @@ _SEVERAL_VALUES = 0.5  # of the keys, in half of the texts
 _VALUES = (0, 0, 0.2, 0.2, 0.6)  # shares of 0, 1, 2, 3 and 4 of them: four, mostly, as in RULER
 _MOST_ASKED = 4  # keys
 _SIMILAR_KEYS = 0.5
+_SIMILAR_VALUES = 0.5  # of the texts
 _UUID_KEYS = 0.25  # of crowds
 _NOISE, _NOISE_AROUND_CHAINS = 0.15, 0.7
 # Share of texts whose first question is about a needle in the last tokens, as in `data.py`.
@@ -144,10 +145,11 @@ class Practice:
             kinds = kinds[:1] * count
         several = _SEVERAL_VALUES if rng.random() < 0.5 else 0
         keys = self.parts.draw_keys(rng, "words", count, similar=rng.random() < _SIMILAR_KEYS)
+        draw = self.parts.draw_values if rng.random() < _SIMILAR_VALUES else self.parts.draw
         more = rng.choice(len(_VALUES), count, p=_VALUES)
         numbers = np.where(rng.random(count) < several, more, 1)
         return [
-            _Entry(kind, key, self.parts.draw(rng, kind, number))
+            _Entry(kind, key, draw(rng, kind, number))
             for kind, key, number in zip(kinds, keys, numbers, strict=True)
         ]
 

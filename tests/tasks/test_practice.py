@@ -110,6 +110,18 @@ def test_similar_keys_share_words(tokenizer):
         assert (len(np.unique(keys[:, 0])) < 50) == similar
 
 
+@pytest.mark.parametrize(("kind", "same"), [("numbers", 2), ("words", 1)])
+def test_values_of_a_key_begin_alike(kind, same, tokenizer):
+    rng, parts = np.random.default_rng(0), Parts(tokenizer)
+    alike = 0
+    for _ in range(200):
+        values = parts.draw_values(rng, kind, 4)
+        assert len(np.unique(values, axis=0)) == 4
+        alike += len(np.unique(values[:, :same], axis=0)) < 4
+    assert alike > 150  # of random numbers 50 in 100 have a first digit in common
+    assert parts.draw_values(rng, "uuids", 4).shape == (4, 1)
+
+
 def test_stages_too_short_are_refused(folder):
     stage = StageConfig(steps=1, length=512, batch_size=1, mix=(("crowd", 1.0),))
     with pytest.raises(ValueError, match="length=512 .* source 'crowd': use at least 1024"):

@@ -41,7 +41,8 @@ class BlockWalk:
     """A thread block that walks over its share of the tiles, block by block.
 
     Products are transposed: rows are the block's keys, columns the tile's queries. A product has 64
-    rows, those past a smaller block's keys mean nothing and go nowhere. `at` has the references: q, k, v, out_bar, tiles, span and sums in device memory; q_tile, out_bar_tile,
+    rows; those past the keys of a smaller block mean nothing and go nowhere. `at` has the
+    references: q, k, v, out_bar, tiles, span and sums in device memory; q_tile, out_bar_tile,
     sums_tile, k_tile, v_tile and bar_tile in shared memory; and the rings' barriers.
     """
 
