@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsex_jax.cache import Engine
+from sparsex_jax.cache.explain import attention_of_answer
 from sparsex_jax.commands.arguments import SHIPPED_MODEL
 from sparsex_jax.commands.model import load, read_haystack
 from sparsex_jax.tasks import make_haystack_with_needles
@@ -23,7 +24,7 @@ def test_config_is_the_presets():
     assert load(SHIPPED_MODEL)[0].config.attention == preset.model.attention
 
 
-def test_finds_needles():
+def test_finds_needles_and_attends_to_them():
     model, tokenizer, _ = load(SHIPPED_MODEL)
     haystack, _ = read_haystack(None, tokenizer, 100_000)
     context = make_haystack_with_needles(
@@ -32,8 +33,11 @@ def test_finds_needles():
     )  # fmt: skip
     engine = Engine(model, 8192)
     cache = engine.prefill(context.tokens[None])
-    found = 0
+    found = attended = 0
     for needle in context.needles:
         answer = engine.answer(cache, needle.prompt[None], context.answer_room, tokenizer.stop_ids)
         found += needle.value in tokenizer.decode(answer[0][answer[0] >= 0])
+        place = np.argmax(attention_of_answer(model, cache, needle.prompt, answer[0]))
+        attended += needle.position <= place < needle.position + 40
     assert found >= 9
+    assert attended >= 9

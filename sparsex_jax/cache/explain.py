@@ -1,17 +1,21 @@
-"""What one token attends to, layer by layer: slow and exact, for finding out why a model errs."""
+"""What tokens attend to, layer by layer: slow and exact, for finding out why a model errs."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sparsex_jax.baselines.pattern import Pattern, random_blocks
 from sparsex_jax.branches import select_remote
 from sparsex_jax.cache.baselines import AllTokens, FirstTokens
 from sparsex_jax.cache.device import DeviceRemote
+from sparsex_jax.cache.engine import SUFFIX_UNIT, Cache
 from sparsex_jax.cache.layer import LayerCache, extend_layer
-from sparsex_jax.config import AttentionConfig
+from sparsex_jax.cache.model import Layers, extend, join_layers, kinds_of, split_layers
+from sparsex_jax.config import AttentionConfig, ConfigError
 from sparsex_jax.modules.attention import QuerySide
 from sparsex_jax.modules.transformer import Transformer
 from sparsex_jax.rotary import apply_rotary
@@ -54,7 +58,7 @@ class _Keys(NamedTuple):
 @nnx.jit
 def explain(
     model: Transformer,
-    layers: tuple[LayerCache, ...],
+    layers: Layers,
     token: jax.Array,
     place: jax.Array,
     span: tuple[jax.Array, jax.Array],
@@ -73,21 +77,102 @@ def explain(
       span: begin and end of the tokens around that one.
       length: tokens before, int32 scalar.
     """
-    x: jax.Array | None = model.embed(token[None, None])
-    found: list[Attended] = []
-    for block, layer in zip(model.blocks, layers, strict=True):
-        attention = block.attention
-        normed = block.attention_norm(x)
-        queries = attention.query_side(normed, attention.mix(normed, layer.recent.history))
-        x, after = extend_layer(block, layer, x, length, jnp.int32(1), attending=1)
-        config = attention.attention_config()
-        found += [
-            _measure(parts, place, span) for parts in _softmaxes(queries, after, length, config)
-        ]  # fmt: skip
+    softmaxes, _ = _read_one(model, layers, token, length, jnp.int32(1))
+    found = [_measure(parts, place, span) for layer in softmaxes for parts in layer]
     return Attended(
         jnp.stack([each.selected for each in found]).any(),
         jnp.stack([each.weight for each in found]).max(),
     )
+
+
+def attention_of_answer(
+    model: Transformer, cache: Cache, question: np.ndarray, answer: np.ndarray
+) -> np.ndarray:
+    """How much each token of a context is attended to while an answer is generated.
+
+    The sum over the answer's tokens, query heads and softmaxes of sparse layers, landmarks aside,
+    of squared shares: what a head singles out counts, and hardly what it averages over. A softmax
+    over the window counts as far as it reaches into the context.
+
+    Args:
+      model: whose cache it is.
+      cache: of one sequence, in the tier "device", with room for question and answer; it can be
+        used again.
+      question: int [Q], Q >= 1.
+      answer: int [A], A >= 1, that the model gave; what follows a -1 does not count.
+
+    Returns:
+      f32 [N], N being the cache's length.
+
+    Raises:
+      ConfigError: the cache is in another tier, or the model has no sparse layer.
+    """
+    kinds = kinds_of(cache.layers)
+    if DeviceRemote not in kinds:
+        raise ConfigError("what an answer attends to is known in tier='device' only: use that")
+    answer = answer[: np.argmax(np.append(answer, -1) < 0)]
+    kept, appended = split_layers(cache.layers)
+    counts = np.int32(cache.length), np.int32(len(question) - 1), np.int32(len(answer))
+    before = _filled(question[:-1], SUFFIX_UNIT)
+    read = _filled(np.append(question[-1:], answer[:-1]), SUFFIX_UNIT)
+    total, appended = _attention_of(
+        model, kept, before, read, counts, appended=appended, kinds=kinds
+    )  # fmt: skip
+    cache.layers = join_layers(kinds, kept, appended)
+    return np.asarray(total[: cache.length])
+
+
+def _filled(tokens: np.ndarray, unit: int) -> np.ndarray:
+    """Tokens int32 [N], and zeros up to a multiple of the unit, at least one."""
+    size = max(unit, len(tokens) + -len(tokens) % unit)
+    return np.pad(tokens.astype(np.int32), (0, size - len(tokens)))
+
+
+@functools.partial(nnx.jit, donate_argnames="appended", static_argnames="kinds")
+def _attention_of(
+    model: Transformer, kept, before, read, counts, *, appended, kinds: tuple[Any, ...]
+):  # fmt: skip
+    """For `attention_of_answer`; counts are the tokens of the cache, and of `before` and `read`."""
+    layers = join_layers(kinds, kept, appended)
+    length, asked, answered = counts
+    layers = extend(model, layers, before[None], length, asked, logits=False)[1]
+    capacity = max(x.remote.k.shape[1] for x in layers if isinstance(x.remote, DeviceRemote))
+
+    def read_token(carry, token_and_number):
+        layers, total = carry
+        token, number = token_and_number
+        valid = (number < answered).astype(jnp.int32)
+        softmaxes, layers = _read_one(model, layers, token, length + asked + number, valid)
+        for parts in (
+            x for x, kind in zip(softmaxes, kinds, strict=True) if kind is DeviceRemote
+        ):  # fmt: skip
+            for part in parts:
+                places, shares = _shares(part)
+                squared = valid * jnp.sum(jnp.nan_to_num(shares) ** 2, axis=1)
+                places = jnp.where(places < 0, capacity, places)
+                total = total.at[places].add(squared, mode="drop")
+        return (layers, total), None
+
+    numbers = jnp.arange(len(read), dtype=jnp.int32)
+    start = layers, jnp.zeros(capacity, jnp.float32)
+    (layers, total), _ = jax.lax.scan(read_token, start, (read, numbers))
+    return total, split_layers(layers)[1]
+
+
+def _read_one(
+    model: Transformer, layers: Layers, token: jax.Array, length: jax.Array, valid: jax.Array
+) -> tuple[list[list[list[_Keys]]], Layers]:
+    """Reads a token: what it may attend to in each softmax of each layer, and the new caches."""
+    x: jax.Array | None = model.embed(token[None, None])
+    softmaxes, read = [], []
+    for block, layer in zip(model.blocks, layers, strict=True):
+        attention = block.attention
+        normed = block.attention_norm(x)
+        queries = attention.query_side(normed, attention.mix(normed, layer.recent.history))
+        x, after = extend_layer(block, layer, x, length, valid, attending=1)
+        softmaxes.append(_softmaxes(queries, after, length, attention.attention_config()))
+        read.append(after)
+    return softmaxes, tuple(read)
 
 
 def _softmaxes(
@@ -152,8 +237,13 @@ def _of_blocks(q: jax.Array, k: jax.Array, index: jax.Array, bias: jax.Array, si
 
 def _measure(parts: list[_Keys], place: jax.Array, span) -> Attended:
     """Of one softmax over all parts."""
-    places = jnp.concatenate([part.place for part in parts], axis=-1)
-    shares = jax.nn.softmax(jnp.concatenate([part.logits for part in parts], axis=-1))
+    places, shares = _shares(parts)
     within = (places >= span[0]) & (places < span[1])
     weight = jnp.where(within[:, None], shares, 0).sum(-1)
     return Attended((places == place).any(), jnp.max(jnp.nan_to_num(weight)))
+
+
+def _shares(parts: list[_Keys]) -> tuple[jax.Array, jax.Array]:
+    """Positions [Hkv, M] and shares f32 [Hkv, G, M] of one softmax over all parts."""
+    places = jnp.concatenate([part.place for part in parts], axis=-1)
+    return places, jax.nn.softmax(jnp.concatenate([part.logits for part in parts], axis=-1))

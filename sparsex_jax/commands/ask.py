@@ -2,23 +2,32 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from sparsex_jax.commands.arguments import SHIPPED_MODEL, make_console, make_progress, parse
 from sparsex_jax.config import ConfigError
 
+if TYPE_CHECKING:
+    from sparsex_jax.cache.sources import Sources
+
+_PLACES = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Answers questions from a cache that `sparsex ingest` made, without reading the text again.
+
+    Below an answer stand the files and lines that were attended to most while it was written.
 
     Attributes:
       directory: of the cache.
       question: what the model reads after the text; several are answered one by one.
       model: directory of the model that made the cache; by default the one that comes with sparsex.
       tier: where keys and values are while it is asked, "device" or "host"; by default as ingested.
+      sources: places in files named below an answer; by default 3 in the tier device, which alone
+        can tell them.
       max_new_tokens: most tokens of an answer.
       temperature: of the softmax that tokens are drawn from; 0 takes the most likely one.
       top_p: tokens are drawn from the fewest likely ones that have this probability together.
@@ -29,6 +38,7 @@ class Arguments:
     question: tyro.conf.Positional[tuple[str, ...]]
     model: Path = SHIPPED_MODEL
     tier: Literal["device", "host", "compressed"] | None = None
+    sources: int | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
@@ -43,6 +53,7 @@ def main(arguments: list[str]) -> None:
 def ask(arguments: Arguments) -> None:
     """Runs the command."""
     from sparsex_jax.cache import Engine, Sampling
+    from sparsex_jax.cache.explain import attention_of_answer
     from sparsex_jax.cache.store import CacheDirectory, CacheError
     from sparsex_jax.cache.tiers import EXACT
     from sparsex_jax.commands.model import fingerprint, load
@@ -59,6 +70,7 @@ def ask(arguments: Arguments) -> None:
     if not questions or not all(map(len, questions)):
         raise ConfigError("a question has no tokens: give a text in quotes")
     tier = arguments.tier or directory.tier
+    sources = _sources(arguments, tier)
     length = directory.length
     capacity = directory.capacity
     if tier in EXACT:
@@ -74,6 +86,25 @@ def ask(arguments: Arguments) -> None:
             arguments.seed,
         )  # fmt: skip
         console.print(decode_answer(found[0], tokenizer), markup=False, soft_wrap=True)
+        if sources is not None:
+            attention = attention_of_answer(model, cache, question, found[0])
+            for place in sources.places(attention, arguments.sources or _PLACES):
+                console.print(f"  {place}", markup=False, highlight=False, soft_wrap=True)
     if tier == "host":
         hits, misses = cache.block_hits
         console.print(f"{hits} of {hits + misses} selected blocks were on the device")
+
+
+def _sources(arguments: Arguments, tier: str) -> "Sources | None":
+    """What the cache was made of; None where its places are not wanted."""
+    from sparsex_jax.cache.sources import Sources
+
+    wanted, folder = arguments.sources, arguments.directory
+    if wanted is None:
+        known = tier == "device" and Sources.are_in(folder)
+        return Sources.load(folder) if known else None
+    if wanted < 0:
+        raise ConfigError(f"sources={wanted} is negative: use 0 for none")
+    if wanted and tier != "device":
+        raise ConfigError(f"sources={wanted} are known in tier='device' only, not {tier!r}: use 0")
+    return Sources.load(folder) if wanted else None

@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> None:
 def ingest(arguments: Arguments) -> None:
     """Runs the command."""
     from sparsex_jax.cache import Engine
+    from sparsex_jax.cache.sources import Sources
     from sparsex_jax.cache.store import CacheDirectory
     from sparsex_jax.cache.tiers import EXACT
     from sparsex_jax.commands.model import chunk_size, fingerprint, load
@@ -73,7 +74,8 @@ def ingest(arguments: Arguments) -> None:
             f"{arguments.out} has tier={directory.tier!r}, not {arguments.tier!r}: use that, or a"
             " new directory"
         )
-    tokens = read_texts(arguments.paths, tokenizer)
+    files = read_texts(arguments.paths, tokenizer)
+    tokens = np.concatenate([part for _, part in files])
     directory.check_tokens(tokens)
     capacity, chunk = len(tokens) + room, directory.chunk or chunk
     if arguments.tier not in EXACT:
@@ -91,6 +93,8 @@ def ingest(arguments: Arguments) -> None:
             show = functools.partial(_show, bar, task, begin)
             cache = engine.prefill(part, show, cache)
             directory.save(engine, cache, tokens)
+    newlines = np.where(tokenizer.line_end, tokenizer.sizes, 0)
+    Sources.of(files, newlines).save(arguments.out)
     console.print(
         f'{len(tokens)} tokens in {arguments.out}: sparsex ask {arguments.out} "..."',
         markup=False, soft_wrap=True,
@@ -101,8 +105,8 @@ def _show(bar, task, begin: int, tokens: int) -> None:
     bar.update(task, completed=begin + tokens)
 
 
-def read_texts(paths: tuple[Path, ...], tokenizer: "Tokenizer") -> np.ndarray:
-    """Tokens of files and of the text files of folders, int32 [N].
+def read_texts(paths: tuple[Path, ...], tokenizer: "Tokenizer") -> list[tuple[str, np.ndarray]]:
+    """Paths and tokens, int32 [n], of files and of the text files of folders.
 
     Raises:
       FileNotFoundError: a path does not exist.
@@ -110,7 +114,7 @@ def read_texts(paths: tuple[Path, ...], tokenizer: "Tokenizer") -> np.ndarray:
     """
     from sparsex_jax.tasks.corpus import find_files, read_chunks
 
-    found: list[np.ndarray] = []
+    found: list[tuple[str, np.ndarray]] = []
     for path in paths:
         if path.is_dir():
             files = [path / name for name in find_files(path)]
@@ -122,7 +126,9 @@ def read_texts(paths: tuple[Path, ...], tokenizer: "Tokenizer") -> np.ndarray:
             chunks = list(read_chunks(file))
             if not chunks and file is path:
                 raise ConfigError(f"{path} is no UTF-8 text, or empty: leave it out")
-            found += tokenizer.encode_batch(chunks)
-    if not sum(map(len, found)):
+            tokens = np.concatenate([np.zeros(0, np.int32), *tokenizer.encode_batch(chunks)])
+            if len(tokens):
+                found.append((str(file), tokens))
+    if not found:
         raise ConfigError("the paths hold no text: give a file or a folder with some")
-    return np.concatenate(found)
+    return found

@@ -8,8 +8,8 @@ import pytest
 
 from sparsex_jax.baselines import random_blocks
 from sparsex_jax.cache import Engine
-from sparsex_jax.cache.explain import explain
-from sparsex_jax.config import BaselineConfig
+from sparsex_jax.cache.explain import attention_of_answer, explain
+from sparsex_jax.config import BaselineConfig, ConfigError
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.scoring import block_features
 from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
@@ -91,3 +91,31 @@ def test_selection_and_weights(name):
         assert bool(found.selected) == (begin + 1 in selected)
         expected = max(sum(x.get(p, 0) for p in range(*span)) for x in softmaxes)
         np.testing.assert_allclose(found.weight, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sum", "softmax"])
+def test_attention_of_an_answer(name):
+    model, tokens = make(LAYERS[name]), make_tokens(1, LENGTH)
+    context, question, answer = 91, tokens[0, 91:], np.array([5, 3, -1, 7])
+    engine = Engine(model, 256, chunk=96)
+    cache = engine.prefill(tokens[:, :context])
+    before = engine.answer(cache, [question], 3)
+    found = attention_of_answer(model, cache, question, answer[:1])
+    expected = np.zeros(LENGTH)
+    for softmax in heads_of(model, tokens):
+        for place, share in softmax.items():
+            expected[place] += share**2
+    assert np.count_nonzero(expected[:context]) > SIZE
+    np.testing.assert_allclose(found, expected[:context], rtol=1e-3, atol=1e-6)
+    later = attention_of_answer(model, cache, np.append(question, answer[0]), answer[1:2])
+    np.testing.assert_allclose(
+        attention_of_answer(model, cache, question, answer), found + later, rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_array_equal(engine.answer(cache, [question], 3), before)
+
+
+def test_attention_of_an_answer_needs_all_keys():
+    model, tokens = make(LAYERS["sum"]), make_tokens(1, LENGTH)
+    cache = Engine(model, 256, chunk=96, tier="host").prefill(tokens)
+    with pytest.raises(ConfigError, match="in tier='device' only"):
+        attention_of_answer(model, cache, tokens[0], tokens[0])
