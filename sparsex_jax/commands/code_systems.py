@@ -9,9 +9,10 @@ import numpy as np
 
 if TYPE_CHECKING:
     from sparsex_jax.baselines.retrieval import ChunkRetriever
-    from sparsex_jax.cache import Engine, Tier
+    from sparsex_jax.cache import Cache, Engine, Tier
+    from sparsex_jax.cache.sources import Sources
     from sparsex_jax.modules import Transformer
-    from sparsex_jax.tasks import Answer
+    from sparsex_jax.tasks import Answer, Tokenizer
     from sparsex_jax.tasks.answer_log import AnswerLog, Cell
     from sparsex_jax.tasks.code.prepared import PreparedCode
     from sparsex_jax.tasks.code.questions import CodeContext, Question
@@ -55,11 +56,15 @@ def _answer(
     text: str,
     right: bool,
     seconds: float,
+    provenance: bool | None = None,
 ) -> "Answer":
     from sparsex_jax.tasks import Answer
 
     depth = 100 * question.position / len(context.tokens)
-    return Answer(number, depth, question.text, (question.target,), text, float(right), seconds)
+    return Answer(
+        number, depth, question.text, (question.target,), text, float(right), seconds,
+        provenance=provenance,
+    )  # fmt: skip
 
 
 def _row(
@@ -158,14 +163,21 @@ class Reader:
 
         return Engine(self.model, capacity, chunk=min(self.chunk, capacity), tier=self.tier)
 
-    def answer(self, engine: "Engine", cache, question: "Question") -> str:
-        """What it generates, as it is compared."""
+    def answer(
+        self, engine: "Engine", cache: "Cache", question: "Question"
+    ) -> tuple[np.ndarray, str]:
+        """The tokens that it generates, and what of them is compared."""
         from sparsex_jax.tasks.code.wording import ANSWER
 
         task = question.task
         stop = (self.wording.brace,) if task == "description_to_function" else ()
         (found,) = engine.answer(cache, [question.prompt], ANSWER[task], stop)
-        return self.wording.generated(task, found)
+        return found, self.wording.generated(task, found)
+
+    @property
+    def tells_provenance(self) -> bool:
+        """Whether it is known what an answer attended to."""
+        return self.tier == "device" and "s" in self.model.config.layers
 
 
 class ModelSystem(System):
@@ -195,6 +207,7 @@ class ModelSystem(System):
             log.add_missing(cell, missing)
 
     def _read(self, context, length, pending, log, advance) -> None:
+        from sparsex_jax.cache.explain import attention_of_answer
         from sparsex_jax.commands.answering import prefill_within
 
         reader = self._reader
@@ -204,26 +217,56 @@ class ModelSystem(System):
         engine, began = self._engine[1], time.perf_counter()
         cache = prefill_within(engine, context.tokens[None], reader.limit).block_until_ready()
         share = (time.perf_counter() - began) / sum(map(len, pending.values()))
+        sources = sources_of(context, reader.wording.tokenizer)
         for task, questions in pending.items():
             (cell,) = self.cells(task, length)
             for number, question in questions:
                 began = time.perf_counter()
-                text = reader.answer(engine, cache, question)
+                found, text = reader.answer(engine, cache, question)
                 seconds = share + time.perf_counter() - began
-                right = context.is_right(question, text)
-                log.add(cell, [_answer(number, context, question, text, right, seconds)])
+                right, provenance = context.is_right(question, text), None
+                if right and reader.tells_provenance:
+                    attention = attention_of_answer(reader.model, cache, question.prompt, found)
+                    provenance = is_at_definition(attention, context, question, sources)
+                answer = _answer(number, context, question, text, right, seconds, provenance)
+                log.add(cell, [answer])
                 advance()
 
     def rows(self, task, length, samples, contexts, log) -> list[dict[str, Any]]:
-        """A row, of the answers or of why there are none."""
+        """A row, of the answers or of why there are none; `provenance` is a share of the right."""
         from sparsex_jax.tasks import make_row
 
         (cell,) = self.cells(task, length)
-        more = {"tier": self._reader.tier, "chunks": None, "contexts": contexts}
+        more = {
+            "tier": self._reader.tier, "chunks": None, "contexts": contexts, "provenance": None
+        }  # fmt: skip
         missing = log.missing(cell)
         if missing is not None:
             return [make_row(self._system, task, length, [], **missing) | more]
-        return [_row(self._system, task, length, log.answers(cell)[:samples], **more)]
+        answers = log.answers(cell)[:samples]
+        told = [x.provenance for x in answers if x.provenance is not None]
+        if told:
+            more["provenance"] = sum(told) / len(told)
+        return [_row(self._system, task, length, answers, **more)]
+
+
+def sources_of(context: "CodeContext", tokenizer: "Tokenizer") -> "Sources":
+    """The files of a context and the lines of its tokens."""
+    from sparsex_jax.cache.sources import Sources
+
+    parts = np.split(context.tokens, context.bounds[1:-1])
+    return Sources.of(list(zip(context.names, parts, strict=True)), tokenizer.newlines)
+
+
+def is_at_definition(
+    attention: np.ndarray, context: "CodeContext", question: "Question", sources: "Sources"
+) -> bool:
+    """Whether the place named first, as by `sparsex ask`, begins within the definition."""
+    places = sources.places(attention, 1)
+    begin, end = context.spans[question.function]
+    file = int(np.searchsorted(context.bounds, begin, side="right")) - 1
+    first, last = sources.lines[begin], sources.lines[end - 1]
+    return any(x.path == context.names[file] and first <= x.first <= last for x in places)
 
 
 class ReaderSystem(System):
@@ -253,7 +296,7 @@ class ReaderSystem(System):
                 spans = retriever.best(terms(question.text), READ)
                 parts = [context.tokens[begin:end] for begin, end in reversed(spans)]
                 cache = self._engine.prefill([np.concatenate(parts or [context.tokens[:0]])])
-                text = self._reader.answer(self._engine, cache, question)
+                _, text = self._reader.answer(self._engine, cache, question)
                 seconds = time.perf_counter() - began
                 right = context.is_right(question, text)
                 log.add(cell, [_answer(number, context, question, text, right, seconds)])

@@ -93,8 +93,7 @@ def ingest(arguments: Arguments) -> None:
             show = functools.partial(_show, bar, task, begin)
             cache = engine.prefill(part, show, cache)
             directory.save(engine, cache, tokens)
-    newlines = np.where(tokenizer.line_end, tokenizer.sizes, 0)
-    Sources.of(files, newlines).save(arguments.out)
+    Sources.of(files, tokenizer.newlines).save(arguments.out)
     console.print(
         f'{len(tokens)} tokens in {arguments.out}: sparsex ask {arguments.out} "..."',
         markup=False, soft_wrap=True,

@@ -33,6 +33,7 @@ class Answer:
       references: strings that a right answer contains. text: what was generated.
       score: share of the references found. seconds: of the sample's batch, divided evenly.
       diagnosis: why it is wrong, where that was asked for.
+      provenance: whether what was attended to most is what the answer is taken from, likewise.
     """
 
     index: int
@@ -43,6 +44,7 @@ class Answer:
     score: float
     seconds: float
     diagnosis: str | None = None
+    provenance: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Tokenizer:
       line_end: bool [vocab_size], true for tokens that consist of newlines.
       stop_ids: tokens that end an answer: the end of text and every newline token.
       sizes: bytes of UTF-8 of each token, int64 [vocab_size].
+      newlines: of each token, int64 [vocab_size].
       fingerprint: SHA-256 of the definition, in hex.
     """
 
@@ -45,6 +46,7 @@ class Tokenizer:
         # Byte-level entries are written with a character for each byte.
         names = [self._tokenizer.id_to_token(index) or "" for index in range(self.vocab_size)]
         self.sizes = np.array([len(name) for name in names], np.int64)
+        self.newlines = np.where(self.line_end, self.sizes, 0)
         self.fixed = functools.cache(self._fixed)
 
     def _special(self, name: str) -> int:

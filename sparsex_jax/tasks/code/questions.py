@@ -56,6 +56,7 @@ class CodeContext:
       tokens: int32 [N].
       bounds: where files begin in them, and N.
       names: paths of the files.
+      spans: of each function's definition, first token and the one behind the last, int [n, 2].
 
     Raises:
       ValueError: `length` is less than `LEAST_LENGTH`, or more than the split has.
@@ -145,7 +146,10 @@ class CodeContext:
         before = np.concatenate([[0], np.cumsum(kept)])
         self.tokens = tokens[kept]
         self.bounds = before[offset]
-        self._positions = before[place(split.functions["name_begin"][self._inside])]
+        functions = split.functions[self._inside]
+        self._positions = before[place(functions["name_begin"])]
+        ends = before[place(functions["end"] - 1)] + 1
+        self.spans = np.stack([before[place(functions["begin"])], ends], axis=1)
 
     def questions(self, task: str) -> list[Question]:
         """What is asked, always in the same order."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sparsex_jax.baselines.retrieval import CHUNK, ChunkRetriever, cut_chunks, terms
+from sparsex_jax.commands.code_systems import is_at_definition, sources_of
 from sparsex_jax.tasks.code.questions import ROOM, CodeContext
 from sparsex_jax.tasks.code.scoring import THRESHOLD, bleu, is_right, words
 from sparsex_jax.tasks.code.wording import TASKS
@@ -156,3 +157,17 @@ def test_bm25_finds_most_of_what_is_asked(context, wording):
             for question in context.questions(task)
         ]
         assert sum(rank is not None and rank <= 5 for rank in ranks) >= 9
+
+
+def test_provenance_is_a_place_within_the_definition(context, wording):
+    sources = sources_of(context, wording.tokenizer)
+    for question in context.questions("name_to_definition")[:4]:
+        begin, end = context.spans[question.function]
+        assert begin <= question.position < end
+        body = wording.tokenizer.decode(context.tokens[begin:end])
+        assert question.text in body and body.rstrip().endswith("}")
+        for place, expected in ((begin, True), (end - 1, True), (0, False), (end + 40, False)):
+            attention = np.zeros(len(context.tokens))
+            attention[place] = 1
+            assert is_at_definition(attention, context, question, sources) == expected
+        assert not is_at_definition(0 * attention, context, question, sources)
