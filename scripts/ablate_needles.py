@@ -50,21 +50,31 @@ def blocks(config: TrainConfig, size: int) -> TrainConfig:
     return attention(selecting(config, lambda k: min(64, int(k * scale))), block_size=size)
 
 
+def fewer_questions(config: TrainConfig) -> TrainConfig:
+    """The config with a third of the questions about long texts."""
+    stages = (
+        dataclasses.replace(x, questions=x.questions // 3) if x.length > 4096 else x
+        for x in config.stages
+    )
+    return dataclasses.replace(config, stages=tuple(stages))
+
+
 VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "full": lambda config: config,
     "no_landmarks": lambda config: attention(config, landmarks="off"),
     "no_dynamic": lambda config: model(selecting(config, lambda _: 0), selection_loss=0.0),
-    "window_64": lambda config: attention(config, window=config.model.attention.block_size),
+    "window_32": lambda config: attention(config, window=config.model.attention.block_size),
     "no_selection_loss": lambda config: model(config, selection_loss=0.0),
     "softmax": lambda config: attention(config, landmarks="off", fusion="softmax"),
     "k_4": lambda config: selecting(config, lambda k: min(k, 4)),
     "k_16": lambda config: selecting(config, lambda k: min(k, 16)),
     "k_64": lambda config: selecting(config, lambda _: 64),
-    "blocks_32": lambda config: blocks(config, 32),
+    "blocks_64": lambda config: blocks(config, 64),
     "blocks_128": lambda config: blocks(config, 128),
     "sparse_last": lambda config: model(config, layers="llls"),
     "score_dim_64": lambda config: attention(config, score_dim=64),
     "head_dim_64": lambda config: model(config, head_dim=64),
+    "fewer_questions": fewer_questions,
 }
 
 

@@ -19,7 +19,7 @@ def test_each_variant_changes_what_its_name_says():
     assert all(config != full and config.seed == 1 for config in configs.values())
     preset = script.load_preset(script.PRESET)
     assert [x.steps for x in full.stages[-2:]] == [x.steps // 2 for x in preset.stages[-2:]]
-    for name, k, size in (("k_4", 4, 64), ("blocks_32", 64, 32), ("blocks_128", 32, 128)):
+    for name, k, size in (("k_4", 4, 32), ("blocks_64", 32, 64), ("blocks_128", 16, 128)):
         attention = configs[name].model.attention
         assert (attention.top_k, attention.block_size) == (k, size)
     assert {x.top_k for x in configs["no_dynamic"].stages} == {0}
