@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.ahead_of_time import TPU_TARGETS, MemoryExceededError, compile_for, target_mesh
 from sparsex_jax.benchmarks.hlo import COLLECTIVES, Program
 from sparsex_jax.benchmarks.operations import count_operations
+from sparsex_jax.benchmarks.rooflines import find_chip
 from sparsex_jax.config import ConfigError, TrainConfig
 from sparsex_jax.modules import Transformer
 from sparsex_jax.parallel.dispatch import plan_rounds
@@ -25,7 +27,14 @@ from sparsex_jax.training.optimizer import make_optimizer, make_schedule
 from sparsex_jax.training.parameters import split_model
 from sparsex_jax.training.step import make_step
 
-CHIP_BYTES = int(15.75 * 2**30)  # of a v5e that programs may take, as libtpu says
+# That programs may take: of a v5e, as libtpu says; of a GPU nine tenths of what its driver says, as
+# with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9.
+_CHIP_BYTES = {
+    "v5e": int(15.75 * 2**30),
+    "h100": int(0.9 * 81559 * 2**20),
+    "h200": int(0.9 * 143771 * 2**20),
+}
+_GPUS_OF_A_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Plan:
     """What a step takes of each chip.
 
     Attributes:
+      chip: kind of the devices, as JAX names it.
+      chip_bytes: that programs may take of one's memory.
       devices: that share the step.
       tokens: of a sequence, those of a chip.
       sequences: that a chip computes with at a time.
@@ -50,6 +61,8 @@ class Plan:
       problem: why it does not fit, in the compiler's words; None if it does.
     """
 
+    chip: str
+    chip_bytes: int
     devices: int
     tokens: int
     sequences: int
@@ -72,13 +85,27 @@ class Plan:
         held = self.parameter_bytes + self.optimizer_bytes + self.batch_bytes
         return held + self.temporary_bytes + self.program_bytes
 
+    def least_seconds(self) -> dict[str, float]:
+        """A step's time if nothing but arithmetic took any, or links, where that is known."""
+        chip = find_chip(self.chip)
+        assert chip is not None
+        links = chip.link_gigabytes
+        if chip.network_gigabytes is not None and self.devices > _GPUS_OF_A_HOST:
+            links = chip.network_gigabytes
+        found = {"arithmetic": self.operations / (chip.tflops * 1e12)}
+        if self.sent_bytes:
+            found["links"] = sum(self.sent_bytes.values()) / (links * 1e9)
+        return found
+
     def row(self) -> dict[str, Any]:
         """For a results file."""
         kernels = ", ".join(f"{name} {count}" for name, count in self.kernels.items())
+        seconds = self.least_seconds()
         return {
             **dataclasses.asdict(self),
             "total_bytes": self.total_bytes,
-            "chip_bytes": CHIP_BYTES,
+            "arithmetic_seconds": seconds["arithmetic"],
+            "links_seconds": seconds.get("links"),
             "kernels": kernels,
             "sent_bytes": sum(self.sent_bytes.values()) if self.sent_bytes else None,
             **{f"{k.replace('-', '_')}_bytes": self.sent_bytes.get(k) for k in COLLECTIVES},
@@ -178,25 +205,39 @@ def longest_stage(config: TrainConfig) -> int:
     return max(range(len(config.stages)), key=lambda n: (config.stages[n].length, n))
 
 
+def parse_target(target: str, devices: int | None) -> tuple[str, int | None]:
+    """What `compile_for` calls a target, and how many devices; arguments as in `make_plan`."""
+    if target in TPU_TARGETS:
+        return target, devices
+    found = re.fullmatch(r"(h100|h200)x(\d+)", target)
+    if found is None:
+        raise ConfigError(
+            f"target={target!r} must be a slice, {', '.join(TPU_TARGETS)}, or a number of GPUs,"
+            " h100x8 or h200x8, say"
+        )
+    if devices is not None:
+        raise ConfigError(f"devices={devices} is for slices: {target} says how many GPUs there are")
+    return found[1], int(found[2])
+
+
 def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None = None) -> Plan:
     """Compiles a training step, which takes minutes, and counts what it takes.
 
     Args:
       config: of the training.
       stage: its number.
-      target: one of TPU_TARGETS.
-      devices: the first so many of the slice; None for all.
+      target: of TPUs a slice, one of TPU_TARGETS; of GPUs their number, too: h100x8, h200x16.
+      devices: of a slice, the first so many; None for all.
 
     Raises:
-      ConfigError: the target, its chips or the stage do not exist, libtpu is missing, or the mesh
-        does not fit chips, model or batch.
+      ConfigError: the target, its chips or the stage do not exist, its compiler is missing, or the
+        mesh does not fit chips, model or batch.
     """
-    if target not in TPU_TARGETS:
-        raise ConfigError(f"target={target!r} must be one of {', '.join(TPU_TARGETS)}")
+    kind, devices = parse_target(target, devices)
     try:
-        chips = list(target_mesh(target, devices).devices.flat)
-    except RuntimeError as error:
-        raise ConfigError(str(error)) from error
+        chips = list(target_mesh(kind, devices).devices.flat)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"target={target!r}: {error}") from error
     step = Step(config, stage, make_mesh(config.mesh, chips))
     state, batch = step.state(), step.batch()
     with dispatch.targeting(chips[0]):
@@ -204,6 +245,8 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
     sizes = {} if step.mesh is None else dict(step.mesh.shape)
     groups = sizes.get("data", 1) * sizes.get("fsdp", 1)
     plan = Plan(
+        chip=chips[0].device_kind,
+        chip_bytes=_CHIP_BYTES[kind.partition(":")[0]],
         devices=len(chips),
         tokens=config.stages[stage].length // sizes.get("seq", 1),
         sequences=config.stages[stage].batch_size // config.accumulation // groups,
@@ -220,13 +263,13 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
     )
     try:
         compilation = compile_for(
-            target, step.function(), state, batch, devices=devices, mesh=step.mesh, donate_argnums=0
+            kind, step.function(), state, batch, devices=devices, mesh=step.mesh, donate_argnums=0
         )
     except MemoryExceededError as error:
         return dataclasses.replace(plan, problem=str(error))
     memory: Any = compilation.executable.memory_analysis()
     names = sorted(kernel.name for kernel in compilation.kernels)
-    return dataclasses.replace(
+    plan = dataclasses.replace(
         plan,
         temporary_bytes=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
@@ -234,6 +277,14 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
         program_bytes=memory.generated_code_size_in_bytes,
         sent_bytes=Program(compilation.executable.as_text() or "", _rounds(step, plan)).sent(),
         kernels=dict(collections.Counter(names)),
+    )
+    assert plan.total_bytes is not None
+    if plan.total_bytes <= plan.chip_bytes:
+        return plan
+    # The compiler for GPUs does not say so.
+    needed, there = (f"{x / 2**30:.2f} GiB" for x in (plan.total_bytes, plan.chip_bytes))
+    return dataclasses.replace(
+        plan, problem=f"{needed} are more than the {there} of an {kind.upper()}"
     )
 
 

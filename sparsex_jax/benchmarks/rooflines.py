@@ -10,19 +10,24 @@ class Chip(NamedTuple):
     Attributes:
       tflops: dense bfloat16 arithmetic, 1e12 operations a second.
       gigabytes: device memory, 1e9 bytes a second.
+      link_gigabytes: that it sends to chips of its slice, or of its host, 1e9 bytes a second.
+      network_gigabytes: that it sends to other hosts, likewise, with an adapter of 400 Gbit/s for
+        each GPU; None where links reach all.
     """
 
     tflops: float
     gigabytes: float
+    link_gigabytes: float
+    network_gigabytes: float | None = 50
 
 
 # Patterns of JAX's `device_kind`; the first that is found in it counts.
 CHIPS = (
-    (r"H200", Chip(989.4, 4800)),
-    (r"H100 (80GB HBM3|SXM)", Chip(989.4, 3350)),
-    (r"A100.*80GB", Chip(312, 2039)),
-    (r"A100.*40GB", Chip(312, 1555)),
-    (r"TPU v5 ?(lite|e)\b", Chip(197, 820)),
+    (r"H200", Chip(989.4, 4800, 450)),
+    (r"H100 (80GB HBM3|SXM)", Chip(989.4, 3350, 450)),
+    (r"A100.*80GB", Chip(312, 2039, 300)),
+    (r"A100.*40GB", Chip(312, 1555, 300)),
+    (r"TPU v5 ?(lite|e)\b", Chip(197, 820, 200, None)),
 )
 
 

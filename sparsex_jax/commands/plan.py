@@ -21,7 +21,7 @@ BYTES = ("parameter_bytes", "optimizer_bytes", "batch_bytes", "temporary_bytes",
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compiles a training step for a slice of TPUs that is not here, and says what it takes.
+    """Compiles a training step for TPUs or GPUs that are not here, and says what it takes.
 
     Nothing is run. Compiling takes minutes, and the extra `compile`. Each field of the preset's
     TrainConfig is an option, too: --model.remat layer. The command exits with 1 if the step does
@@ -29,8 +29,8 @@ class Arguments:
 
     Attributes:
       preset: a Python file that defines `config`, a TrainConfig (see configs/).
-      target: the slice: v5e:2x2, v5e:2x4, ... v5e:16x16.
-      devices: the first so many of the slice; by default all.
+      target: a slice of TPUs, v5e:2x2, v5e:2x4, ... v5e:16x16, or GPUs: h100x8, h200x16.
+      devices: the first so many of a slice; by default all.
       stage: number of the preset's stage; by default the one with the longest sequences.
       out: a results file to write.
       config: the preset's.
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 def _plan(arguments: Arguments, command: str) -> int:
     from pallas_kernels.ahead_of_time import target_mesh
-    from sparsex_jax.benchmarks.plan import longest_stage, make_plan, way_out
+    from sparsex_jax.benchmarks.plan import longest_stage, make_plan, parse_target, way_out
     from sparsex_jax.benchmarks.results import check_writable, compiled_for, write_results
     from sparsex_jax.training.checkpoints import to_json
 
@@ -68,6 +68,7 @@ def _plan(arguments: Arguments, command: str) -> int:
     stage = longest_stage(config) if arguments.stage is None else arguments.stage
     if arguments.out is not None:
         check_writable(arguments.out)
+    kind, _ = parse_target(arguments.target, arguments.devices)
     plan = make_plan(config, stage, arguments.target, arguments.devices)
     console = make_console()
     console.print(_describe(plan, arguments, stage), markup=False, soft_wrap=True)
@@ -77,15 +78,15 @@ def _plan(arguments: Arguments, command: str) -> int:
         row = {"preset": str(arguments.preset), "stage": stage, "target": arguments.target}
         write_results(
             arguments.out, "plan", command, to_json(config), [row | plan.row()],
-            hardware=compiled_for(target_mesh(arguments.target).devices.flat[0]),
+            hardware=compiled_for(target_mesh(kind, 1).devices.flat[0]),
         )  # fmt: skip
     return int(plan.problem is not None)
 
 
 def _describe(plan: "Plan", arguments: Arguments, stage: int) -> str:
     """The plan in words."""
-    from sparsex_jax.benchmarks.plan import CHIP_BYTES
-
+    seconds = plan.least_seconds()
+    bottleneck = max(seconds, key=lambda name: seconds[name])
     lines = [
         f"{arguments.preset}, stage {stage}: a training step on {plan.devices} chips of"
         f" {arguments.target}, compiled, not run",
@@ -103,10 +104,12 @@ def _describe(plan: "Plan", arguments: Arguments, stage: int) -> str:
     if sent:
         sent = ["MiB that each chip sends", *sent, ""]
     lines += [
-        f"  {fits}, of {CHIP_BYTES / 2**30:g}",
+        f"  {fits}, of {plan.chip_bytes / 2**30:.2f}",
         "",
         *sent,
         f"{plan.operations / 1e12:,.1f} TFLOP on each chip, recomputation included",
+        f"at best {seconds[bottleneck]:.3g} s a step, by {bottleneck}: "
+        + ", ".join(f"{name} {x:.3g} s" for name, x in seconds.items()),
         "kernels in the program:",
         *(f"  {name} {count}" for name, count in plan.kernels.items()),
     ]

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.ahead_of_time import MemoryExceededError
 from sparsex_jax import cli
 from sparsex_jax.benchmarks import plan as plans
-from sparsex_jax.benchmarks.plan import CHIP_BYTES, Step, longest_stage, make_plan, way_out
+from sparsex_jax.benchmarks.plan import Step, longest_stage, make_plan, way_out
 from sparsex_jax.config import ModelConfig, StageConfig, TrainConfig
 from tests.pallas_kernels.test_tpu import KERNELS
 
@@ -79,9 +79,25 @@ def test_presets_fit(project, name, target, devices):
     plan = make_plan(config, longest_stage(config), target, devices)
     assert plan.problem is None and plan.devices == devices and plan.sequences == 1
     assert set(plan.kernels) == KERNELS
-    assert plan.total_bytes <= CHIP_BYTES
+    assert plan.total_bytes <= plan.chip_bytes
     # Once for a layer's window and once for its landmarks; what repeats is there once.
     assert plan.kernels["range_query_gradient"] == (5 if name == "nano" else 3)
+
+
+@pytest.mark.long_compile
+@pytest.mark.parametrize("least", [0, 2**34])
+def test_gpus(project, tmp_path, monkeypatch, run, least):
+    path, out = tmp_path / "cut.py", tmp_path / "plan.json"
+    path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))
+    monkeypatch.setitem(plans._CHIP_BYTES, "h200", least)
+    status, shown = run(path, "--target", "h200x4", "--out", out)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert "range_forward" in row["kernels"] and row["devices"] == 4
+    assert row["reduce_scatter_bytes"] > 0.7 * 3 * row["parameters"] and row["links_seconds"] > 0
+    if least:
+        assert status == 0 and "  fits, of 16.00\n" in shown.out
+    else:
+        assert status == 1 and "GiB are more than the 0.00 GiB of an H200" in shown.out
 
 
 def test_billion_has_a_billion_parameters(project):
@@ -140,7 +156,19 @@ def test_ways_out():
 
 
 def _plan():
-    return plans.Plan(1, 64, 1, 0, 0, 0, 0, None, None, {}, 0, {}, "too large")
+    sizes = 64, 1, 0, 0, 0, 0, None, None
+    return plans.Plan("TPU v5 lite", 2**34, 1, *sizes, {}, 394 * 10**12, {}, "too large")
+
+
+def test_bottlenecks():
+    plan = _plan()
+    assert plan.least_seconds() == {"arithmetic": 2}
+    sent = {"all-gather": 10**11, "all-to-all": 3 * 10**11}
+    plan = dataclasses.replace(plan, sent_bytes=sent)
+    assert plan.least_seconds() == {"arithmetic": 2, "links": 2}
+    for devices, links in ((8, 4e11 / 450e9), (16, 4e11 / 50e9)):  # the network between hosts
+        plan = dataclasses.replace(plan, chip="NVIDIA H200", devices=devices)
+        assert plan.least_seconds()["links"] == links
 
 
 def test_longest_stage():
@@ -154,8 +182,11 @@ def test_refuses(project, run, monkeypatch):
     for arguments, message in (
         ((), "the first argument of plan must be a preset"),
         ((nano,), "--target"),
-        ((nano, "--target", "v5e:3x3"), "target='v5e:3x3' must be one of v5e:2x2, v5e:2x4"),
-        ((nano, "--target", "h200"), "target='h200' must be one of v5e:2x2"),
+        ((nano, "--target", "v5e:3x3"), "target='v5e:3x3' must be a slice, v5e:2x2, v5e:2x4"),
+        ((nano, "--target", "h200"), "target='h200' must be a slice, v5e:2x2"),
+        ((nano, "--target", "h200x0"), "target='h200x0': devices=0 must be 1 to 8"),
+        ((nano, "--target", "h100x12"), "target='h100x12': devices=12 must be 1 to 8, or a"),
+        ((nano, "--target", "h100x8", "--devices", 2), "devices=2 is for slices: h100x8 says"),
         ((nano, "--target", "v5e:2x2", "--devices", 5), "devices=5 must be 1 to 4"),
         ((nano, "--target", "v5e:2x2", "--stage", 5), "stage=5 must be one of the preset's: 0"),
         (
