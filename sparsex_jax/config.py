@@ -183,7 +183,9 @@ class ModelConfig:
       layers: one letter a layer: "l" local attention only, "s" all three branches; for comparison
         "d" dense, "f" Longformer's and "b" BigBird's attention, in the place of an "s".
       baseline: patterns of the last two.
-      remat: what the backward pass recomputes: nothing ("none") or each layer ("layer").
+      remat: what the backward pass recomputes: nothing ("none"), each layer ("layer"), or first
+        each repetition of the layers and then each layer ("repetition"): of "llllls" * 4 the inputs
+        of 4 repetitions are kept, and of 6 layers at a time, instead of 24.
       loss_chunk: tokens for which logits are held at a time by the loss.
       selection_loss: weight, beside the loss, of the divergence that teaches block scores
         (`sparsex_jax.selection_loss`); 0 leaves them to the gradients of what is selected.
@@ -200,7 +202,7 @@ class ModelConfig:
     layers: str = "llls"
     attention: AttentionConfig = AttentionConfig()
     baseline: BaselineConfig = BaselineConfig()
-    remat: Literal["none", "layer"] = "none"
+    remat: Literal["none", "layer", "repetition"] = "none"
     loss_chunk: int = 8192
     selection_loss: float = 0.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -140,7 +140,9 @@ class Program:
                 yield each, computation, times
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs: its condition compares a counter, which begins with 0."""
+        """How often a loop runs: as the compiler says, or until a counter from 0 on has a value."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+            return int(known[1])
         *others, last = self.computations[loop.called("condition")].values()
         bounds = [x.arguments for x in others if x.opcode == "constant"]
         if len(bounds) != 1 or last.opcode != "compare" or "direction=LT" not in last.attributes:

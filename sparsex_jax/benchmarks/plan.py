@@ -307,4 +307,6 @@ def way_out(config: TrainConfig, plan: Plan) -> str:
         return f"use --accumulation {config.accumulation * fewer}"
     if config.model.remat == "none":
         return "use --model.remat layer"
+    if config.model.remat == "layer":
+        return "use --model.remat repetition, where layers repeat, or a larger slice"
     return "use shorter sequences, or a larger slice with as many more sequences"

@@ -9,6 +9,9 @@ from flax import nnx
 
 from sparsex_jax.parallel.rules import enter_split, leave_split, whole
 from sparsex_jax.scoring import rms_normalize
+from sparsex_jax.token_chunks import map_chunks
+
+TOGETHER = 2**15  # tokens whose hidden values SwiGLU has at a time
 
 
 class Linear(nnx.Module):
@@ -29,7 +32,15 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., inputs] to [..., outputs], those of the device."""
-        return leave_split(x.astype(self.dtype) @ whole(self.kernel, self.dtype), self.axes)
+        return self.multiply(x, self.whole_kernel())
+
+    def whole_kernel(self) -> jax.Array:
+        """The kernel as it is computed with."""
+        return whole(self.kernel, self.dtype)
+
+    def multiply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """As `__call__`, of what `whole_kernel` gave."""
+        return leave_split(x.astype(self.dtype) @ kernel, self.axes)
 
 
 class RMSNorm(nnx.Module):
@@ -89,7 +100,11 @@ class CausalConvolution(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """Gated feed-forward layer (Shazeer, 2020, arXiv:2002.05202)."""
+    """Gated feed-forward layer (Shazeer, 2020, arXiv:2002.05202).
+
+    Of long sequences it computes some tokens after the others, and again in the backward pass: with
+    `remat` a layer's feed-forward is recomputed once all the same.
+    """
 
     def __init__(self, dim: int, hidden: int, dtype, *, output_scale: float, rngs: nnx.Rngs):
         self.gate = Linear((dim, hidden), ("model", "hidden"), dtype, rngs=rngs)
@@ -97,6 +112,12 @@ class SwiGLU(nnx.Module):
         self.down = Linear((hidden, dim), ("hidden", "model"), dtype, scale=output_scale, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., dim] to [..., dim]."""
+        """[B, T, dim] to [B, T, dim]."""
+        kernels = tuple(layer.whole_kernel() for layer in (self.gate, self.up, self.down))
+        return map_chunks(self._of_chunk, x, kernels, size=TOGETHER, saved=())
+
+    def _of_chunk(self, _, x: jax.Array, kernels: tuple[jax.Array, ...]) -> jax.Array:
+        gate, up, down = kernels
         x = enter_split(x)
-        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+        hidden = nnx.silu(self.gate.multiply(x, gate)) * self.up.multiply(x, up)
+        return self.down.multiply(hidden, down)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsex_jax.config import ConfigError
+
 # Of fewer repetitions the program is written out: a loop's turns cost launches on a GPU.
 FEWEST = 4
 
@@ -14,7 +16,9 @@ Carry = Any
 Apply = Callable[[Any, Carry], Carry]
 
 
-def apply_layers(layers: Sequence[nnx.Module], apply: Apply, carry: Carry) -> Carry:
+def apply_layers(
+    layers: Sequence[nnx.Module], apply: Apply, carry: Carry, *, remat: bool = False
+) -> Carry:
     """Applies layer after layer, `carry = apply(layer, carry)`; neighbours that repeat in a loop.
 
     Layers are alike if they differ in their parameters only. What a loop takes are copies of these,
@@ -24,12 +28,27 @@ def apply_layers(layers: Sequence[nnx.Module], apply: Apply, carry: Carry) -> Ca
       layers: of any kinds.
       apply: of one of them.
       carry: arrays, of the same types before and after each layer.
+      remat: whether the backward pass recomputes each turn of a loop over several layers.
+
+    Raises:
+      ConfigError: `remat` without such a loop.
     """
     kinds, states = zip(*map(nnx.split, layers), strict=True)
-    return _apply(kinds, states, apply, carry)
+    if remat and not any(_is_loop(kinds[n:]) for n in range(len(kinds))):
+        raise ConfigError(
+            f"remat='repetition' needs layers of which several repeat {FEWEST} times or more, as in"
+            " 'ls' * 4: use remat='layer'"
+        )
+    return _apply(kinds, states, apply, carry, remat)
 
 
-def _apply(kinds: Sequence, states: Sequence, apply: Apply, carry: Carry) -> Carry:
+def _is_loop(kinds: Sequence) -> bool:
+    """Whether several layers repeat at the beginning."""
+    period, times = _longest_repetition(kinds)
+    return period > 1 and times >= FEWEST
+
+
+def _apply(kinds: Sequence, states: Sequence, apply: Apply, carry: Carry, remat: bool) -> Carry:
     while kinds:
         period, times = _longest_repetition(kinds)
         if times < FEWEST:
@@ -43,8 +62,10 @@ def _apply(kinds: Sequence, states: Sequence, apply: Apply, carry: Carry) -> Car
         ]
 
         def turn(carry, states, pattern=pattern):
-            return _apply(pattern, states, apply, carry), None
+            return _apply(pattern, states, apply, carry, False), None
 
+        if remat and period > 1:
+            turn = jax.checkpoint(turn, prevent_cse=False)
         carry = jax.lax.scan(turn, carry, stacked)[0]
         kinds, states = kinds[end:], states[end:]
     return carry

@@ -123,10 +123,11 @@ class Transformer(nnx.Module):
                 unlearned += block.attention.selection_loss(normed, queries, segment_ids)
             return block(x, segment_ids, *options), unlearned
 
-        if self.config.remat == "layer":
+        if self.config.remat != "none":
             apply = nnx.remat(apply)
         none = vary_with(x, jnp.zeros(len(tokens), jnp.float32))
-        x, unlearned = apply_layers(self.blocks, apply, (x, none))
+        again = self.config.remat == "repetition"
+        x, unlearned = apply_layers(self.blocks, apply, (x, none), remat=again)
         return self.final_norm(x), unlearned
 
     def loss(

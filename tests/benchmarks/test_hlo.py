@@ -66,6 +66,13 @@ def test_trip_counts_that_are_not_known(old, new):
         list(Program(TEXT.replace(old, new)).executed())
 
 
+def test_trip_counts_that_the_compiler_tells():
+    known = 'body=%body, backend_config={"known_trip_count":{"n":"5"},"a":{}}'
+    text = TEXT.replace("body=%body", known).replace("direction=LT", "direction=NE")
+    times = {each.name: times for each, _, times in Program(text, 2).executed()}
+    assert times["next"] == 5
+
+
 SENDING = """\
 HloModule jit_f, is_scheduled=true
 

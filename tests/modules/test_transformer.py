@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from sparsex_jax.config import AttentionConfig, ConfigError, ModelConfig
-from sparsex_jax.modules import Transformer
+from sparsex_jax.modules import Transformer, layers
 
 ATTENTION = AttentionConfig(
     window=16, block_size=8, top_k=2, segment_length=16, landmarks_per_segment=2,
@@ -66,6 +66,20 @@ def test_remat_changes_no_gradient():
 
         gradients.append(nnx.to_pure_dict(gradient(model)))
     chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_feed_forward_of_some_tokens_at_a_time(monkeypatch):
+    mlp = make().blocks[0].mlp
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 45, TINY.model_dim)), jnp.float32)
+
+    def run():
+        gradient = nnx.grad(lambda mlp, x: jnp.sum(jnp.sin(mlp(x))), argnums=(0, 1))
+        return mlp(x), *jax.tree.leaves(gradient(mlp, x))
+
+    whole = run()
+    monkeypatch.setattr(layers, "TOGETHER", 16)
+    assert "scan" in str(jax.make_jaxpr(mlp)(x))
+    chex.assert_trees_all_close(run(), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_every_parameter_has_a_gradient():
