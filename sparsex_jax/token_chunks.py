@@ -47,8 +47,7 @@ def map_chunks(
     operands = _split(per_token, chunks, size)
     like = jax.eval_shape(of_chunk, *jax.tree.map(lambda x: x[0], operands), totals)
     empty = lax.empty((like.shape[0], chunks * size, *like.shape[2:]), like.dtype)
-    axes = frozenset().union(*map(varying, jax.tree.leaves((per_token, shared))))
-    out, _ = lax.scan(add_chunk, vary_over(axes, empty), operands)
+    out, _ = lax.scan(add_chunk, vary_over(varying(like), empty), operands)
     return out[:, :tokens]
 
 
