@@ -67,11 +67,12 @@ def hardware() -> dict[str, Any]:
 
 
 def compiled_for(device: jax.Device) -> dict[str, Any]:
-    """`hardware` of what was compiled for a kind of TPU that is not here."""
+    """`hardware` of what was compiled for a kind of device that is not here."""
+    compiler = "jax-cuda13-plugin" if device.platform in ("gpu", "cuda") else "libtpu"
     return {
         "kind": f"{device.device_kind}, compiled ahead of time, not run",
         "count": None,
-        "driver": f"libtpu {importlib.metadata.version('libtpu')}",
+        "driver": f"{compiler} {importlib.metadata.version(compiler)}",
     }
 
 

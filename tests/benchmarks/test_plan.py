@@ -98,7 +98,9 @@ def test_gpus(project, tmp_path, monkeypatch, run, least):
     path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))
     monkeypatch.setitem(plans._CHIP_BYTES, "h200", least)
     status, shown = run(path, "--target", "h200x4", "--out", out)
-    (row,) = json.loads(out.read_text())["rows"]
+    results = json.loads(out.read_text())
+    (row,) = results["rows"]
+    assert results["hardware"]["driver"].startswith("jax-cuda13-plugin ")
     assert "range_forward" in row["kernels"] and row["devices"] == 4
     assert row["reduce_scatter_bytes"] > 0.7 * 3 * row["parameters"] and row["links_seconds"] > 0
     if least:
