@@ -38,8 +38,6 @@ def test_documents_are_read_once_and_asked_about(model, text, tmp_path, capsys, 
     assert run(*asked) == 0
     shown = capsys.readouterr().out
     assert "parts" not in shown and f"  {text / 'file.txt'}:" in shown
-    assert run(*asked, "--sources", 0) == 0
-    assert "file.txt" not in capsys.readouterr().out
     assert "sources=-1 is negative" in fail(*asked, "--sources", -1)
     assert "in tier='device' only, not 'host'" in fail(*asked, "--sources", 1, "--tier", "host")
     assert "tier='device', not 'compressed'" in fail(*asked, "--tier", "compressed")

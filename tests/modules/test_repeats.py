@@ -27,30 +27,26 @@ def test_longest_repetition(kinds, expected):
     assert repeats._longest_repetition(tuple(kinds)) == expected
 
 
-@pytest.mark.parametrize("remat", ["layer", "repetition"])
-def test_loops_equal_the_program_written_out(monkeypatch, remat):
+def test_loops_equal_the_program_written_out(monkeypatch):
     # A loop of a loop and a layer, and a layer behind it.
-    config = dataclasses.replace(TINY, layers="lls" * 2 + "l", remat=remat, selection_loss=0.1)
-    monkeypatch.setattr(repeats, "FEWEST", 2)
-    model, tokens = make(config), make_tokens(2, 65)
+    config = dataclasses.replace(TINY, layers="lls" * 2 + "l", selection_loss=0.1)
+    tokens = make_tokens(2, 65)
     weights = np.random.default_rng(1).random((2, 64), np.float32)
 
     def loss(model):
         return model.loss(tokens[:, :-1], tokens[:, 1:], weights)[0]
 
-    def compute():
+    def compute(remat):
+        graph, state = nnx.split(make(dataclasses.replace(config, remat=remat)))
         step = jax.jit(lambda state: nnx.value_and_grad(loss)(nnx.merge(graph, state)))
         return step(state), step.trace(state).jaxpr
 
-    graph, state = nnx.split(model)
-    (value, gradients), program = compute()
+    monkeypatch.setattr(repeats, "FEWEST", 2)
+    (value, gradients), program = compute("repetition")
     monkeypatch.setattr(repeats, "FEWEST", 100)
-    if remat == "repetition":
-        with pytest.raises(ConfigError, match="needs layers of which several repeat 100 times"):
-            compute()
-    model.config = dataclasses.replace(config, remat="layer")
-    graph, state = nnx.split(model)
-    (expected, others), written_out = compute()
+    with pytest.raises(ConfigError, match="needs layers of which several repeat 100 times"):
+        compute("repetition")
+    (expected, others), written_out = compute("layer")
     assert len(str(program)) < 0.8 * len(str(written_out))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for found, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(others), strict=True):
