@@ -191,6 +191,7 @@ def test_few_queries_keep_to_registers():
     assert compilation.temporary_bytes < 2**16
 
 
+@pytest.mark.long_compile
 def test_queries_over_8_devices():
     """With block features that are everywhere, whose gradients are added up."""
 

@@ -202,6 +202,7 @@ class TestCompiled:
         operands = abstract_operands(2**15, 128, heads=8)
         assert compile_for("h200", sharded, *operands, devices=8).kernels
 
+    @pytest.mark.long_compile
     def test_memory_of_a_million_tokens(self):
         q, *rest = abstract_operands(2**20, 128)
         compilation = compile_for("h200", attend, q, *rest)

@@ -196,7 +196,7 @@ class TestCompiled:
     @pytest.mark.parametrize(
         ("target", "dim", "biased"),
         [
-            ("h200", 64, True),
+            pytest.param("h200", 64, True, marks=pytest.mark.long_compile),
             ("h200", 128, True),
             ("h200", 128, False),
             pytest.param("h200", 64, False, marks=pytest.mark.long_compile),
@@ -223,11 +223,14 @@ class TestCompiled:
         # Who asks for more than the others have left waits for ever.
         assert asked["decrease"] + 2 * asked["increase"] <= 3 * kernel.registers
 
+    @pytest.mark.long_compile
     def test_widest_heads(self):
         for f in (attend, forward_and_backward):
             assert compile_for("h200", f, *abstract_operands(2**17, 256)).kernels
 
-    @pytest.mark.parametrize("keys", [P(), P(None, "device")])
+    @pytest.mark.parametrize(
+        "keys", [P(), pytest.param(P(None, "device"), marks=pytest.mark.long_compile)]
+    )
     def test_queries_over_8_devices(self, keys):
         queries = P(None, "device")
 
@@ -272,6 +275,7 @@ class TestCompiled:
         assert launched == ["range_forward"]
         assert kernel_calls(compilation) == 4 and len(compilation.kernels) == 1
 
+    @pytest.mark.long_compile
     def test_vmap_is_one_call(self):
         operands = abstract_operands(2**14, 128)
         stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in operands]
