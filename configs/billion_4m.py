@@ -1,10 +1,13 @@
-"""The model of configs/billion.py on sequences of 4M tokens, which 256 chips share.
+"""The model of configs/billion.py on sequences of 4M tokens, which 256 chips or 8 GPUs share.
 
     sparsex train configs/billion_4m.py --run-dir runs/billion_4m --init-from runs/billion/model
 
+On 8 H100 add `--model.remat repetition`.
+
 Hardware: 256 TPU v5e chips (v5e:16x16), 16K tokens on each. It was compiled for them (`sparsex plan
 configs/billion_4m.py --target v5e:16x16`): 10.35 of 15.75 GiB a chip, 150 TFLOP and 55 GiB sent,
-results/tpu-v5e/plan-billion-4m.json.
+results/tpu-v5e/plan-billion-4m.json. And for 8 H100 of one host, 512K tokens on each (`--target
+h100x8 --model.remat repetition`): results/h100-80gb-hbm3/plan-billion-4m.json.
 Hours: not known; it has not been trained.
 Result: none; the learning rate and the numbers of steps are guesses.
 """

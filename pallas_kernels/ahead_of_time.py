@@ -35,7 +35,7 @@ _GPUS = ("h100", "h200")
 _SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of TPU v5e, as they are rented
 TPU_TARGETS = tuple(f"v5e:{each}" for each in _SLICES)
 TARGETS = (*_GPUS, *TPU_TARGETS)
-_GPUS_PER_HOST = 8
+GPUS_PER_HOST = 8
 # What libtpu needs to know, when it is loaded, where there is no TPU.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server
@@ -132,12 +132,12 @@ def target_mesh(target: str, devices: int | None = None) -> Mesh:
 
 @functools.cache
 def _gpus(target: str, devices: int):
-    if devices < 1 or (devices > _GPUS_PER_HOST and devices % _GPUS_PER_HOST):
+    if devices < 1 or (devices > GPUS_PER_HOST and devices % GPUS_PER_HOST):
         raise ValueError(
-            f"devices={devices} must be 1 to {_GPUS_PER_HOST}, or a multiple of {_GPUS_PER_HOST}:"
+            f"devices={devices} must be 1 to {GPUS_PER_HOST}, or a multiple of {GPUS_PER_HOST}:"
             " hosts are all alike"
         )
-    per_host = min(devices, _GPUS_PER_HOST)
+    per_host = min(devices, GPUS_PER_HOST)
     topology = f"1x{devices // per_host}x{per_host}"
     configuration = importlib.resources.files("pallas_kernels") / "targets" / f"{target}.txtpb"
     try:

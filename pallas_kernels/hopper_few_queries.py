@@ -17,7 +17,7 @@ from pallas_kernels import hopper, shapes
 from pallas_kernels.hopper import HALF, LOG2E
 
 FEW = 4  # query tokens of a sequence, at most
-_OF_RANGE = HALF  # keys of a piece of a range
+_RANGE_PIECE = HALF  # keys of a piece of a range
 _JOINED = 16  # pieces at a time
 
 
@@ -31,7 +31,7 @@ class _Sizes:
     dim: int
     num_keys: int
     pieces: int  # of each token and head
-    piece: int  # keys of one, at most
+    piece_keys: int  # of each, at most
     scale: float
     num_blocks: int = 0
 
@@ -70,14 +70,14 @@ class _Piece:
             place = jnp.minimum(place, entries - 1)
             block, value = (x[head, place] for x in (at.indices, at.values))
             seen = inside & (block >= 0) & (block < sizes.num_blocks) & (value > -jnp.inf)
-            first = jnp.where(seen, block, 0) * sizes.piece
-            last = jnp.minimum(sizes.num_keys - first, sizes.piece)
+            first = jnp.where(seen, block, 0) * sizes.piece_keys
+            last = jnp.minimum(sizes.num_keys - first, sizes.piece_keys)
             return first, jnp.int32(0), jnp.where(seen, last, 0)
         row = self.b * self.sizes.tokens + self.t
         start, end = jnp.maximum(at.span[0, row], 0), jnp.minimum(at.span[1, row], sizes.num_keys)
         # TMA copies from multiples of 8 keys on.
-        first = lax.div(start, 8) * 8 + self.piece * sizes.piece
-        return first, jnp.maximum(start - first, 0), jnp.minimum(end - first, sizes.piece)
+        first = lax.div(start, 8) * 8 + self.piece * sizes.piece_keys
+        return first, jnp.maximum(start - first, 0), jnp.minimum(end - first, sizes.piece_keys)
 
     def _attend(self, first, low, high):
         at, sizes = self.at, self.sizes
@@ -106,7 +106,7 @@ class _Piece:
         heads = pl.ds(pl.multiple_of(h * sizes.groups, 8), sizes.groups)
         q_rows = at.q_tile.at[pl.ds(0, sizes.groups)]
         plgpu.copy_gmem_to_smem(at.q.at[b, self.t, heads], q_rows, at.ready)
-        keys = pl.ds(pl.multiple_of(first, 8), sizes.piece)
+        keys = pl.ds(pl.multiple_of(first, 8), sizes.piece_keys)
         plgpu.copy_gmem_to_smem(at.k.at[b, keys, h], at.k_tile, at.ready)
         plgpu.copy_gmem_to_smem(at.v.at[b, keys, h], at.v_tile, at.ready)
         if at.bias is not None:
@@ -188,7 +188,7 @@ def attend_ranges(q, k, v, start, end, key_bias, *, num_keys: int, scale: float)
       out, like q, and lse, f32 [B, T, Hq].
     """
     # A piece begins at a multiple of 8 keys, so a range may take one more.
-    sizes = _Sizes(*_shape(q, k), num_keys, (num_keys + 6) // _OF_RANGE + 1, _OF_RANGE, scale)
+    sizes = _Sizes(*_shape(q, k), num_keys, (num_keys + 6) // _RANGE_PIECE + 1, _RANGE_PIECE, scale)
     span = jnp.stack((start.ravel(), end.ravel()))
     return _join(*_attend_pieces(q, k, v, sizes, bias=key_bias, span=span), None, q)
 
@@ -204,8 +204,8 @@ def _attend_pieces(q, k, v, sizes: _Sizes, bias=None, **given):
     batch, tokens, heads, groups, dim = len(q), *dataclasses.astuple(sizes)[:4]
     programs = batch * heads * tokens * sizes.pieces
     q = shapes.pad(q.reshape(batch, tokens, heads, -1, dim), 3, groups)
-    operand = functools.partial(hopper.operand_tile, inner=sizes.piece)
-    keys = operand((sizes.piece, dim))
+    operand = functools.partial(hopper.operand_tile, inner=sizes.piece_keys)
+    keys = operand((sizes.piece_keys, dim))
     results = hopper.launch(
         "attend_pieces",
         lambda at: _Piece(sizes, at).run(),
@@ -223,7 +223,7 @@ def _attend_pieces(q, k, v, sizes: _Sizes, bias=None, **given):
             "q_tile": operand((HALF, dim)),
             "k_tile": keys,
             "v_tile": keys,
-            "bias_tile": None if bias is None else plgpu.SMEM((sizes.piece,), jnp.float32),
+            "bias_tile": None if bias is None else plgpu.SMEM((sizes.piece_keys,), jnp.float32),
             "out_tile": plgpu.SMEM((HALF, dim), jnp.float32),
             "lse_tile": plgpu.SMEM((HALF,), jnp.float32),
             "ready": plgpu.Barrier(num_arrivals=3 + (bias is not None)),

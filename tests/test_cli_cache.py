@@ -42,6 +42,19 @@ def test_documents_are_read_once_and_asked_about(model, text, tmp_path, capsys, 
     assert "in tier='device' only, not 'host'" in fail(*asked, "--sources", 1, "--tier", "host")
     assert "tier='device', not 'compressed'" in fail(*asked, "--tier", "compressed")
     assert "tier='device', not 'host'" in fail(*ingest, "--tier", "host")
+    (text / "more.txt").write_text("one more file\n" * 400)
+    with monkeypatch.context() as patch:
+        added = []
+
+        def killed_later(self, *arguments):
+            if added:
+                raise KeyboardInterrupt
+            added.append(save(self, *arguments))
+
+        patch.setattr(store.CacheDirectory, "save", killed_later)
+        assert run(*ingest) == 130
+    capsys.readouterr()
+    assert run(*asked) == 0 and added  # each token that was read has its line
     (text / "file.txt").write_text("something else\n" * 2000)
     assert "was made from other text" in fail(*ingest)
 

@@ -14,7 +14,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from pallas_kernels import dispatch
-from pallas_kernels.ahead_of_time import TPU_TARGETS, MemoryExceededError, compile_for, target_mesh
+from pallas_kernels.ahead_of_time import (
+    GPUS_PER_HOST,
+    TPU_TARGETS,
+    MemoryExceededError,
+    compile_for,
+    target_mesh,
+)
 from sparsex_jax.benchmarks.hlo import COLLECTIVES, Program
 from sparsex_jax.benchmarks.operations import count_operations
 from sparsex_jax.benchmarks.rooflines import find_chip
@@ -34,7 +40,6 @@ _CHIP_BYTES = {
     "h100": int(0.9 * 81559 * 2**20),
     "h200": int(0.9 * 143771 * 2**20),
 }
-_GPUS_OF_A_HOST = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Plan:
         chip = find_chip(self.chip)
         assert chip is not None
         links = chip.link_gigabytes
-        if chip.network_gigabytes is not None and self.devices > _GPUS_OF_A_HOST:
+        if chip.network_gigabytes is not None and self.devices > GPUS_PER_HOST:
             links = chip.network_gigabytes
         found = {"arithmetic": self.operations / (chip.tflops * 1e12)}
         if self.sent_bytes:

@@ -143,7 +143,7 @@ def compiled_table(rows: Sequence[Row], label: Label) -> str:
 
 
 def accuracy_table(rows: Sequence[Row], label: Label) -> str:
-    """Accuracy in per cent by task, tier and length, with 95 % intervals in brackets."""
+    """Accuracy in per cent by task, tier and length; in brackets 95 % intervals, and provenance."""
     rows = [row for row in rows if row.get("depth") is None]
 
     def name(row: Row) -> tuple[str, str]:
@@ -312,7 +312,9 @@ def _accuracy(row: Row | None) -> str:
     if row["status"] != "measured":
         return row["status"].replace("_", " ")
     share, low, high = (f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high"))
-    return f"{share.removesuffix('.0')} % ({low} to {high}; {row['samples']} samples)"
+    known = row.get("provenance")
+    more = "" if known is None else f"; provenance {100 * known:.1f} %"
+    return f"{share.removesuffix('.0')} % ({low} to {high}; {row['samples']} samples{more})"
 
 
 def _errors(row: Row | None) -> str:

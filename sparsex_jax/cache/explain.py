@@ -1,6 +1,7 @@
 """What tokens attend to, layer by layer: slow and exact, for finding out why a model errs."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,8 @@ from sparsex_jax.cache.device import DeviceRemote
 from sparsex_jax.cache.engine import SUFFIX_UNIT, Cache
 from sparsex_jax.cache.layer import LayerCache, extend_layer
 from sparsex_jax.cache.model import Layers, extend, join_layers, kinds_of, split_layers
-from sparsex_jax.config import AttentionConfig, ConfigError
+from sparsex_jax.cache.tiers import Tier
+from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.modules.attention import QuerySide
 from sparsex_jax.modules.transformer import Transformer
 from sparsex_jax.rotary import apply_rotary
@@ -85,6 +87,15 @@ def explain(
     )
 
 
+def why_unknown(tier: Tier, config: ModelConfig) -> str | None:
+    """Why `attention_of_answer` cannot tell what an answer attends to; None if it can."""
+    if "s" not in config.layers:
+        return f"layers={config.layers!r} has no sparse layer, whose attention could be told"
+    if tier != "device":
+        return f"what an answer attends to is known in tier='device' only, not {tier!r}"
+    return None
+
+
 def attention_of_answer(
     model: Transformer, cache: Cache, question: np.ndarray, answer: np.ndarray
 ) -> np.ndarray:
@@ -95,7 +106,7 @@ def attention_of_answer(
     over the window counts as far as it reaches into the context.
 
     Args:
-      model: whose cache it is.
+      model: whose cache it is; see `why_unknown`.
       cache: of one sequence, in the tier "device", with room for question and answer; it can be
         used again.
       question: int [Q], Q >= 1.
@@ -105,16 +116,16 @@ def attention_of_answer(
       f32 [N], N being the cache's length.
 
     Raises:
-      ConfigError: the cache is in another tier, or the model has no sparse layer.
+      ValueError: no layer of the cache is a sparse one in the tier "device".
     """
     kinds = kinds_of(cache.layers)
     if DeviceRemote not in kinds:
-        raise ConfigError("what an answer attends to is known in tier='device' only: use that")
+        raise ValueError("the cache has no sparse layer in tier='device': use one that has")
     answer = answer[: np.argmax(np.append(answer, -1) < 0)]
     kept, appended = split_layers(cache.layers)
     counts = np.int32(cache.length), np.int32(len(question) - 1), np.int32(len(answer))
-    before = _filled(question[:-1], SUFFIX_UNIT)
-    read = _filled(np.append(question[-1:], answer[:-1]), SUFFIX_UNIT)
+    before = _filled(question[:-1])
+    read = _filled(np.append(question[-1:], answer[:-1]))
     total, appended = _attention_of(
         model, kept, before, read, counts, appended=appended, kinds=kinds
     )  # fmt: skip
@@ -122,9 +133,9 @@ def attention_of_answer(
     return np.asarray(total[: cache.length])
 
 
-def _filled(tokens: np.ndarray, unit: int) -> np.ndarray:
-    """Tokens int32 [N], and zeros up to a multiple of the unit, at least one."""
-    size = max(unit, len(tokens) + -len(tokens) % unit)
+def _filled(tokens: np.ndarray) -> np.ndarray:
+    """Tokens int32 [N], and zeros up to a multiple of `SUFFIX_UNIT`, at least one of it."""
+    size = -(-max(len(tokens), 1) // SUFFIX_UNIT) * SUFFIX_UNIT
     return np.pad(tokens.astype(np.int32), (0, size - len(tokens)))
 
 
@@ -143,14 +154,12 @@ def _attention_of(
         token, number = token_and_number
         valid = (number < answered).astype(jnp.int32)
         softmaxes, layers = _read_one(model, layers, token, length + asked + number, valid)
-        for parts in (
-            x for x, kind in zip(softmaxes, kinds, strict=True) if kind is DeviceRemote
-        ):  # fmt: skip
-            for part in parts:
-                places, shares = _shares(part)
-                squared = valid * jnp.sum(jnp.nan_to_num(shares) ** 2, axis=1)
-                places = jnp.where(places < 0, capacity, places)
-                total = total.at[places].add(squared, mode="drop")
+        sparse = [x for x, kind in zip(softmaxes, kinds, strict=True) if kind is DeviceRemote]
+        for parts in itertools.chain.from_iterable(sparse):
+            places, shares = _shares(parts)
+            squared = valid * jnp.sum(jnp.nan_to_num(shares) ** 2, axis=1)
+            places = jnp.where(places < 0, capacity, places)
+            total = total.at[places].add(squared, mode="drop")
         return (layers, total), None
 
     numbers = jnp.arange(len(read), dtype=jnp.int32)

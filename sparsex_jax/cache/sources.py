@@ -88,10 +88,10 @@ class Sources:
         folder = Path(folder)
         if not cls.are_in(folder):
             raise CacheError(
-                f"{folder} does not say what files it was made of: use --sources 0, or ingest"
-                " again into a new directory"
+                f"{folder} does not say what files it was made of: use --sources 0, or run the same"
+                " `sparsex ingest` once more"
             )
-        with reading(CacheError, folder, "ingest again into a new directory"):
+        with reading(CacheError, folder, "run the same `sparsex ingest` once more"):
             described = json.loads((folder / _FILES).read_text())
             begins = np.array(described["begins"], np.int64)
             lines = np.load(folder / _LINES, mmap_mode="r", allow_pickle=False)

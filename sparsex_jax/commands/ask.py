@@ -26,8 +26,8 @@ class Arguments:
       question: what the model reads after the text; several are answered one by one.
       model: directory of the model that made the cache; by default the one that comes with sparsex.
       tier: where keys and values are while it is asked, "device" or "host"; by default as ingested.
-      sources: places in files named below an answer; by default 3 in the tier device, which alone
-        can tell them.
+      sources: places in files named below an answer; by default 3 where they are known, which is
+        in the tier device.
       max_new_tokens: most tokens of an answer.
       temperature: of the softmax that tokens are drawn from; 0 takes the most likely one.
       top_p: tokens are drawn from the fewest likely ones that have this probability together.
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
 def ask(arguments: Arguments) -> None:
     """Runs the command."""
     from sparsex_jax.cache import Engine, Sampling
-    from sparsex_jax.cache.explain import attention_of_answer
+    from sparsex_jax.cache.explain import attention_of_answer, why_unknown
     from sparsex_jax.cache.store import CacheDirectory, CacheError
     from sparsex_jax.cache.tiers import EXACT
     from sparsex_jax.commands.model import fingerprint, load
@@ -70,7 +70,7 @@ def ask(arguments: Arguments) -> None:
     if not questions or not all(map(len, questions)):
         raise ConfigError("a question has no tokens: give a text in quotes")
     tier = arguments.tier or directory.tier
-    sources = _sources(arguments, tier)
+    sources = _sources(arguments, why_unknown(tier, model.config))
     length = directory.length
     capacity = directory.capacity
     if tier in EXACT:
@@ -95,16 +95,16 @@ def ask(arguments: Arguments) -> None:
         console.print(f"{hits} of {hits + misses} selected blocks were on the device")
 
 
-def _sources(arguments: Arguments, tier: str) -> "Sources | None":
-    """What the cache was made of; None where its places are not wanted."""
+def _sources(arguments: Arguments, why_not: str | None) -> "Sources | None":
+    """What the cache was made of; None where its places are not wanted, or by default not known."""
     from sparsex_jax.cache.sources import Sources
 
     wanted, folder = arguments.sources, arguments.directory
     if wanted is None:
-        known = tier == "device" and Sources.are_in(folder)
+        known = why_not is None and Sources.are_in(folder)
         return Sources.load(folder) if known else None
     if wanted < 0:
         raise ConfigError(f"sources={wanted} is negative: use 0 for none")
-    if wanted and tier != "device":
-        raise ConfigError(f"sources={wanted} are known in tier='device' only, not {tier!r}: use 0")
+    if wanted and why_not is not None:
+        raise ConfigError(f"sources={wanted}: {why_not}: use 0")
     return Sources.load(folder) if wanted else None

@@ -174,11 +174,6 @@ class Reader:
         (found,) = engine.answer(cache, [question.prompt], ANSWER[task], stop)
         return found, self.wording.generated(task, found)
 
-    @property
-    def tells_provenance(self) -> bool:
-        """Whether it is known what an answer attended to."""
-        return self.tier == "device" and "s" in self.model.config.layers
-
 
 class ModelSystem(System):
     """A model: reads a context once and answers all questions about it."""
@@ -207,7 +202,7 @@ class ModelSystem(System):
             log.add_missing(cell, missing)
 
     def _read(self, context, length, pending, log, advance) -> None:
-        from sparsex_jax.cache.explain import attention_of_answer
+        from sparsex_jax.cache.explain import attention_of_answer, why_unknown
         from sparsex_jax.commands.answering import prefill_within
 
         reader = self._reader
@@ -217,7 +212,9 @@ class ModelSystem(System):
         engine, began = self._engine[1], time.perf_counter()
         cache = prefill_within(engine, context.tokens[None], reader.limit).block_until_ready()
         share = (time.perf_counter() - began) / sum(map(len, pending.values()))
-        sources = sources_of(context, reader.wording.tokenizer)
+        sources = None
+        if why_unknown(reader.tier, reader.model.config) is None:
+            sources = sources_of(context, reader.wording.tokenizer)
         for task, questions in pending.items():
             (cell,) = self.cells(task, length)
             for number, question in questions:
@@ -225,7 +222,7 @@ class ModelSystem(System):
                 found, text = reader.answer(engine, cache, question)
                 seconds = share + time.perf_counter() - began
                 right, provenance = context.is_right(question, text), None
-                if right and reader.tells_provenance:
+                if right and sources is not None:
                     attention = attention_of_answer(reader.model, cache, question.prompt, found)
                     provenance = is_at_definition(attention, context, question, sources)
                 answer = _answer(number, context, question, text, right, seconds, provenance)

@@ -81,6 +81,9 @@ def ingest(arguments: Arguments) -> None:
     if arguments.tier not in EXACT:
         capacity = directory.capacity or capacity
     engine = Engine(model, capacity, chunk=chunk, tier=arguments.tier)
+    sources = Sources.of(files, tokenizer.newlines)
+    if directory.exists:  # before more tokens are, so that none is without its line
+        sources.save(arguments.out)
     with make_progress(console) as bar:
         task = bar.add_task("reading", total=len(tokens))
         done = directory.length
@@ -93,7 +96,8 @@ def ingest(arguments: Arguments) -> None:
             show = functools.partial(_show, bar, task, begin)
             cache = engine.prefill(part, show, cache)
             directory.save(engine, cache, tokens)
-    Sources.of(files, tokenizer.newlines).save(arguments.out)
+            if begin == 0:
+                sources.save(arguments.out)
     console.print(
         f'{len(tokens)} tokens in {arguments.out}: sparsex ask {arguments.out} "..."',
         markup=False, soft_wrap=True,

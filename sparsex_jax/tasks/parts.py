@@ -49,7 +49,7 @@ class Parts:
             return self._uuids + rng.integers(0, _UUIDS, (count, 1), np.int32)
         return self._pairs(rng, count, None)
 
-    def draw_values(self, rng: np.random.Generator, kind: Kind, count: int) -> np.ndarray:
+    def draw_alike(self, rng: np.random.Generator, kind: Kind, count: int) -> np.ndarray:
         """Values of one key as `draw` gives them, of which many begin alike."""
         if kind == "words":
             return self.draw_keys(rng, kind, count, similar=True)

@@ -145,7 +145,7 @@ class Practice:
             kinds = kinds[:1] * count
         several = _SEVERAL_VALUES if rng.random() < 0.5 else 0
         keys = self.parts.draw_keys(rng, "words", count, similar=rng.random() < _SIMILAR_KEYS)
-        draw = self.parts.draw_values if rng.random() < _SIMILAR_VALUES else self.parts.draw
+        draw = self.parts.draw_alike if rng.random() < _SIMILAR_VALUES else self.parts.draw
         more = rng.choice(len(_VALUES), count, p=_VALUES)
         numbers = np.where(rng.random(count) < several, more, 1)
         return [

@@ -72,21 +72,14 @@ def test_nano_with_one_layer(project, tmp_path, run):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("name", "target", "devices"),
-    [
-        ("nano", "v5e:2x2", 2),
-        ("billion", "v5e:2x4", 8),
-        ("billion_4m", "v5e:16x16", 256),
-        ("billion_4m_gpus", "h100x8", None),
-    ],
+    [("nano", "v5e:2x2", 2), ("billion", "v5e:2x4", 8), ("billion_4m", "v5e:16x16", 256)],
 )
 def test_presets_fit(project, name, target, devices):
     config = preset(project, name)
     plan = make_plan(config, longest_stage(config), target, devices)
-    assert plan.problem is None and plan.devices == (devices or 8) and plan.sequences == 1
-    assert plan.total_bytes <= plan.chip_bytes
-    if devices is None:  # GPUs, of which the compiler tells each kernel once
-        return
+    assert plan.problem is None and plan.devices == devices and plan.sequences == 1
     assert set(plan.kernels) == KERNELS
+    assert plan.total_bytes <= plan.chip_bytes
     # Once for a layer's window and once for its landmarks; what repeats is there once.
     assert plan.kernels["range_query_gradient"] == (5 if name == "nano" else 3)
 
@@ -107,6 +100,15 @@ def test_gpus(project, tmp_path, monkeypatch, run, least):
         assert status == 0 and "  fits, of 16.00\n" in shown.out
     else:
         assert status == 1 and "GiB are more than the 0.00 GiB of an H200" in shown.out
+
+
+@pytest.mark.long_compile
+@pytest.mark.timeout(3600)
+def test_4m_tokens_fit_on_8_gpus_where_repetitions_are_recomputed(project):
+    config = preset(project, "billion_4m")
+    model = dataclasses.replace(config.model, remat="repetition")
+    plan = make_plan(dataclasses.replace(config, model=model), 0, "h100x8")
+    assert plan.problem is None and plan.devices == 8 and plan.tokens == 2**19
 
 
 def test_billion_has_a_billion_parameters(project):

@@ -73,6 +73,7 @@ def test_tables_and_pictures(tmp_path, capsys):
     needle = [
         make_row("sparsex", "single_2", 16384, [1.0] * 99 + [0.0]),
         make_row("sparsex", "single_2", 131072, [], status="out_of_memory"),
+        make_row("sparsex", "name_to_definition", 16384, [1.0] * 20) | {"provenance": 0.95},
     ]
     write(tmp_path / "cpu" / "needle.json", "needle", needle)
     assert report("--results", tmp_path) == 0
@@ -85,6 +86,7 @@ def test_tables_and_pictures(tmp_path, capsys):
         "[1] measured with 1 of 16 query heads",
         "| task | 16K tokens | 128K tokens |",
         "| single_2 | 99 % (94.6 to 99.8; 100 samples) | out of memory |",
+        "| name_to_definition | 100 % (83.9 to 100.0; 20 samples; provenance 95.0 %) |  |",
     ):
         assert f"{line}\n" in shown, line
     head = next(line for line in shown.splitlines() if line.startswith("| length | selection"))

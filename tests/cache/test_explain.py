@@ -8,8 +8,8 @@ import pytest
 
 from sparsex_jax.baselines import random_blocks
 from sparsex_jax.cache import Engine
-from sparsex_jax.cache.explain import attention_of_answer, explain
-from sparsex_jax.config import BaselineConfig, ConfigError
+from sparsex_jax.cache.explain import attention_of_answer, explain, why_unknown
+from sparsex_jax.config import BaselineConfig
 from sparsex_jax.rotary import apply_rotary
 from sparsex_jax.scoring import block_features
 from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
@@ -117,5 +117,9 @@ def test_attention_of_an_answer(name):
 def test_attention_of_an_answer_needs_all_keys():
     model, tokens = make(LAYERS["sum"]), make_tokens(1, LENGTH)
     cache = Engine(model, 256, chunk=96, tier="host").prefill(tokens)
-    with pytest.raises(ConfigError, match="in tier='device' only"):
+    with pytest.raises(ValueError, match="no sparse layer in tier='device'"):
         attention_of_answer(model, cache, tokens[0], tokens[0])
+    assert why_unknown("device", model.config) is None
+    assert "in tier='device' only, not 'host'" in why_unknown("host", model.config)
+    local = dataclasses.replace(model.config, layers="ll")
+    assert "layers='ll' has no sparse layer" in why_unknown("device", local)

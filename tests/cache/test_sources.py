@@ -38,9 +38,9 @@ def test_places_with_the_most_attention(sources, tmp_path):
 
 
 def test_what_is_missing_is_told(sources, tmp_path):
-    with pytest.raises(CacheError, match="use --sources 0, or ingest again"):
+    with pytest.raises(CacheError, match="use --sources 0, or run the same"):
         Sources.load(tmp_path)
     sources.save(tmp_path)
     (tmp_path / "lines.npy").write_bytes(b"")
-    with pytest.raises(CacheError, match="ingest again into a new directory"):
+    with pytest.raises(CacheError, match="run the same `sparsex ingest` once more"):
         Sources.load(tmp_path)

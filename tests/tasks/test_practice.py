@@ -115,11 +115,11 @@ def test_values_of_a_key_begin_alike(kind, same, tokenizer):
     rng, parts = np.random.default_rng(0), Parts(tokenizer)
     alike = 0
     for _ in range(200):
-        values = parts.draw_values(rng, kind, 4)
+        values = parts.draw_alike(rng, kind, 4)
         assert len(np.unique(values, axis=0)) == 4
         alike += len(np.unique(values[:, :same], axis=0)) < 4
     assert alike > 150  # of random numbers 50 in 100 have a first digit in common
-    assert parts.draw_values(rng, "uuids", 4).shape == (4, 1)
+    assert parts.draw_alike(rng, "uuids", 4).shape == (4, 1)
 
 
 def test_stages_too_short_are_refused(folder):
