@@ -59,6 +59,15 @@ def fewer_questions(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, stages=tuple(stages))
 
 
+def no_values(config: TrainConfig) -> TrainConfig:
+    """The config without the texts in which every key has several values."""
+    stages = (
+        dataclasses.replace(x, mix=tuple(part for part in x.mix if part[0] != "values"))
+        for x in config.stages
+    )
+    return dataclasses.replace(config, stages=tuple(stages))
+
+
 VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "full": lambda config: config,
     "no_landmarks": lambda config: attention(config, landmarks="off"),
@@ -75,6 +84,7 @@ VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
     "score_dim_64": lambda config: attention(config, score_dim=64),
     "head_dim_64": lambda config: model(config, head_dim=64),
     "fewer_questions": fewer_questions,
+    "no_values": no_values,
 }
 
 

@@ -17,7 +17,7 @@ from sparsex_jax.tasks.practice import LEAST_LENGTH, Practice
 from sparsex_jax.tasks.tokenizer import Tokenizer, load
 from sparsex_jax.tasks.workers import in_workers
 
-PRACTICE = ("retrieval", "crowd", "chains")
+PRACTICE = ("retrieval", "values", "crowd", "chains")
 CODE = tuple(code_practice.SOURCES)
 SOURCES = ("text", "needle", *PRACTICE, *CODE, *TASKS)
 # Tokens into which every text of a source fits.

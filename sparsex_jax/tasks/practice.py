@@ -5,6 +5,7 @@ each with its answer, in the words of RULER (`phrases.py`, `tracking.py`):
 
 - "retrieval": needles in text or noise; a question asks for the value of a key, for all values of a
   key, or for those of several keys;
+- "values": the same with several values of every key;
 - "crowd": every line is a needle, their keys often of few different words, so that most look alike;
 - "chains": chains of variables in noise or text.
 """
@@ -17,7 +18,7 @@ import numpy as np
 
 from sparsex_jax.config import StageConfig
 from sparsex_jax.tasks import tracking
-from sparsex_jax.tasks.haystack import insert, noise_text, take_text
+from sparsex_jax.tasks.haystack import DEPTHS, insert, noise_text, take_text
 from sparsex_jax.tasks.parts import Parts
 from sparsex_jax.tasks.phrases import KINDS, Kind, Phrases, join_tokens
 from sparsex_jax.tasks.tokenizer import Tokenizer
@@ -33,9 +34,11 @@ _SEVERAL_VALUES = 0.5  # of the keys, in half of the texts
 _VALUES = (0, 0, 0.2, 0.2, 0.6)  # shares of 0, 1, 2, 3 and 4 of them: four, mostly, as in RULER
 _MOST_ASKED = 4  # keys
 _SIMILAR_KEYS = 0.5
-_SIMILAR_VALUES = 0.5  # of the texts
+_SIMILAR_VALUES = 0.25  # of the texts
+_ONLY_NUMBERS = 0.5  # of the texts with several values of every key, as RULER has them
 _UUID_KEYS = 0.25  # of crowds
 _NOISE, _NOISE_AROUND_CHAINS = 0.15, 0.7
+_GRID = 0.5  # of the texts: needles at RULER's depths, among them the very beginning and end
 # Share of texts whose first question is about a needle in the last tokens, as in `data.py`.
 _LATE, _LATE_TOKENS = 0.3, 256
 _CHAIN_TOKENS = 320  # of a chain with its question and answer, at most
@@ -71,7 +74,23 @@ class Practice:
 
     def retrieval(self, count: int, rng: np.random.Generator) -> Text:
         """Needles in text or noise."""
-        entries = self._draw_entries(rng, int(rng.integers(*self.stage.needles, endpoint=True)))
+        kinds = self._draw_kinds(rng)
+        several = _SEVERAL_VALUES if rng.random() < 0.5 else 0
+        more = rng.choice(len(_VALUES), len(kinds), p=_VALUES)
+        return self._hidden(count, rng, kinds, np.where(rng.random(len(kinds)) < several, more, 1))
+
+    def values(self, count: int, rng: np.random.Generator) -> Text:
+        """Needles in text or noise, several values of every key."""
+        kinds = self._draw_kinds(rng)
+        if rng.random() < _ONLY_NUMBERS:
+            kinds = ["numbers"] * len(kinds)
+        return self._hidden(count, rng, kinds, rng.choice(len(_VALUES), len(kinds), p=_VALUES))
+
+    def _hidden(
+        self, count: int, rng: np.random.Generator, kinds: Sequence[Kind], values: np.ndarray
+    ) -> Text:
+        """A needle for each value, in text or noise; kinds and numbers of values are the keys'."""
+        entries = self._draw_entries(rng, kinds, values)
         lines = [self._line(entry, value) for entry in entries for value in entry.values]
         last = np.cumsum([len(entry.values) for entry in entries])
         size = np.cumsum([self.parts.count(line) for line in lines])[last - 1]
@@ -82,6 +101,8 @@ class Practice:
         preface = self._preface(rng, entries[0].kind)
         room = count - sum(map(len, [*lines, preface, questions[0]]))
         depths = rng.uniform(0, 100, len(lines))
+        if rng.random() < _GRID:
+            depths = rng.choice(np.float64(DEPTHS), len(lines))
         if rng.random() < _LATE:
             depths[last[order[0]] - 1] = 100 * max(0, 1 - rng.uniform(0, _LATE_TOKENS) / room)
         text = self._filler(rng, room, _NOISE)
@@ -138,19 +159,22 @@ class Practice:
             return join_tokens([])
         return self.phrases.preface(kind, single=bool(rng.random() < 0.5))
 
-    def _draw_entries(self, rng: np.random.Generator, count: int) -> list[_Entry]:
-        """Different keys with values of one kind, or of all; in some texts of several values."""
+    def _draw_kinds(self, rng: np.random.Generator) -> list[Kind]:
+        """Of the values of as many keys as the stage has it: one of all of them, in half."""
+        count = int(rng.integers(*self.stage.needles, endpoint=True))
         kinds = [KINDS[i] for i in rng.integers(len(KINDS), size=count)]
-        if rng.random() < 0.5:
-            kinds = kinds[:1] * count
-        several = _SEVERAL_VALUES if rng.random() < 0.5 else 0
-        keys = self.parts.draw_keys(rng, "words", count, similar=rng.random() < _SIMILAR_KEYS)
+        return kinds[:1] * count if rng.random() < 0.5 else kinds
+
+    def _draw_entries(
+        self, rng: np.random.Generator, kinds: Sequence[Kind], values: np.ndarray
+    ) -> list[_Entry]:
+        """Different keys with values of these kinds, so many each."""
+        similar = rng.random() < _SIMILAR_KEYS
+        keys = self.parts.draw_keys(rng, "words", len(kinds), similar=similar)
         draw = self.parts.draw_alike if rng.random() < _SIMILAR_VALUES else self.parts.draw
-        more = rng.choice(len(_VALUES), count, p=_VALUES)
-        numbers = np.where(rng.random(count) < several, more, 1)
         return [
-            _Entry(kind, key, draw(rng, kind, number))
-            for kind, key, number in zip(kinds, keys, numbers, strict=True)
+            _Entry(kind, key, draw(rng, kind, int(number)))
+            for kind, key, number in zip(kinds, keys, values, strict=True)
         ]
 
     def _line(self, entry: _Entry, value: np.ndarray) -> np.ndarray:

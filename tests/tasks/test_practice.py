@@ -37,7 +37,7 @@ def samples(make, count, tokens, tokenizer):
         yield tokenizer.decode(found), tokenizer.decode(found[is_answer]), found
 
 
-@pytest.mark.parametrize("source", ["retrieval", "crowd"])
+@pytest.mark.parametrize("source", ["retrieval", "values", "crowd"])
 def test_answers_are_what_is_hidden(source, practice, tokenizer):
     several_keys = several_values = 0
     for text, marked, _ in samples(getattr(practice, source), 60, 2048, tokenizer):
@@ -55,8 +55,10 @@ def test_answers_are_what_is_hidden(source, practice, tokenizer):
         assert marked == "".join(f" {answer}.\n" for *_, answer in asked)
         pairs = [key.split("-") for _, key in hidden if key.count("-") == 1]
         assert all(words.split_of(*pair) == "train" for pair in pairs)
-    assert several_keys > 3
-    assert (several_values > 3) == (source == "retrieval")
+        if source == "values":
+            assert all(len(found) > 1 for found in hidden.values())
+    assert (several_keys > 3) == (source != "values")
+    assert (several_values > 3) == (source != "crowd")
 
 
 def test_every_line_of_a_crowd_is_a_needle(practice, tokenizer):
@@ -66,6 +68,15 @@ def test_every_line_of_a_crowd_is_a_needle(practice, tokenizer):
         keys = [HIDDEN.fullmatch(line)[2] for line in needles]
         assert len(needles) > 0.5 * len(lines)
         assert len(set(keys)) == len(keys)
+
+
+def test_many_needles_are_where_the_text_begins_or_ends(practice, tokenizer):
+    first = last = 0
+    for text, _, _ in samples(practice.values, 60, 2048, tokenizer):
+        before, *_, after = HIDDEN.sub("|", text).split("|")
+        first += len(before.splitlines()) < 2
+        last += after.startswith("What")
+    assert first > 5 and last > 5
 
 
 def test_chains_lead_to_their_answers(practice, tokenizer):
@@ -80,7 +91,7 @@ def test_chains_lead_to_their_answers(practice, tokenizer):
         assert marked == "".join(f" {names}\n" for _, names in asked)
 
 
-@pytest.mark.parametrize("source", ["retrieval", "crowd", "chains"])
+@pytest.mark.parametrize("source", ["retrieval", "values", "crowd", "chains"])
 def test_the_least_length_fits_every_text(source, tokenizer):
     stage = StageConfig(steps=1, length=LEAST_LENGTH, batch_size=1, needles=(1, 64), questions=64)
     practice = Practice(stage, tokenizer, tokenizer.encode("a line\n" * 5000))
