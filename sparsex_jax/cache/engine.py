@@ -28,7 +28,8 @@ from sparsex_jax.cache.tiers import TIERS, Tier, why_not_in
 from sparsex_jax.config import SEEDS, ConfigError
 from sparsex_jax.modules.transformer import Transformer
 
-SUFFIX_UNIT = 64  # suffixes are padded to a multiple, so that few shapes are compiled
+# Suffixes, and the room for what is generated, are padded to a multiple: few programs are compiled.
+SUFFIX_UNIT = 64
 # Sequences of one length as int [B, T], or one array of tokens each.
 Tokens = np.ndarray | Sequence[np.ndarray]
 
@@ -116,7 +117,7 @@ class Engine:
         self._losses = jax.jit(losses, donate_argnums=1)
         self._answer = jax.jit(
             functools.partial(_answer, self._graph),
-            donate_argnames="appended", static_argnames=("kinds", "max_new_tokens", "sampling"),
+            donate_argnames="appended", static_argnames=("kinds", "room", "sampling"),
         )  # fmt: skip
         self._empty = jax.jit(lambda: empty_layers(model.config, capacity, batch_size, reads, tier))
 
@@ -203,17 +204,16 @@ class Engine:
                     f"suffix has {len(row)} tokens but must have 1 to chunk={self.chunk}:"
                     " prefill what comes before"
                 )
-        longest = max(map(len, rows))
-        padded, valid = _padded(rows, longest + -longest % SUFFIX_UNIT)
+        padded, valid = _padded(rows, _whole_units(max(map(len, rows))))
         kept, appended = split_layers(cache.layers)
         out, appended = self._answer(
             self._state, kept, _as_int32(cache.lengths), padded, _as_int32(valid),
-            np.asarray(stop_tokens, np.int32), self._checked_seeds(seeds),
-            appended=appended, kinds=kinds_of(cache.layers), max_new_tokens=max_new_tokens,
+            np.asarray(stop_tokens, np.int32), self._checked_seeds(seeds), np.int32(max_new_tokens),
+            appended=appended, kinds=kinds_of(cache.layers), room=_whole_units(max_new_tokens),
             sampling=sampling,
         )  # fmt: skip
         cache.layers = join_layers(kinds_of(cache.layers), kept, appended)
-        return np.asarray(out)
+        return np.asarray(out)[:, :max_new_tokens]
 
     def generate(
         self,
@@ -311,6 +311,11 @@ def _padded(rows: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarr
     return padded, np.array([len(row) for row in rows], np.int64)
 
 
+def _whole_units(tokens: int) -> int:
+    """The next multiple of `SUFFIX_UNIT`."""
+    return tokens + -tokens % SUFFIX_UNIT
+
+
 def _as_int32(x: np.ndarray) -> np.ndarray:
     """Numbers of sequences as int32: a scalar if all agree, which takes no vmap of the model."""
     x = x.astype(np.int32)
@@ -360,10 +365,13 @@ def _has_cpu() -> bool:
 
 
 def _answer(
-    graph, state, kept, length, tokens, valid, stop_tokens, seeds,
-    *, appended, kinds: tuple[Any, ...], max_new_tokens: int, sampling: Sampling,
+    graph, state, kept, length, tokens, valid, stop_tokens, seeds, limit,
+    *, appended, kinds: tuple[Any, ...], room: int, sampling: Sampling,
 ):  # fmt: skip
-    """The generated tokens, and the parts of the caches whose memory was written to."""
+    """The generated tokens, and the parts of the caches whose memory was written to.
+
+    There is room for as many tokens as `limit`, int32, or more: a program for all limits within it.
+    """
     model = nnx.merge(graph, state)
     logits, layers = extend(model, join_layers(kinds, kept, appended), tokens, length, valid)
     batch = len(seeds)
@@ -377,7 +385,7 @@ def _answer(
         out = out.at[:, step].set(jnp.where(ended, -1, token))
         return token, out, ended | (token[:, None] == stop_tokens).any(axis=1)
 
-    def running(carry, end=max_new_tokens):
+    def running(carry, end=limit):
         step, _, _, ended, _ = carry
         return (step < end) & ~ended.all()
 
@@ -389,12 +397,12 @@ def _answer(
     def generate_block(carry):
         *rest, layers = carry
         left = jnp.min(left_in_block(position(carry[0]), model.config.attention))
-        end = jnp.minimum(carry[0] + left, max_new_tokens)
+        end = jnp.minimum(carry[0] + left, limit)
         layers = map_layers(open_block, model, layers, position(carry[0]))
         *rest, layers = jax.lax.while_loop(lambda x: running(x, end), generate, (*rest, layers))
         return *rest, map_layers(close_block, model, layers, position(rest[0]))
 
-    out = jnp.full((batch, max_new_tokens), -1, jnp.int32)
+    out = jnp.full((batch, room), -1, jnp.int32)
     chosen = choose(jnp.int32(0), logits, out, jnp.zeros(batch, bool))
     carry = jax.lax.while_loop(running, generate_block, (jnp.int32(1), *chosen, layers))
     return carry[2], split_layers(carry[4])[1]

@@ -95,6 +95,16 @@ def test_generation_equals_the_forward_pass_and_keeps_the_cache():
         assert (row[kept:] == -1).all()
 
 
+def test_one_program_answers_whatever_the_limit():
+    engine, tokens = Engine(make(), capacity=128, chunk=32), make_tokens(1, 70)
+    cache = engine.prefill(tokens[:, :60])
+    longest = engine.answer(cache, tokens[:, 60:], 9)
+    for limit in (1, 4):
+        found = engine.answer(cache, tokens[:, 60:], limit)
+        np.testing.assert_array_equal(found, longest[:, :limit])
+    assert engine._answer._cache_size() == 1
+
+
 def test_chunks_that_others_follow_skip_the_last_layers():
     model, tokens = make(dataclasses.replace(TINY, layers="sl")), make_tokens(1, 110)
     assert attending_tokens(model.config, 48, logits=False, goes_on=True) == [0, 0]
