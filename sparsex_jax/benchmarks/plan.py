@@ -1,17 +1,12 @@
-"""What a training step takes of chips that are not here: it is compiled for them, not run."""
+"""What work takes of chips that are not here: it is compiled for them, not run."""
 
 import collections
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 
 from pallas_kernels import dispatch
 from pallas_kernels.ahead_of_time import (
@@ -23,15 +18,11 @@ from pallas_kernels.ahead_of_time import (
 )
 from sparsex_jax.benchmarks.hlo import COLLECTIVES, Program
 from sparsex_jax.benchmarks.operations import count_operations
+from sparsex_jax.benchmarks.planned import Prefill, TrainingStep, Work
 from sparsex_jax.benchmarks.rooflines import find_chip
 from sparsex_jax.config import ConfigError, TrainConfig
-from sparsex_jax.modules import Transformer
 from sparsex_jax.parallel.dispatch import plan_rounds
-from sparsex_jax.parallel.mesh import batch_spec, check_batch, check_model, make_mesh
-from sparsex_jax.parallel.rules import state_shardings
-from sparsex_jax.training.optimizer import make_optimizer, make_schedule
-from sparsex_jax.training.parameters import split_model
-from sparsex_jax.training.step import make_step
+from sparsex_jax.parallel.mesh import make_mesh
 
 # That programs may take: of a v5e, as libtpu says; of a GPU nine tenths of what its driver says, as
 # with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9.
@@ -44,24 +35,26 @@ _CHIP_BYTES = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step takes of each chip.
+    """What the work takes of each chip.
 
     Attributes:
       chip: kind of the devices, as JAX names it.
       chip_bytes: that programs may take of one's memory.
-      devices: that share the step.
+      devices: that share the work.
       tokens: of a sequence, those of a chip.
       sequences: that a chip computes with at a time.
       parameters: of the whole model.
       parameter_bytes: a chip's part of them.
       optimizer_bytes: a chip's part of the moments.
       batch_bytes: a chip's part of the batch.
+      cache_bytes: its part of what a prefill leaves.
       temporary_bytes: what else there is at once: whole parameters, gradients, activations; None
         where it does not fit, since the compiler then gives no count.
       program_bytes: of the program itself; None likewise.
       sent_bytes: that a chip sends to others, by kind of collective, with as many rounds of
         dispatch as even choices take; empty where it does not fit.
-      operations: of a chip, see `count_operations`.
+      operations: of a chip, see `count_operations`; of attention as the kernels for TPUs do it, by
+        whole tiles, which is somewhat more than those for GPUs do.
       kernels: how many calls of each there are in the program; none where it does not fit.
       problem: why it does not fit, in the compiler's words; None if it does.
     """
@@ -75,6 +68,7 @@ class Plan:
     parameter_bytes: int
     optimizer_bytes: int
     batch_bytes: int
+    cache_bytes: int
     temporary_bytes: int | None
     program_bytes: int | None
     sent_bytes: dict[str, int]
@@ -87,11 +81,11 @@ class Plan:
         """Of all categories, or None."""
         if self.temporary_bytes is None or self.program_bytes is None:
             return None
-        held = self.parameter_bytes + self.optimizer_bytes + self.batch_bytes
+        held = self.parameter_bytes + self.optimizer_bytes + self.batch_bytes + self.cache_bytes
         return held + self.temporary_bytes + self.program_bytes
 
     def least_seconds(self) -> dict[str, float]:
-        """A step's time if nothing but arithmetic took any, or links, where that is known."""
+        """The work's time if nothing but arithmetic took any, or links, where that is known."""
         chip = find_chip(self.chip)
         assert chip is not None
         links = chip.link_gigabytes
@@ -116,84 +110,6 @@ class Plan:
             **{f"{k.replace('-', '_')}_bytes": self.sent_bytes.get(k) for k in COLLECTIVES},
             "status": "compiled",
         }
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A training step on devices that need not be here.
-
-    Attributes:
-      config: of the training.
-      stage: number of the stage that the step is of.
-      mesh: of `make_mesh`.
-    """
-
-    config: TrainConfig
-    stage: int
-    mesh: Mesh | None
-
-    def __post_init__(self):
-        count = len(self.config.stages)
-        if not 0 <= self.stage < count:
-            raise ConfigError(f"stage={self.stage} must be one of the preset's: 0 to {count - 1}")
-        stage = self.config.stages[self.stage]
-        check_model(self.config.model, self.mesh)
-        check_batch(
-            f"stages[{self.stage}]", stage.batch_size, stage.length, self.config.accumulation,
-            self.config.model, self.mesh,
-        )  # fmt: skip
-
-    @functools.cached_property
-    def _model(self) -> tuple[Any, dict]:
-        """The skeleton, and the shapes of the parameters."""
-        skeletons = []
-
-        def make():
-            model = Transformer(self.config.model, rngs=nnx.Rngs(self.config.seed))
-            skeleton, params = split_model(model)
-            skeletons.append(skeleton)
-            return params
-
-        params = jax.eval_shape(make)
-        return skeletons[0], params
-
-    def state(self) -> dict:
-        """The shapes of the state, and how they lie on the devices."""
-        skeleton, params = self._model
-        optimizer = make_optimizer(self.config.optimizer, self.config.total_steps)
-        state = {
-            "params": params,
-            "optimizer": jax.eval_shape(optimizer.init, params),
-            "step": jax.ShapeDtypeStruct((), jnp.int32),
-        }
-        if self.mesh is None:
-            return state
-        return jax.tree.map(_place, state, state_shardings(state, skeleton.axes, self.mesh))
-
-    def batch(self) -> dict:
-        """The shapes of a batch, likewise."""
-        stage, parts = self.config.stages[self.stage], self.config.accumulation
-        shape = parts, stage.batch_size // parts, stage.length
-        types = {"tokens": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
-        if self.mesh is None:
-            return batch
-        sharding = NamedSharding(self.mesh, batch_spec(self.mesh))
-        return {name: _place(x, sharding) for name, x in batch.items()}
-
-    def function(self) -> Callable:
-        """What `make_step` makes of it."""
-        skeleton, _ = self._model
-        optimizer, steps = self.config.optimizer, self.config.total_steps
-        return make_step(
-            skeleton, make_optimizer(optimizer, steps), make_schedule(optimizer, steps),
-            self.config.stages[self.stage].top_k, self.mesh, self.config.implementation,
-            self.config.mesh.sequence_strategy,
-        )  # fmt: skip
-
-
-def _place(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _bytes(tree: Any) -> int:
@@ -225,14 +141,22 @@ def parse_target(target: str, devices: int | None) -> tuple[str, int | None]:
     return found[1], int(found[2])
 
 
-def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None = None) -> Plan:
-    """Compiles a training step, which takes minutes, and counts what it takes.
+def make_plan(
+    config: TrainConfig,
+    target: str,
+    devices: int | None = None,
+    *,
+    stage: int | None = None,
+    prefill: int | None = None,
+) -> Plan:
+    """Compiles a training step or a prefill, which takes minutes, and counts what it takes.
 
     Args:
       config: of the training.
-      stage: its number.
       target: of TPUs a slice, one of TPU_TARGETS; of GPUs their number, too: h100x8, h200x16.
       devices: of a slice, the first so many; None for all.
+      stage: number of the step's stage; None for `longest_stage`.
+      prefill: tokens of a context to read instead.
 
     Raises:
       ConfigError: the target, its chips or the stage do not exist, its compiler is missing, or the
@@ -243,44 +167,47 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
         chips = list(target_mesh(kind, devices).devices.flat)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"target={target!r}: {error}") from error
-    step = Step(config, stage, make_mesh(config.mesh, chips))
-    state, batch = step.state(), step.batch()
-    with dispatch.targeting(chips[0]):
-        traced = jax.make_jaxpr(step.function())(state, batch)
-    sizes = {} if step.mesh is None else dict(step.mesh.shape)
-    groups = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    mesh, work = make_mesh(config.mesh, chips), None
+    if prefill is None:
+        work = TrainingStep(config, longest_stage(config) if stage is None else stage, mesh)
+    else:
+        work = Prefill(config, prefill, mesh)
+    state, batch = work.state(), work.batch()
+    sizes = {} if mesh is None else dict(mesh.shape)
     plan = Plan(
         chip=chips[0].device_kind,
         chip_bytes=_CHIP_BYTES[kind.partition(":")[0]],
         devices=len(chips),
-        tokens=config.stages[stage].length // sizes.get("seq", 1),
-        sequences=config.stages[stage].batch_size // config.accumulation // groups,
+        tokens=work.length // sizes.get("seq", 1),
+        sequences=work.batch_size // (sizes.get("data", 1) * sizes.get("fsdp", 1)),
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state["params"])),
         parameter_bytes=_bytes(state["params"]),
-        optimizer_bytes=_bytes(state["optimizer"]),
+        optimizer_bytes=_bytes(state.get("optimizer")),
         batch_bytes=_bytes(batch),
+        cache_bytes=0,
         temporary_bytes=None,
         program_bytes=None,
         sent_bytes={},
-        operations=count_operations(traced.jaxpr),
+        operations=_operations(work),
         kernels={},
         problem=None,
     )
+    options = {} if prefill else {"donate_argnums": 0}
     try:
         compilation = compile_for(
-            kind, step.function(), state, batch, devices=devices, mesh=step.mesh, donate_argnums=0
+            kind, work.function(), state, batch, devices=devices, mesh=mesh, **options
         )
     except MemoryExceededError as error:
         return dataclasses.replace(plan, problem=str(error))
     memory: Any = compilation.executable.memory_analysis()
     names = sorted(kernel.name for kernel in compilation.kernels)
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     plan = dataclasses.replace(
         plan,
-        temporary_bytes=memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes,
+        cache_bytes=made if prefill else 0,
+        temporary_bytes=memory.temp_size_in_bytes + (0 if prefill else made),
         program_bytes=memory.generated_code_size_in_bytes,
-        sent_bytes=Program(compilation.executable.as_text() or "", _rounds(step, plan)).sent(),
+        sent_bytes=Program(compilation.executable.as_text() or "", _rounds(work, plan)).sent(),
         kernels=dict(collections.Counter(names)),
     )
     assert plan.total_bytes is not None
@@ -293,20 +220,34 @@ def make_plan(config: TrainConfig, stage: int, target: str, devices: int | None 
     )
 
 
-def _rounds(step: Step, plan: Plan) -> int:
+def _operations(work: Work) -> int:
+    """Of a device.
+
+    Kernels for TPUs carry estimates of their costs, those for GPUs cannot: it is the program for a
+    TPU in which operations are counted.
+    """
+    try:
+        chip = target_mesh("v5e:2x2").devices.flat[0]
+    except RuntimeError as error:
+        raise ConfigError(f"operations are counted in a program for TPUs: {error}") from error
+    with dispatch.targeting(chip):
+        return count_operations(jax.make_jaxpr(work.function())(work.state(), work.batch()).jaxpr)
+
+
+def _rounds(work: Work, plan: Plan) -> int:
     """Rounds of dispatch in a layer where choices are even; 1 where sequences are whole."""
-    sizes, model = ({} if step.mesh is None else step.mesh.shape), step.config.model
-    count = step.config.stages[step.stage].top_k
+    sizes, model = ({} if work.mesh is None else work.mesh.shape), work.config.model
     rounds = plan_rounds(
         sizes.get("seq", 1), plan.sequences, plan.tokens,
-        model.num_heads // sizes.get("tensor", 1), model.head_dim,
-        model.attention.top_k if count is None else count,
+        model.num_heads // sizes.get("tensor", 1), model.head_dim, work.top_k,
     )  # fmt: skip
     return rounds.expected
 
 
-def way_out(config: TrainConfig, plan: Plan) -> str:
+def way_out(config: TrainConfig, plan: Plan, *, prefill: bool = False) -> str:
     """What to try first where a plan does not fit."""
+    if prefill:
+        return "use a shorter context, or more devices along mesh.seq"
     if plan.sequences > 1:
         fewer = next(n for n in range(2, plan.sequences + 1) if plan.sequences % n == 0)
         return f"use --accumulation {config.accumulation * fewer}"

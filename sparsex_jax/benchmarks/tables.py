@@ -327,16 +327,17 @@ def _errors(row: Row | None) -> str:
 
 
 def plan_table(rows: Sequence[Row], label: Label) -> str:
-    """Compiled training steps: GiB on each chip."""
+    """Compiled training steps and prefills: GiB on each chip."""
 
     def size(row: Row, name: str) -> str:
-        value = row[f"{name}_bytes"]
+        value = row.get(f"{name}_bytes", 0)  # what prefills leave is not in older files
         return "not known" if value is None else f"{value / 2**30:.2f}"
 
-    names = ("parameter", "optimizer", "temporary", "program", "total")
+    names = ("parameter", "optimizer", "cache", "temporary", "program", "total")
     lines = [
         (
             f"`{row['preset']}`",
+            row.get("work", "training step"),
             f"{row['devices']} chips of {row['target']}",
             f"{row['sequences']} x {label(row['tokens'])}",
             *(size(row, name) for name in names),
@@ -344,7 +345,7 @@ def plan_table(rows: Sequence[Row], label: Label) -> str:
         )
         for row in rows
     ]
-    head = ("preset", "compiled for", "tokens of each", *names, "")
+    head = ("preset", "", "compiled for", "tokens of each", *names, "")
     return markdown(head, lines)
 
 

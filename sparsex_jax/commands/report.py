@@ -268,7 +268,7 @@ KINDS = {
     ),
     "plan": Kind(
         tables.PLAN_FIELDS,
-        _show_table(tables.plan_table, "A training step, compiled and not run; GiB on each chip."),
+        _show_table(tables.plan_table, "Compiled and not run; GiB on each chip."),
     ),
     "decode": Kind(tables.ATTENTION_FIELDS, _show_decode, drawn="decode"),
     "prefill": Kind(

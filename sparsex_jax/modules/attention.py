@@ -52,6 +52,22 @@ class QuerySide(NamedTuple):
     dynamic_gate: jax.Array | None
 
 
+class Remembered(NamedTuple):
+    """What a layer's later tokens need of those before, a device's part of it.
+
+    Attributes:
+      k: without RoPE, [B, T, Hkv, D]; in a local layer of the sequence's last `window` tokens.
+      v: their values, likewise.
+      salience: f32 [B, T, Hkv]; None in a local layer.
+      features: of blocks, [B, T / S, Hkv, d_s]; likewise.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    salience: jax.Array | None
+    features: jax.Array | None
+
+
 class SparseXAttention(nnx.Module):
     """Attention layer with QK-norm, grouped-query heads and a short convolution.
 
@@ -149,11 +165,22 @@ class SparseXAttention(nnx.Module):
         Returns:
           [B, T, C].
         """
+        return self.read(x, segment_ids, top_k, implementation, sequence_strategy)[0]
+
+    def read(self, x: jax.Array, segment_ids: jax.Array | None, *options) -> tuple:
+        """What `__call__` returns, and the `KeySide`; arguments as there."""
         keys, queries = self._project(x, segment_ids)
-        attended = self.attend(
-            keys, queries, segment_ids, top_k, implementation, sequence_strategy
-        )  # fmt: skip
-        return self.project_out(attended)
+        return self.project_out(self.attend(keys, queries, segment_ids, *options)), keys
+
+    def remember(self, keys: KeySide) -> Remembered:
+        """Of the keys of a device's part of a sequence, what later tokens need."""
+        if not self.sparse:
+            window = self.config.attention.window
+            k, v = (sequence.of_last(x[:, -window:]) for x in (keys.k, keys.v))
+            return Remembered(k, v, None, None)
+        size = self.config.attention.block_size
+        features = block_features(keys.block_inputs, keys.block_logits, size)
+        return Remembered(keys.k, keys.v, keys.salience, features)
 
     def _project(self, x, segment_ids) -> tuple[KeySide, QuerySide]:
         """Both sides of all tokens, whose convolution looks into the part to the left, too."""

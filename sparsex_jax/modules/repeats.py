@@ -13,22 +13,25 @@ from sparsex_jax.config import ConfigError
 FEWEST = 4
 
 Carry = Any
-Apply = Callable[[Any, Carry], Carry]
+Apply = Callable[[Any, Carry], tuple[Carry, Any]]
 
 
 def apply_layers(
     layers: Sequence[nnx.Module], apply: Apply, carry: Carry, *, remat: bool = False
-) -> Carry:
-    """Applies layer after layer, `carry = apply(layer, carry)`; neighbours that repeat in a loop.
+) -> tuple[Carry, list[Any]]:
+    """Applies layer after layer, `carry, output = apply(layer, carry)`, repeated ones in a loop.
 
     Layers are alike if they differ in their parameters only. What a loop takes are copies of these,
     one layer's behind the other's.
 
     Args:
       layers: of any kinds.
-      apply: of one of them.
+      apply: of one of them; outputs are trees of arrays.
       carry: arrays, of the same types before and after each layer.
       remat: whether the backward pass recomputes each turn of a loop over several layers.
+
+    Returns:
+      The last carry, and each layer's output.
 
     Raises:
       ConfigError: `remat` without such a loop.
@@ -48,11 +51,15 @@ def _is_loop(kinds: Sequence) -> bool:
     return period > 1 and times >= FEWEST
 
 
-def _apply(kinds: Sequence, states: Sequence, apply: Apply, carry: Carry, remat: bool) -> Carry:
+def _apply(
+    kinds: Sequence, states: Sequence, apply: Apply, carry: Carry, remat: bool
+) -> tuple[Carry, list[Any]]:
+    outputs: list[Any] = []
     while kinds:
         period, times = _longest_repetition(kinds)
         if times < FEWEST:
-            carry = apply(nnx.merge(kinds[0], states[0]), carry)
+            carry, output = apply(nnx.merge(kinds[0], states[0]), carry)
+            outputs.append(output)
             kinds, states = kinds[1:], states[1:]
             continue
         pattern, end = kinds[:period], period * times
@@ -62,13 +69,14 @@ def _apply(kinds: Sequence, states: Sequence, apply: Apply, carry: Carry, remat:
         ]
 
         def turn(carry, states, pattern=pattern):
-            return _apply(pattern, states, apply, carry, False), None
+            return _apply(pattern, states, apply, carry, False)
 
         if remat and period > 1:
             turn = jax.checkpoint(turn, prevent_cse=False)
-        carry = jax.lax.scan(turn, carry, stacked)[0]
+        carry, found = jax.lax.scan(turn, carry, stacked)
+        outputs += [jax.tree.map(lambda x, n=n: x[n], each) for n in range(times) for each in found]
         kinds, states = kinds[end:], states[end:]
-    return carry
+    return carry, outputs
 
 
 def _longest_repetition(kinds: Sequence) -> tuple[int, int]:

@@ -6,10 +6,11 @@ from flax import nnx
 
 from pallas_kernels.mesh_axes import vary_with
 from sparsex_jax.config import BASELINES, ModelConfig
-from sparsex_jax.modules.attention import SparseXAttention
+from sparsex_jax.modules.attention import KeySide, Remembered, SparseXAttention
 from sparsex_jax.modules.baselines import BaselineAttention, more_hidden
 from sparsex_jax.modules.layers import RMSNorm, SwiGLU
 from sparsex_jax.modules.repeats import apply_layers
+from sparsex_jax.parallel import sequence
 from sparsex_jax.parallel.rules import whole
 from sparsex_jax.selection_loss import sample_queries
 
@@ -45,10 +46,12 @@ class Block(nnx.Module):
         self, x, segment_ids=None, top_k=None, implementation=None, sequence_strategy="auto"
     ) -> jax.Array:
         """[B, T, C] to [B, T, C]; arguments as in `SparseXAttention`."""
-        attended = self.attention(
-            self.attention_norm(x), segment_ids, top_k, implementation, sequence_strategy
-        )
-        return self.feed_forward(x + attended)
+        return self.read(x, segment_ids, top_k, implementation, sequence_strategy)[0]
+
+    def read(self, x: jax.Array, *options) -> tuple[jax.Array, KeySide]:
+        """What `__call__` returns, and what others may attend to; arguments as there."""
+        attended, keys = self.attention.read(self.attention_norm(x), *options)
+        return self.feed_forward(x + attended), keys
 
 
 class Transformer(nnx.Module):
@@ -112,6 +115,31 @@ class Transformer(nnx.Module):
         options = segment_ids, top_k, implementation, sequence_strategy
         return self._hidden(tokens, None, *options)[0]
 
+    def prefill(
+        self,
+        tokens: jax.Array,
+        top_k: int | None = None,
+        implementation: str | None = None,
+        sequence_strategy: str = "auto",
+    ) -> tuple[jax.Array, list[Remembered]]:
+        """Reads a context, a device's part of it where "seq" splits it.
+
+        Args:
+          tokens: int32 [B, T].
+          top_k, implementation, sequence_strategy: as in `__call__`.
+
+        Returns:
+          The logits after the whole sequence's last token, f32 [B, vocab], and what each layer
+          has to remember.
+        """
+
+        def apply(block: Block, x):
+            x, keys = block.read(x, None, top_k, implementation, sequence_strategy)
+            return x, block.attention.remember(keys)
+
+        x, remembered = apply_layers(self.blocks, apply, self.embed(tokens))
+        return sequence.of_last(self.logits(self.final_norm(x[:, -1]))), remembered
+
     def _hidden(self, tokens, queries, segment_ids, *options) -> tuple[jax.Array, jax.Array]:
         """Hidden states, and the sum of the sparse layers' selection losses for `queries`, [B]."""
         x = self.embed(tokens)
@@ -121,13 +149,13 @@ class Transformer(nnx.Module):
             if queries is not None and block.attention.sparse:
                 normed = block.attention_norm(x)
                 unlearned += block.attention.selection_loss(normed, queries, segment_ids)
-            return block(x, segment_ids, *options), unlearned
+            return (block(x, segment_ids, *options), unlearned), None
 
         if self.config.remat != "none":
             apply = nnx.remat(apply)
         none = vary_with(x, jnp.zeros(len(tokens), jnp.float32))
         again = self.config.remat == "repetition"
-        x, unlearned = apply_layers(self.blocks, apply, (x, none), remat=again)
+        (x, unlearned), _ = apply_layers(self.blocks, apply, (x, none), remat=again)
         return self.final_norm(x), unlearned
 
     def loss(

@@ -47,6 +47,14 @@ def from_left(x: jax.Array, count: int) -> jax.Array:
     return lax.ppermute(x[:, x.shape[1] - count :], "seq", steps)
 
 
+def of_last(x: jax.Array) -> jax.Array:
+    """The last device's array, on all of them."""
+    parts = axis_size("seq")
+    if parts == 1:
+        return x
+    return lax.psum(jnp.where(lax.axis_index("seq") == parts - 1, x, 0), "seq")
+
+
 def first_position(tokens: int) -> jax.Array | int:
     """Position of the first of a device's tokens."""
     return lax.axis_index("seq") * tokens if axis_size("seq") > 1 else 0

@@ -10,7 +10,8 @@ import pytest
 from pallas_kernels.ahead_of_time import MemoryExceededError
 from sparsex_jax import cli
 from sparsex_jax.benchmarks import plan as plans
-from sparsex_jax.benchmarks.plan import Step, longest_stage, make_plan, way_out
+from sparsex_jax.benchmarks.plan import longest_stage, make_plan, way_out
+from sparsex_jax.benchmarks.planned import Prefill, TrainingStep
 from sparsex_jax.config import ModelConfig, StageConfig, TrainConfig
 from tests.pallas_kernels.test_tpu import KERNELS
 
@@ -76,7 +77,7 @@ def test_nano_with_one_layer(project, tmp_path, run):
 )
 def test_presets_fit(project, name, target, devices):
     config = preset(project, name)
-    plan = make_plan(config, longest_stage(config), target, devices)
+    plan = make_plan(config, target, devices)
     assert plan.problem is None and plan.devices == devices and plan.sequences == 1
     assert set(plan.kernels) == KERNELS
     assert plan.total_bytes <= plan.chip_bytes
@@ -107,25 +108,53 @@ def test_gpus(project, tmp_path, monkeypatch, run, least):
 def test_4m_tokens_fit_on_8_gpus_where_repetitions_are_recomputed(project):
     config = preset(project, "billion_4m")
     model = dataclasses.replace(config.model, remat="repetition")
-    plan = make_plan(dataclasses.replace(config, model=model), 0, "h100x8")
+    plan = make_plan(dataclasses.replace(config, model=model), "h100x8")
     assert plan.problem is None and plan.devices == 8 and plan.tokens == 2**19
 
 
 def test_billion_has_a_billion_parameters(project):
     config = preset(project, "billion")
-    state = Step(config, longest_stage(config), None).state()
+    state = TrainingStep(config, longest_stage(config), None).state()
     count = sum(x.size for x in jax.tree.leaves(state["params"]))
     assert 1e9 < count < 1.1e9
+
+
+def test_what_a_prefill_computes(project):
+    """Two operations per token and parameter of matrices but logits, and the attention's."""
+    config = preset(project, "nano")
+    work = Prefill(config, 4096, None)
+    state = work.state()
+    assert work.batch().shape == (1, 4096)
+    assert all(x.dtype == ("bfloat16" if x.ndim > 1 else "float32") for x in jax.tree.leaves(state))
+    embedding = config.model.vocab_size * config.model.model_dim
+    matrices = sum(x.size for x in jax.tree.leaves(state) if x.ndim == 2) - embedding
+    # Attention to windows of 128 tokens takes tiles of 512.
+    assert 1.2 < plans._operations(work) / (2 * 4096 * matrices) < 2.5
+
+
+@pytest.mark.long_compile
+def test_a_prefill_on_gpus(project, tmp_path, run):
+    path, out = tmp_path / "cut.py", tmp_path / "plan.json"
+    path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))
+    split = "--mesh.seq", 4, "--mesh.fsdp", 1
+    status, shown = run(path, "--target", "h200x4", "--prefill", "4K", *split, "--out", out)
+    assert status == 0 and ", a prefill on 4 chips of h200x4" in shown.out
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["work"], row["stage"], row["tokens"], row["optimizer_bytes"]) == (
+        "prefill", None, 1024, 0,
+    )  # fmt: skip
+    model = json.loads(out.read_text())["config"]["model"]
+    keys = 2 * 1024 * model["num_kv_heads"] * model["head_dim"] * 2
+    assert keys < row["cache_bytes"] < 1.2 * keys
+    assert row["problem"] is None and "block_sparse" in row["kernels"]
 
 
 def test_what_one_device_computes(project):
     """Six operations per token and parameter of matrices, and the attention's."""
     config = preset(project, "nano")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="l"))
-    step = Step(config, 0, None)
-    count = plans.count_operations(
-        jax.make_jaxpr(step.function())(step.state(), step.batch()).jaxpr
-    )
+    step = TrainingStep(config, 0, None)
+    count = plans._operations(step)
     matrices = sum(x.size for x in jax.tree.leaves(step.state()["params"]) if x.ndim == 2)
     tokens = 64 * 1024
     dense = 6 * tokens * matrices
@@ -166,10 +195,11 @@ def test_ways_out():
     assert "--model.remat repetition, where layers repeat" in way_out(config, plan)
     config = dataclasses.replace(config, model=ModelConfig(remat="repetition"))
     assert "shorter sequences" in way_out(config, plan)
+    assert way_out(config, plan, prefill=True).startswith("use a shorter context")
 
 
 def _plan():
-    sizes = 64, 1, 0, 0, 0, 0, None, None
+    sizes = 64, 1, 0, 0, 0, 0, 0, None, None
     return plans.Plan("TPU v5 lite", 2**34, 1, *sizes, {}, 394 * 10**12, {}, "too large")
 
 
@@ -202,6 +232,12 @@ def test_refuses(project, run, monkeypatch):
         ((nano, "--target", "h100x8", "--devices", 2), "devices=2 is for slices: h100x8 says"),
         ((nano, "--target", "v5e:2x2", "--devices", 5), "devices=5 must be 1 to 4"),
         ((nano, "--target", "v5e:2x2", "--stage", 5), "stage=5 must be one of the preset's: 0"),
+        ((nano, "--target", "v5e:2x2", "--stage", 1, "--prefill", "1M"), "leave it out with pre"),
+        ((nano, "--target", "v5e:2x2", "--prefill", "1X"), "prefill='1X'"),
+        (
+            (nano, "--target", "v5e:2x2", "--prefill", "1000", "--mesh.seq", 4, "--mesh.fsdp", 1),
+            "prefill.length=1000 must be mesh.seq=4 times a multiple of",
+        ),
         (
             (nano, "--target", "v5e:2x4"),
             "batch_size=2 must be a multiple of",

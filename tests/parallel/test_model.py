@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from sparsex_jax.cache import Engine
 from sparsex_jax.cache.model import extend
-from sparsex_jax.config import AttentionConfig, MeshConfig, ModelConfig
+from sparsex_jax.config import AttentionConfig, ConfigError, MeshConfig, ModelConfig
 from sparsex_jax.modules import Transformer, layers
 from sparsex_jax.parallel.mesh import make_mesh
+from sparsex_jax.parallel.prefill import make_prefill
 from sparsex_jax.parallel.rules import partitions
 from sparsex_jax.training.parameters import split_model
 from sparsex_jax.training.step import gradients_of, place_batch, place_state
@@ -139,3 +140,31 @@ def test_reading_in_chunks_equals_the_forward_pass_of_a_split_sequence():
     np.testing.assert_allclose(step(cache.layers, *part), whole[:, 248], rtol=2e-4, atol=2e-4)
     for place in (200, 230, 255):
         assert engine.answer(cache, tokens[:, 200 : place + 1], 1)[0, 0] == greedy[place]
+
+
+@on_devices
+def test_a_context_that_devices_share_leaves_what_one_would_remember():
+    config, tokens = dataclasses.replace(model_for(2), layers="ls"), make_batch()["tokens"][:2]
+    skeleton, params = make_model(config)
+    found = {}
+    for shape in (None, (2, 1, 2, 2)):
+        mesh = None if shape is None else make_mesh(MeshConfig(*shape))
+        prefill = make_prefill(skeleton, config, mesh, "reference", "ring")
+        operands = place_state({"params": params}, skeleton, mesh)["params"], tokens
+        found[shape] = jax.device_get(compile_quickly(prefill.lower(*operands))(*operands))
+    one, many = found.values()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), many, one)
+
+    engine = Engine(skeleton.build(params), capacity=LENGTH, batch_size=2, chunk=64)
+    remote = engine.prefill(tokens).layers[1].remote
+    logits, (local, sparse) = one
+    assert logits.shape == (2, 32) and local.k.shape == (2, 16, 2, 8)
+    for name in ("k", "v", "salience", "features"):
+        kept = np.asarray(getattr(remote, name))
+        wanted = getattr(sparse, name)
+        np.testing.assert_allclose(kept[:, : wanted.shape[1]], wanted, rtol=2e-4, atol=2e-5)
+
+
+def test_baselines_are_not_prefilled_on_a_mesh():
+    with pytest.raises(ConfigError, match="layers='ld' has layers of baselines"):
+        make_prefill(None, dataclasses.replace(MODEL, layers="ld"), None)
