@@ -19,7 +19,7 @@ from sparsex_jax.fusion import fuse
 from sparsex_jax.landmarks import Marks, all_landmarks, gather_landmarks
 from sparsex_jax.rotary import apply_rotary, rotate_from
 from sparsex_jax.spans import check_segment_ids, document_starts, pasts
-from sparsex_jax.token_chunks import map_chunks, update_by_chunks
+from sparsex_jax.token_chunks import even_size, map_chunks, update_by_chunks
 
 # Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys.
 _CHUNK = 2**15
@@ -171,7 +171,7 @@ def _attend(
 def chunk_size(tokens: int, block_size: int) -> int:
     """Tokens of a chunk, a multiple of the block size."""
     chunks = min(_MAX_CHUNKS, -(-tokens // _CHUNK)) or 1
-    return -(-tokens // (chunks * block_size)) * block_size
+    return even_size(tokens, chunks, block_size)
 
 
 class _Queries(NamedTuple):

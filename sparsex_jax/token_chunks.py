@@ -11,6 +11,11 @@ from jax import lax
 from pallas_kernels.mesh_axes import vary_over, varying, zeros_like
 
 
+def even_size(tokens: int, chunks: int, unit: int) -> int:
+    """Tokens of a chunk, a multiple of `unit`, where so many chunks are to hold `tokens`."""
+    return -(-tokens // (chunks * unit)) * unit
+
+
 def map_chunks(
     f: Callable, per_token: Any, shared: Any, *, size: int, saved: tuple[str, ...]
 ) -> jax.Array:

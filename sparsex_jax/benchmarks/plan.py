@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import dispatch
 from pallas_kernels.ahead_of_time import (
     GPUS_PER_HOST,
     TPU_TARGETS,
@@ -18,10 +17,9 @@ from pallas_kernels.ahead_of_time import (
 )
 from sparsex_jax.benchmarks.hlo import COLLECTIVES, Program
 from sparsex_jax.benchmarks.operations import count_operations
-from sparsex_jax.benchmarks.planned import Prefill, TrainingStep, Work
+from sparsex_jax.benchmarks.planned import Prefill, TrainingStep, Work, rounds_of, trace
 from sparsex_jax.benchmarks.rooflines import find_chip
 from sparsex_jax.config import ConfigError, TrainConfig
-from sparsex_jax.parallel.dispatch import plan_rounds
 from sparsex_jax.parallel.mesh import make_mesh
 
 # That programs may take: of a v5e, as libtpu says; of a GPU nine tenths of what its driver says, as
@@ -167,13 +165,15 @@ def make_plan(
         chips = list(target_mesh(kind, devices).devices.flat)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"target={target!r}: {error}") from error
-    mesh, work = make_mesh(config.mesh, chips), None
+    mesh = make_mesh(config.mesh, chips)
+    work: Work
     if prefill is None:
         work = TrainingStep(config, longest_stage(config) if stage is None else stage, mesh)
     else:
         work = Prefill(config, prefill, mesh)
     state, batch = work.state(), work.batch()
     sizes = {} if mesh is None else dict(mesh.shape)
+    rounds = rounds_of(work)
     plan = Plan(
         chip=chips[0].device_kind,
         chip_bytes=_CHIP_BYTES[kind.partition(":")[0]],
@@ -188,7 +188,7 @@ def make_plan(
         temporary_bytes=None,
         program_bytes=None,
         sent_bytes={},
-        operations=_operations(work),
+        operations=count_operations(trace(work), rounds),
         kernels={},
         problem=None,
     )
@@ -207,7 +207,7 @@ def make_plan(
         cache_bytes=made if prefill else 0,
         temporary_bytes=memory.temp_size_in_bytes + (0 if prefill else made),
         program_bytes=memory.generated_code_size_in_bytes,
-        sent_bytes=Program(compilation.executable.as_text() or "", _rounds(work, plan)).sent(),
+        sent_bytes=Program(compilation.executable.as_text() or "", rounds).sent(),
         kernels=dict(collections.Counter(names)),
     )
     assert plan.total_bytes is not None
@@ -218,30 +218,6 @@ def make_plan(
     return dataclasses.replace(
         plan, problem=f"{needed} are more than the {there} of an {kind.upper()}"
     )
-
-
-def _operations(work: Work) -> int:
-    """Of a device.
-
-    Kernels for TPUs carry estimates of their costs, those for GPUs cannot: it is the program for a
-    TPU in which operations are counted.
-    """
-    try:
-        chip = target_mesh("v5e:2x2").devices.flat[0]
-    except RuntimeError as error:
-        raise ConfigError(f"operations are counted in a program for TPUs: {error}") from error
-    with dispatch.targeting(chip):
-        return count_operations(jax.make_jaxpr(work.function())(work.state(), work.batch()).jaxpr)
-
-
-def _rounds(work: Work, plan: Plan) -> int:
-    """Rounds of dispatch in a layer where choices are even; 1 where sequences are whole."""
-    sizes, model = ({} if work.mesh is None else work.mesh.shape), work.config.model
-    rounds = plan_rounds(
-        sizes.get("seq", 1), plan.sequences, plan.tokens,
-        model.num_heads // sizes.get("tensor", 1), model.head_dim, work.top_k,
-    )  # fmt: skip
-    return rounds.expected
 
 
 def way_out(config: TrainConfig, plan: Plan, *, prefill: bool = False) -> str:

@@ -8,11 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import dispatch
+from pallas_kernels.ahead_of_time import target_mesh
 from sparsex_jax.config import ConfigError, ModelConfig, TrainConfig
 from sparsex_jax.modules import Transformer
+from sparsex_jax.parallel.dispatch import plan_rounds
 from sparsex_jax.parallel.mesh import batch_spec, check_batch, check_model
 from sparsex_jax.parallel.prefill import make_prefill
 from sparsex_jax.parallel.rules import state_shardings
@@ -149,6 +153,31 @@ class Prefill:
 
 
 Work = TrainingStep | Prefill
+
+
+def rounds_of(work: Work) -> int:
+    """Rounds of dispatch in a layer where choices are even; 1 where sequences are whole."""
+    sizes, model = ({} if work.mesh is None else work.mesh.shape), work.config.model
+    parts = sizes.get("seq", 1)
+    rounds = plan_rounds(
+        parts, work.batch_size // (sizes.get("data", 1) * sizes.get("fsdp", 1)),
+        work.length // parts, model.num_heads // sizes.get("tensor", 1), model.head_dim, work.top_k,
+    )  # fmt: skip
+    return rounds.expected
+
+
+def trace(work: Work) -> core.Jaxpr:
+    """The program of a TPU, whose kernels carry estimates of their costs; those of GPUs cannot.
+
+    Raises:
+      ConfigError: libtpu is not installed.
+    """
+    try:
+        chip = target_mesh("v5e:2x2").devices.flat[0]
+    except RuntimeError as error:
+        raise ConfigError(f"operations are counted in a program for TPUs: {error}") from error
+    with dispatch.targeting(chip):
+        return jax.make_jaxpr(work.function())(work.state(), work.batch()).jaxpr
 
 
 @functools.cache

@@ -30,6 +30,11 @@ PLAN_FIELDS = (
     "preset", "target", "devices", "tokens", "sequences", "parameters", "parameter_bytes",
     "optimizer_bytes", "temporary_bytes", "program_bytes", "total_bytes", "status",
 )  # fmt: skip
+SCALING_FIELDS = (
+    "work", "chips", "tokens", "length", "arithmetic_seconds", "links_seconds",
+    "all_gather_seconds", "all_reduce_seconds", "reduce_scatter_seconds", "all_to_all_seconds",
+    "collective_permute_seconds", "status",
+)  # fmt: skip
 LOSSES_FIELDS = ("implementation", "step", "loss")
 PREFILL_FIELDS = (
     "tokens", "layers", "chunk", "milliseconds", "tokens_per_second", "cache_bytes", "peak_bytes",
@@ -385,6 +390,40 @@ def losses_table(rows: Sequence[Row], label: Label) -> str:
     losses = {(row["implementation"], row["step"]): f"{row['loss']:.4f}" for row in rows}
     lines = [(label(step), *(losses.get((name, step), "") for name in names)) for step in shown]
     return markdown(("step", *names), lines)
+
+
+def scaling_table(rows: Sequence[Row], label: Label) -> str:
+    """Modelled seconds where chips and tokens grow together, and how well they scale."""
+
+    def line(row: Row) -> list[str]:
+        alike = [x for x in rows if all(x[name] == row[name] for name in ("work", "tokens"))]
+        fewest = min(alike, key=lambda x: x["chips"])
+        seconds = {
+            name.removesuffix("_seconds").replace("_", "-"): row[name]
+            for name in SCALING_FIELDS if name.endswith("_seconds") and name != "links_seconds"
+        }  # fmt: skip
+        apart, beside = (
+            f"{100 * combine(fewest) / combine(row):.0f} %" for combine in (_one_by_one, _at_once)
+        )
+        return [
+            row["work"], str(row["chips"]), label(row["length"]),
+            format_number(row["arithmetic_seconds"]), format_number(row["links_seconds"]),
+            max(seconds, key=lambda name: seconds[name]), apart, beside,
+        ]  # fmt: skip
+
+    chosen = sorted(rows, key=lambda row: (row["work"], row["tokens"], row["chips"]))
+    head = (
+        "", "chips", "tokens", "arithmetic, s", "links, s", "longest", "efficiency", "overlapped",
+    )  # fmt: skip
+    return markdown(head, map(line, chosen))
+
+
+def _one_by_one(row: Row) -> float:
+    return row["arithmetic_seconds"] + row["links_seconds"]
+
+
+def _at_once(row: Row) -> float:
+    return max(row["arithmetic_seconds"], row["links_seconds"])
 
 
 def traffic_table(rows: Sequence[Row], label: Label) -> str:

@@ -21,6 +21,7 @@ from sparsex_jax.benchmarks.names import (
     Strategy,
 )
 from sparsex_jax.benchmarks.tables import format_number
+from sparsex_jax.commands import bench_scaling
 from sparsex_jax.commands.arguments import parse, parse_length
 from sparsex_jax.commands.bench_cache import (
     DecodeArguments,
@@ -34,7 +35,7 @@ from sparsex_jax.config import ConfigError
 if TYPE_CHECKING:
     from sparsex_jax.benchmarks.runner import Row
 
-WHAT = ("attention", "numerics", "decode", "prefill", "traffic")
+WHAT = ("attention", "numerics", "decode", "prefill", "traffic", "scaling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +175,8 @@ def main(arguments: list[str]) -> int:
         return prefill(parse(PrefillArguments, "bench prefill", rest), command)
     if name == "traffic":
         return traffic(parse(TrafficArguments, "bench traffic", rest), command)
+    if name == "scaling":
+        return bench_scaling.main(rest, command)
     given = f"{name!r}" if arguments else "nothing"
     raise ConfigError(
         f"bench must be followed by what to measure, not {given}: use {', '.join(WHAT[:-1])} or"

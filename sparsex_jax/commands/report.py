@@ -281,6 +281,15 @@ KINDS = {
             tables.losses_table, "The same training, by implementation of the primitives.", str
         ),
     ),
+    "scaling": Kind(
+        tables.SCALING_FIELDS,
+        _show_table(
+            tables.scaling_table,
+            "As many tokens on each of ever more chips: modelled, not measured. Efficiency is the"
+            " time with the fewest chips over that with so many, arithmetic and links one after the"
+            " other, or one beside the other.",
+        ),
+    ),
     "traffic": Kind(
         tables.TRAFFIC_FIELDS,
         _show_table(

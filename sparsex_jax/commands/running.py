@@ -61,13 +61,13 @@ def run_benchmark[Step](
 
 def _name(row: "Row") -> str:
     """What a row measures, in words."""
-    names = "part", "direction", "logits", "tier", "strategy", "target"
+    names = "part", "direction", "logits", "tier", "strategy", "work", "target"
     details = [row[name] for name in names if name in row]
     return f"{format_length(row['tokens'])} {row['system']} {', '.join(details)}"
 
 
 def _outcome(row: "Row", describe: Callable[["Row"], str]) -> str:
     """A row in words."""
-    if row["status"] not in ("measured", "compiled"):
+    if row["status"] not in ("measured", "compiled", "modelled"):
         return f"{row['status'].replace('_', ' ')}: {row['note']}"
     return describe(row) + (f" ({row['note']})" if row["note"] else "")

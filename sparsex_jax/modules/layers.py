@@ -9,9 +9,10 @@ from flax import nnx
 
 from sparsex_jax.parallel.rules import enter_split, leave_split, whole
 from sparsex_jax.scoring import rms_normalize
-from sparsex_jax.token_chunks import map_chunks
+from sparsex_jax.token_chunks import even_size, map_chunks
 
-TOGETHER = 2**15  # tokens whose hidden values SwiGLU has at a time
+TOGETHER = 2**15  # tokens whose hidden values SwiGLU has at a time, at most
+_ROWS = 128  # of a product, which takes no longer for fewer
 
 
 class Linear(nnx.Module):
@@ -114,7 +115,9 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, dim] to [B, T, dim]."""
         kernels = tuple(layer.whole_kernel() for layer in (self.gate, self.up, self.down))
-        return map_chunks(self._of_chunk, x, kernels, size=TOGETHER, saved=())
+        chunks = -(-x.shape[1] // TOGETHER) or 1
+        size = even_size(x.shape[1], chunks, _ROWS)
+        return map_chunks(self._of_chunk, x, kernels, size=size, saved=())
 
     def _of_chunk(self, _, x: jax.Array, kernels: tuple[jax.Array, ...]) -> jax.Array:
         gate, up, down = kernels

@@ -102,7 +102,7 @@ class Practice:
         room = count - sum(map(len, [*lines, preface, questions[0]]))
         depths = rng.uniform(0, 100, len(lines))
         if rng.random() < _GRID:
-            depths = rng.choice(np.float64(DEPTHS), len(lines))
+            depths = rng.choice(np.asarray(DEPTHS, np.float64), len(lines))
         if rng.random() < _LATE:
             depths[last[order[0]] - 1] = 100 * max(0, 1 - rng.uniform(0, _LATE_TOKENS) / room)
         text = self._filler(rng, room, _NOISE)

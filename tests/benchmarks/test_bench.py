@@ -232,7 +232,7 @@ def test_rows_are_in_the_file_when_a_later_one_is_interrupted(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench"], "use attention, numerics, decode, prefill or traffic"),
+        (["bench"], "use attention, numerics, decode, prefill, traffic or scaling"),
         (["bench", "atention"], "'atention'"),
         (["bench", "attention", "--lengths", "1000"], "length=1000 must be a multiple of 64"),
         (["bench", "attention", "--lengths"], "lengths must name at least one"),

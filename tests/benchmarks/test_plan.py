@@ -10,8 +10,9 @@ import pytest
 from pallas_kernels.ahead_of_time import MemoryExceededError
 from sparsex_jax import cli
 from sparsex_jax.benchmarks import plan as plans
+from sparsex_jax.benchmarks.operations import count_operations
 from sparsex_jax.benchmarks.plan import longest_stage, make_plan, way_out
-from sparsex_jax.benchmarks.planned import Prefill, TrainingStep
+from sparsex_jax.benchmarks.planned import Prefill, TrainingStep, trace
 from sparsex_jax.config import ModelConfig, StageConfig, TrainConfig
 from tests.pallas_kernels.test_tpu import KERNELS
 
@@ -129,7 +130,7 @@ def test_what_a_prefill_computes(project):
     embedding = config.model.vocab_size * config.model.model_dim
     matrices = sum(x.size for x in jax.tree.leaves(state) if x.ndim == 2) - embedding
     # Attention to windows of 128 tokens takes tiles of 512.
-    assert 1.2 < plans._operations(work) / (2 * 4096 * matrices) < 2.5
+    assert 1.2 < count_operations(trace(work)) / (2 * 4096 * matrices) < 2.5
 
 
 @pytest.mark.long_compile
@@ -154,7 +155,7 @@ def test_what_one_device_computes(project):
     config = preset(project, "nano")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers="l"))
     step = TrainingStep(config, 0, None)
-    count = plans._operations(step)
+    count = count_operations(trace(step))
     matrices = sum(x.size for x in jax.tree.leaves(step.state()["params"]) if x.ndim == 2)
     tokens = 64 * 1024
     dense = 6 * tokens * matrices

@@ -204,10 +204,11 @@ def test_plans(tmp_path, capsys):
     write(tmp_path / "tpu-v5e" / "plan.json", "plan", [fits, too_large])
     assert report("--results", tmp_path) in (0, None)
     shown = capsys.readouterr().out
-    line = "| `configs/billion.py` | 8 chips of v5e:2x4 | 1 x 16K | 0.50 | 1.00 | "
+    line = "| `configs/billion.py` | training step | 8 chips of v5e:2x4 | 1 x 16K | "
+    line += "0.50 | 1.00 | 0.00 | "
     assert f"{line}8.00 | 0.25 | 9.75 | fits |" in shown
     assert f"{line}not known | 0.25 | not known | does not fit |" in shown
-    assert "compiled and not run" in shown
+    assert "Compiled and not run" in shown
 
 
 def test_decode_prefill_and_tiers(tmp_path, capsys):

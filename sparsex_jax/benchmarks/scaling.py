@@ -1,0 +1,161 @@
+"""How long work takes where chips and tokens grow together: modelled, nothing runs.
+
+A step or a prefill is traced for ever more chips with as many tokens on each; its operations and
+what it sends are counted, and divided by what chips and links do at best.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from pallas_kernels.ahead_of_time import GPUS_PER_HOST, TPU_TARGETS, target_mesh
+from sparsex_jax.benchmarks import runner
+from sparsex_jax.benchmarks.hlo import COLLECTIVES
+from sparsex_jax.benchmarks.operations import count_operations, count_sent
+from sparsex_jax.benchmarks.planned import Prefill, TrainingStep, Work, rounds_of, trace
+from sparsex_jax.benchmarks.results import compiled_for
+from sparsex_jax.benchmarks.rooflines import Chip, find_chip
+from sparsex_jax.benchmarks.runner import Row, require_some
+from sparsex_jax.config import ConfigError, TrainConfig
+from sparsex_jax.parallel.mesh import make_mesh
+from sparsex_jax.training.checkpoints import to_json
+
+# Chips of each slice of TPUs, and its sides.
+_SLICES = {
+    x * y: (x, y) for x, y in (map(int, name.partition(":")[2].split("x")) for name in TPU_TARGETS)
+}
+_TORUS = 16  # chips of a side of a v5e slice whose ends are linked
+_LINKS = 4  # of a v5e chip, to its neighbours
+# Stands in results files.
+METHOD = (
+    "modelled, not measured. arithmetic_seconds: operations of the traced program, attention as the"
+    " kernels for TPUs do it, at the chip's peak. links_seconds: what a chip sends, as the trace"
+    " asks for it (XLA may send more), dispatch in as many rounds as even choices take. On TPU v5e:"
+    " all-gather, reduce-scatter and all-reduce over all four links, collective-permute over one,"
+    " all-to-all as fast as the links that cross the middle of the slice's longer side. On GPUs:"
+    " over NVLink in a host, over the network where there are several. Memory's bandwidth, latency"
+    " and waiting for each other are not in it."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is modelled.
+
+    Attributes:
+      config: of the model and its training; the mesh has all chips along "seq".
+      work: "training" or "prefill".
+      target: "v5e", "h100" or "h200".
+      chips: numbers of them, ascending.
+      tokens: of each chip.
+    """
+
+    config: TrainConfig
+    work: str
+    target: str
+    chips: tuple[int, ...]
+    tokens: int
+
+    def __post_init__(self):
+        require_some(self, "chips")
+        if self.target == "v5e" and not set(self.chips) <= set(_SLICES):
+            raise ConfigError(
+                f"chips={self.chips} must be slices of v5e: use {', '.join(map(str, _SLICES))}"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What the rows have in common, for the results file."""
+        return {"config": to_json(self.config), "method": METHOD}
+
+
+class Step(NamedTuple):
+    """A row."""
+
+    chips: int
+
+
+class Benchmark(runner.Benchmark[Step]):
+    """Models the time for `settings`; see `runner.Benchmark`."""
+
+    name = "scaling"
+    fields = (
+        "operations", *(f"{kind.replace('-', '_')}_bytes" for kind in COLLECTIVES),
+        "arithmetic_seconds", *(f"{kind.replace('-', '_')}_seconds" for kind in COLLECTIVES),
+        "links_seconds", "status", "note",
+    )  # fmt: skip
+
+    def __init__(self, settings: Settings, path, command: str, *, resume: bool = False):
+        self.settings = settings
+        super().__init__(settings.describe(), path, command, resume=resume)
+
+    def hardware(self) -> dict[str, Any]:
+        """What was modelled; no such chip was there."""
+        return compiled_for(self._devices(self.settings.chips[0])[0])
+
+    def _devices(self, chips: int) -> list[Any]:
+        target = self.settings.target
+        if target == "v5e":
+            target = "v5e:" + "x".join(map(str, _SLICES[chips]))
+        try:
+            return list(target_mesh(target, chips).devices.flat)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"target={target!r}: {error}") from error
+
+    def all_steps(self) -> list[Step]:
+        """A step for each number of chips."""
+        return [Step(chips) for chips in self.settings.chips]
+
+    def identity(self, step: Step) -> Row:
+        """The fields that tell rows apart."""
+        settings = self.settings
+        return {
+            "system": "sparsex",
+            "work": settings.work,
+            "target": settings.target,
+            "chips": step.chips,
+            "tokens": settings.tokens,
+            "length": step.chips * settings.tokens,
+        }
+
+    def run(self, step: Step) -> Row:
+        """The fields beyond `identity`."""
+        work, devices = self._work(step), self._devices(step.chips)
+        sizes = {} if work.mesh is None else dict(work.mesh.shape)
+        jaxpr, rounds = trace(work), rounds_of(work)
+        sent = count_sent(jaxpr, sizes, rounds)
+        chip = find_chip(devices[0].device_kind)
+        assert chip is not None
+        operations = count_operations(jaxpr, rounds)
+        seconds = {kind: link_seconds(kind, size, step.chips, chip) for kind, size in sent.items()}
+        return {
+            "operations": operations,
+            **{f"{kind.replace('-', '_')}_bytes": size for kind, size in sent.items()},
+            "arithmetic_seconds": operations / (chip.tflops * 1e12),
+            **{f"{kind.replace('-', '_')}_seconds": x for kind, x in seconds.items()},
+            "links_seconds": sum(seconds.values()),
+            "status": "modelled",
+        }
+
+    def _work(self, step: Step) -> Work:
+        settings, length = self.settings, step.chips * self.settings.tokens
+        shape = dataclasses.replace(settings.config.mesh, data=1, fsdp=1, seq=-1, tensor=1)
+        stage = dataclasses.replace(settings.config.stages[-1], length=length, batch_size=1)
+        config = dataclasses.replace(settings.config, mesh=shape, stages=(stage,), accumulation=1)
+        mesh = make_mesh(shape, self._devices(step.chips))
+        if settings.work == "prefill":
+            return Prefill(config, length, mesh)
+        return TrainingStep(config, 0, mesh)
+
+
+def link_seconds(kind: str, size: int, chips: int, chip: Chip) -> float:
+    """Seconds in which a chip can send so many bytes by a collective; see METHOD."""
+    if chip.network_gigabytes is not None:
+        fast = chips <= GPUS_PER_HOST
+        return size / (1e9 * (chip.link_gigabytes if fast else chip.network_gigabytes))
+    link = 1e9 * chip.link_gigabytes / _LINKS
+    if kind == "collective-permute":
+        return size / link
+    if kind != "all-to-all":
+        return size / (_LINKS * link)
+    # Half of a row's chips send half of theirs across its middle, where one link is, or two.
+    side = max(_SLICES[chips])
+    return size * side / 4 / (link * (2 if side >= _TORUS else 1))
