@@ -58,12 +58,14 @@ class Remembered(NamedTuple):
     Attributes:
       k: without RoPE, [B, T, Hkv, D]; in a local layer of the sequence's last `window` tokens.
       v: their values, likewise.
+      history: the sequence's last inputs of the convolution, [B, conv_width - 1, C].
       salience: f32 [B, T, Hkv]; None in a local layer.
       features: of blocks, [B, T / S, Hkv, d_s]; likewise.
     """
 
     k: jax.Array
     v: jax.Array
+    history: jax.Array
     salience: jax.Array | None
     features: jax.Array | None
 
@@ -165,22 +167,25 @@ class SparseXAttention(nnx.Module):
         Returns:
           [B, T, C].
         """
-        return self.read(x, segment_ids, top_k, implementation, sequence_strategy)[0]
-
-    def read(self, x: jax.Array, segment_ids: jax.Array | None, *options) -> tuple:
-        """What `__call__` returns, and the `KeySide`; arguments as there."""
         keys, queries = self._project(x, segment_ids)
-        return self.project_out(self.attend(keys, queries, segment_ids, *options)), keys
+        attended = self.attend(
+            keys, queries, segment_ids, top_k, implementation, sequence_strategy
+        )  # fmt: skip
+        return self.project_out(attended)
 
-    def remember(self, keys: KeySide) -> Remembered:
-        """Of the keys of a device's part of a sequence, what later tokens need."""
+    def read(self, x: jax.Array, *options) -> tuple[jax.Array, Remembered]:
+        """What `__call__` returns, and what later tokens need; options as in `attend`."""
+        keys, queries = self._project(x, None)
+        attended = self.project_out(self.attend(keys, queries, None, *options))
+        before = max(self.config.conv_width - 1, 0)
+        history = sequence.of_last(x[:, x.shape[1] - before :])
         if not self.sparse:
             window = self.config.attention.window
-            k, v = (sequence.of_last(x[:, -window:]) for x in (keys.k, keys.v))
-            return Remembered(k, v, None, None)
+            k, v = (sequence.of_last(each[:, -window:]) for each in (keys.k, keys.v))
+            return attended, Remembered(k, v, history, None, None)
         size = self.config.attention.block_size
         features = block_features(keys.block_inputs, keys.block_logits, size)
-        return Remembered(keys.k, keys.v, keys.salience, features)
+        return attended, Remembered(keys.k, keys.v, history, keys.salience, features)
 
     def _project(self, x, segment_ids) -> tuple[KeySide, QuerySide]:
         """Both sides of all tokens, whose convolution looks into the part to the left, too."""

@@ -6,7 +6,7 @@ from flax import nnx
 
 from pallas_kernels.mesh_axes import vary_with
 from sparsex_jax.config import BASELINES, ModelConfig
-from sparsex_jax.modules.attention import KeySide, Remembered, SparseXAttention
+from sparsex_jax.modules.attention import Remembered, SparseXAttention
 from sparsex_jax.modules.baselines import BaselineAttention, more_hidden
 from sparsex_jax.modules.layers import RMSNorm, SwiGLU
 from sparsex_jax.modules.repeats import apply_layers
@@ -46,12 +46,15 @@ class Block(nnx.Module):
         self, x, segment_ids=None, top_k=None, implementation=None, sequence_strategy="auto"
     ) -> jax.Array:
         """[B, T, C] to [B, T, C]; arguments as in `SparseXAttention`."""
-        return self.read(x, segment_ids, top_k, implementation, sequence_strategy)[0]
+        attended = self.attention(
+            self.attention_norm(x), segment_ids, top_k, implementation, sequence_strategy
+        )
+        return self.feed_forward(x + attended)
 
-    def read(self, x: jax.Array, *options) -> tuple[jax.Array, KeySide]:
-        """What `__call__` returns, and what others may attend to; arguments as there."""
-        attended, keys = self.attention.read(self.attention_norm(x), *options)
-        return self.feed_forward(x + attended), keys
+    def read(self, x: jax.Array, *options) -> tuple[jax.Array, Remembered]:
+        """What `__call__` returns, and what later tokens need; options as there."""
+        attended, remembered = self.attention.read(self.attention_norm(x), *options)
+        return self.feed_forward(x + attended), remembered
 
 
 class Transformer(nnx.Module):
@@ -134,8 +137,7 @@ class Transformer(nnx.Module):
         """
 
         def apply(block: Block, x):
-            x, keys = block.read(x, None, top_k, implementation, sequence_strategy)
-            return x, block.attention.remember(keys)
+            return block.read(x, top_k, implementation, sequence_strategy)
 
         x, remembered = apply_layers(self.blocks, apply, self.embed(tokens))
         return sequence.of_last(self.logits(self.final_norm(x[:, -1]))), remembered

@@ -50,11 +50,11 @@ def make_prefill(
     if mesh is None:
         return jax.jit(read)
     _, batch, tokens = batch_spec(mesh)
-    split, window = P(batch, tokens, "tensor"), P(batch, None, "tensor")
+    split, last, whole = P(batch, tokens, "tensor"), P(batch, None, "tensor"), P(batch)
     remembered = [
-        Remembered(split, split, split, split)
+        Remembered(split, split, whole, split, split)
         if kind == "s"
-        else Remembered(window, window, None, None)
+        else Remembered(last, last, whole, None, None)
         for kind in config.layers
     ]
 
@@ -64,7 +64,7 @@ def make_prefill(
             read,
             mesh=mesh,
             in_specs=(specs, P(batch, tokens)),
-            out_specs=(P(batch), remembered),
+            out_specs=(whole, remembered),
         )(params, context)
 
     return jax.jit(on_devices)

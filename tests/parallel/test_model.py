@@ -156,9 +156,12 @@ def test_a_context_that_devices_share_leaves_what_one_would_remember():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5), many, one)
 
     engine = Engine(skeleton.build(params), capacity=LENGTH, batch_size=2, chunk=64)
-    remote = engine.prefill(tokens).layers[1].remote
+    cache = engine.prefill(tokens).layers
+    remote = cache[1].remote
     logits, (local, sparse) = one
     assert logits.shape == (2, 32) and local.k.shape == (2, 16, 2, 8)
+    for remembered, layer in zip((local, sparse), cache, strict=True):
+        np.testing.assert_allclose(remembered.history, layer.recent.history, rtol=2e-4, atol=2e-5)
     for name in ("k", "v", "salience", "features"):
         kept = np.asarray(getattr(remote, name))
         wanted = getattr(sparse, name)
