@@ -5,7 +5,7 @@
 On 8 H100 add `--model.remat repetition`.
 
 Hardware: 256 TPU v5e chips (v5e:16x16), 16K tokens on each. It was compiled for them (`sparsex plan
-configs/billion_4m.py --target v5e:16x16`): 10.35 of 15.75 GiB a chip, 150 TFLOP and 55 GiB sent,
+configs/billion_4m.py --target v5e:16x16`): 10.35 of 15.75 GiB a chip, 155 TFLOP and 55 GiB sent,
 results/tpu-v5e/plan-billion-4m.json. And for 8 H100 of one host, 512K tokens on each (`--target
 h100x8 --model.remat repetition`): results/h100-80gb-hbm3/plan-billion-4m.json.
 Hours: not known; it has not been trained.
