@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from pallas_kernels.ahead_of_time import (
-    GPUS_PER_HOST,
     TPU_TARGETS,
     MemoryExceededError,
     compile_for,
@@ -18,7 +17,7 @@ from pallas_kernels.ahead_of_time import (
 from sparsex_jax.benchmarks.hlo import COLLECTIVES, Program
 from sparsex_jax.benchmarks.operations import count_operations
 from sparsex_jax.benchmarks.planned import Prefill, TrainingStep, Work, rounds_of, trace
-from sparsex_jax.benchmarks.rooflines import find_chip
+from sparsex_jax.benchmarks.rooflines import find_chip, link_seconds
 from sparsex_jax.config import ConfigError, TrainConfig
 from sparsex_jax.parallel.mesh import make_mesh
 
@@ -86,12 +85,10 @@ class Plan:
         """The work's time if nothing but arithmetic took any, or links, where that is known."""
         chip = find_chip(self.chip)
         assert chip is not None
-        links = chip.link_gigabytes
-        if chip.network_gigabytes is not None and self.devices > GPUS_PER_HOST:
-            links = chip.network_gigabytes
         found = {"arithmetic": self.operations / (chip.tflops * 1e12)}
         if self.sent_bytes:
-            found["links"] = sum(self.sent_bytes.values()) / (links * 1e9)
+            sent = self.sent_bytes.items()
+            found["links"] = sum(link_seconds(*each, self.devices, chip) for each in sent)
         return found
 
     def row(self) -> dict[str, Any]:

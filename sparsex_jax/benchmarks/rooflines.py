@@ -1,7 +1,10 @@
 """What chips can do at best, to say how near a measurement comes."""
 
+import math
 import re
 from typing import NamedTuple
+
+from pallas_kernels.ahead_of_time import GPUS_PER_HOST
 
 
 class Chip(NamedTuple):
@@ -20,6 +23,9 @@ class Chip(NamedTuple):
     link_gigabytes: float
     network_gigabytes: float | None = 50
 
+
+_LINKS = 4  # of a v5e chip, to its neighbours
+_TORUS = 16  # chips of a side of a v5e slice whose ends are linked
 
 # Patterns of JAX's `device_kind`; the first that is found in it counts.
 CHIPS = (
@@ -48,3 +54,30 @@ def least_seconds(operations: float, moved: float, chip: Chip) -> float:
       chip: its ceilings.
     """
     return max(operations / (chip.tflops * 1e12), moved / (chip.gigabytes * 1e9))
+
+
+def link_seconds(kind: str, size: int, chips: int, chip: Chip) -> float:
+    """Seconds in which each of some chips sends so many bytes to others, at best.
+
+    GPUs send through NVLink within a host, and where there are several all through the network. On
+    a slice of TPU v5e, whose sides are equal or 1 to 2, a permutation goes over one link, and an
+    all-to-all is as fast as the links that cross the middle of the longer side; all else goes over
+    all four links.
+
+    Args:
+      kind: of collective, as XLA names it.
+      size: bytes.
+      chips: that take part.
+      chip: their ceilings.
+    """
+    if chip.network_gigabytes is not None:
+        fast = chips <= GPUS_PER_HOST
+        return size / (1e9 * (chip.link_gigabytes if fast else chip.network_gigabytes))
+    link = 1e9 * chip.link_gigabytes / _LINKS
+    if kind == "collective-permute":
+        return size / link
+    if kind != "all-to-all":
+        return size / (_LINKS * link)
+    # Half of a row's chips send half of theirs across its middle, where one link is, or two.
+    side = 2 ** math.ceil(math.log2(chips) / 2)
+    return size * side / 4 / (link * (2 if side >= _TORUS else 1))

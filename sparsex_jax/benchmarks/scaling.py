@@ -5,26 +5,23 @@ what it sends are counted, and divided by what chips and links do at best.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
-from pallas_kernels.ahead_of_time import GPUS_PER_HOST, TPU_TARGETS, target_mesh
+from pallas_kernels.ahead_of_time import TPU_TARGETS, target_mesh
 from sparsex_jax.benchmarks import runner
 from sparsex_jax.benchmarks.hlo import COLLECTIVES
 from sparsex_jax.benchmarks.operations import count_operations, count_sent
 from sparsex_jax.benchmarks.planned import Prefill, TrainingStep, Work, rounds_of, trace
 from sparsex_jax.benchmarks.results import compiled_for
-from sparsex_jax.benchmarks.rooflines import Chip, find_chip
+from sparsex_jax.benchmarks.rooflines import find_chip, link_seconds
 from sparsex_jax.benchmarks.runner import Row, require_some
 from sparsex_jax.config import ConfigError, TrainConfig
 from sparsex_jax.parallel.mesh import make_mesh
 from sparsex_jax.training.checkpoints import to_json
 
-# Chips of each slice of TPUs, and its sides.
-_SLICES = {
-    x * y: (x, y) for x, y in (map(int, name.partition(":")[2].split("x")) for name in TPU_TARGETS)
-}
-_TORUS = 16  # chips of a side of a v5e slice whose ends are linked
-_LINKS = 4  # of a v5e chip, to its neighbours
+# By numbers of chips.
+_SLICES = {math.prod(map(int, name.partition(":")[2].split("x"))): name for name in TPU_TARGETS}
 # Stands in results files.
 METHOD = (
     "modelled, not measured. arithmetic_seconds: operations of the traced program, attention as the"
@@ -92,9 +89,7 @@ class Benchmark(runner.Benchmark[Step]):
         return compiled_for(self._devices(self.settings.chips[0])[0])
 
     def _devices(self, chips: int) -> list[Any]:
-        target = self.settings.target
-        if target == "v5e":
-            target = "v5e:" + "x".join(map(str, _SLICES[chips]))
+        target = _SLICES[chips] if self.settings.target == "v5e" else self.settings.target
         try:
             return list(target_mesh(target, chips).devices.flat)
         except (RuntimeError, ValueError) as error:
@@ -144,18 +139,3 @@ class Benchmark(runner.Benchmark[Step]):
         if settings.work == "prefill":
             return Prefill(config, length, mesh)
         return TrainingStep(config, 0, mesh)
-
-
-def link_seconds(kind: str, size: int, chips: int, chip: Chip) -> float:
-    """Seconds in which a chip can send so many bytes by a collective; see METHOD."""
-    if chip.network_gigabytes is not None:
-        fast = chips <= GPUS_PER_HOST
-        return size / (1e9 * (chip.link_gigabytes if fast else chip.network_gigabytes))
-    link = 1e9 * chip.link_gigabytes / _LINKS
-    if kind == "collective-permute":
-        return size / link
-    if kind != "all-to-all":
-        return size / (_LINKS * link)
-    # Half of a row's chips send half of theirs across its middle, where one link is, or two.
-    side = max(_SLICES[chips])
-    return size * side / 4 / (link * (2 if side >= _TORUS else 1))

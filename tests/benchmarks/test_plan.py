@@ -208,8 +208,8 @@ def test_bottlenecks():
     plan = _plan()
     assert plan.least_seconds() == {"arithmetic": 2}
     sent = {"all-gather": 10**11, "all-to-all": 3 * 10**11}
-    plan = dataclasses.replace(plan, sent_bytes=sent)
-    assert plan.least_seconds() == {"arithmetic": 2, "links": 2}
+    plan = dataclasses.replace(plan, sent_bytes=sent, devices=16)
+    assert plan.least_seconds() == {"arithmetic": 2, "links": 0.5 + 6}
     for devices, links in ((8, 4e11 / 450e9), (16, 4e11 / 50e9)):  # the network between hosts
         plan = dataclasses.replace(plan, chip="NVIDIA H200", devices=devices)
         assert plan.least_seconds()["links"] == links

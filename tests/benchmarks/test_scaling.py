@@ -5,8 +5,7 @@ import json
 import pytest
 
 from sparsex_jax import cli
-from sparsex_jax.benchmarks.rooflines import find_chip
-from sparsex_jax.benchmarks.scaling import link_seconds
+from sparsex_jax.benchmarks.rooflines import find_chip, link_seconds
 
 
 @pytest.fixture
@@ -44,6 +43,7 @@ def test_links():
     # Across the middle of 4 chips in a row goes what one of them sends; of 16, on two links, twice.
     assert link_seconds("all-to-all", 50 * 10**9, 16, tpu) == 1
     assert link_seconds("all-to-all", 50 * 10**9, 64, tpu) == 2
+    assert link_seconds("all-to-all", 50 * 10**9, 128, tpu) == 2  # 8 x 16
     assert link_seconds("all-to-all", 50 * 10**9, 256, tpu) == 2
     assert link_seconds("all-to-all", 450 * 10**9, 8, gpu) == 1
     assert link_seconds("all-to-all", 50 * 10**9, 16, gpu) == 1
