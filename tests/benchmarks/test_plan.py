@@ -74,7 +74,12 @@ def test_nano_with_one_layer(project, tmp_path, run):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("name", "target", "devices"),
-    [("nano", "v5e:2x2", 2), ("billion", "v5e:2x4", 8), ("billion_4m", "v5e:16x16", 256)],
+    [
+        ("nano", "v5e:2x2", 2),
+        ("needle", "v5e:2x2", 2),
+        ("billion", "v5e:2x4", 8),
+        ("billion_4m", "v5e:16x16", 256),
+    ],
 )
 def test_presets_fit(project, name, target, devices):
     config = preset(project, name)
@@ -83,7 +88,7 @@ def test_presets_fit(project, name, target, devices):
     assert set(plan.kernels) == KERNELS
     assert plan.total_bytes <= plan.chip_bytes
     # Once for a layer's window and once for its landmarks; what repeats is there once.
-    assert plan.kernels["range_query_gradient"] == (5 if name == "nano" else 3)
+    assert plan.kernels["range_query_gradient"] == (3 if name.startswith("billion") else 5)
 
 
 @pytest.mark.long_compile
@@ -111,6 +116,15 @@ def test_4m_tokens_fit_on_8_gpus_where_repetitions_are_recomputed(project):
     model = dataclasses.replace(config.model, remat="repetition")
     plan = make_plan(dataclasses.replace(config, model=model), "h100x8")
     assert plan.problem is None and plan.devices == 8 and plan.tokens == 2**19
+
+
+@pytest.mark.long_compile
+def test_64m_tokens_are_read_by_256_gpus(project):
+    plan = make_plan(preset(project, "billion_4m"), "h100x256", prefill=2**26)
+    assert plan.problem is None and plan.tokens == 2**18
+    # Keys, values and more of four sparse layers with two KV heads of width 128.
+    kept = 4 * 2**18 * 2 * 2 * 128 * 2
+    assert kept < plan.cache_bytes < 1.1 * kept
 
 
 def test_billion_has_a_billion_parameters(project):
