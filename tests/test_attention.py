@@ -340,6 +340,7 @@ class TestMillionTokens:
     def gradients(cls, inputs, cotangent):
         return jax.vjp(cls.forward, inputs)[1](cotangent)
 
+    @pytest.mark.long_compile
     def test_forward_takes_less_than_q(self):
         inputs = self.inputs()
         compilation = compile_for("h200", self.forward, inputs)

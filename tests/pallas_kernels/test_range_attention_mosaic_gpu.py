@@ -228,9 +228,8 @@ class TestCompiled:
         for f in (attend, forward_and_backward):
             assert compile_for("h200", f, *abstract_operands(2**17, 256)).kernels
 
-    @pytest.mark.parametrize(
-        "keys", [P(), pytest.param(P(None, "device"), marks=pytest.mark.long_compile)]
-    )
+    @pytest.mark.long_compile
+    @pytest.mark.parametrize("keys", [P(), P(None, "device")])
     def test_queries_over_8_devices(self, keys):
         queries = P(None, "device")
 
@@ -246,6 +245,7 @@ class TestCompiled:
         # What queries elsewhere give to keys that are everywhere is added up.
         assert ("all-reduce" in compilation.executable.as_text()) == (keys == P())
 
+    @pytest.mark.long_compile
     def test_checkpoint(self):
         policy = jax.checkpoint_policies.save_only_these_names("range_attention")
 
@@ -281,6 +281,7 @@ class TestCompiled:
         stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in operands]
         assert kernel_calls(compile_for("h200", jax.vmap(forward_and_backward), *stacked)) == 3
 
+    @pytest.mark.long_compile
     def test_memory_of_a_million_tokens(self):
         q, k, *_ = operands = abstract_operands(2**20, 128)
         size = 2 * q.size + 4 * k.size

@@ -107,7 +107,7 @@ def test_processes_train_as_one_does_and_go_on_after_every_end(start, whole, tmp
     assert seconds < SILENT_SECONDS + 10
 
     outputs = finish(start_processes(start, several))
-    assert "step 20/21" in outputs[0][1] and "step" not in outputs[1][1]  # process 0 alone shows
+    assert "step 21/21" in outputs[0][1] and "step" not in outputs[1][1]  # process 0 alone shows
     assert_same_run(several, one)
     assert_close_run(several, whole)
 
