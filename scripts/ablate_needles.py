@@ -18,7 +18,7 @@ from pathlib import Path
 from sparsex_jax.benchmarks.results import check_writable, read_results, write_results
 from sparsex_jax.commands import eval_needle
 from sparsex_jax.commands.train import load_preset
-from sparsex_jax.config import TrainConfig
+from sparsex_jax.config import StageConfig, TrainConfig
 from sparsex_jax.training import train
 from sparsex_jax.training.checkpoints import to_json
 
@@ -37,10 +37,14 @@ def model(config: TrainConfig, **fields) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
 
 
+def staged(config: TrainConfig, change: Callable[[StageConfig], StageConfig]) -> TrainConfig:
+    """The config with other stages."""
+    return dataclasses.replace(config, stages=tuple(map(change, config.stages)))
+
+
 def selecting(config: TrainConfig, change: Callable[[int], int]) -> TrainConfig:
     """The config with other numbers of selected blocks, in all stages and when asked."""
-    stages = tuple(dataclasses.replace(x, top_k=change(x.top_k)) for x in config.stages)
-    config = dataclasses.replace(config, stages=stages)
+    config = staged(config, lambda x: dataclasses.replace(x, top_k=change(x.top_k)))
     return attention(config, top_k=change(config.model.attention.top_k))
 
 
@@ -52,20 +56,18 @@ def blocks(config: TrainConfig, size: int) -> TrainConfig:
 
 def fewer_questions(config: TrainConfig) -> TrainConfig:
     """The config with a third of the questions about long texts."""
-    stages = (
-        dataclasses.replace(x, questions=x.questions // 3) if x.length > 4096 else x
-        for x in config.stages
+    return staged(
+        config,
+        lambda x: dataclasses.replace(x, questions=x.questions // (3 if x.length > 4096 else 1)),
     )
-    return dataclasses.replace(config, stages=tuple(stages))
 
 
 def no_values(config: TrainConfig) -> TrainConfig:
     """The config without the texts in which every key has several values."""
-    stages = (
-        dataclasses.replace(x, mix=tuple(part for part in x.mix if part[0] != "values"))
-        for x in config.stages
+    return staged(
+        config,
+        lambda x: dataclasses.replace(x, mix=tuple(each for each in x.mix if each[0] != "values")),
     )
-    return dataclasses.replace(config, stages=tuple(stages))
 
 
 VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {

@@ -12,11 +12,17 @@ from pallas_kernels.ahead_of_time import (
     TPU_TARGETS,
     MemoryExceededError,
     compile_for,
-    target_mesh,
 )
 from sparsex_jax.benchmarks.hlo import COLLECTIVES, Program
 from sparsex_jax.benchmarks.operations import count_operations
-from sparsex_jax.benchmarks.planned import Prefill, TrainingStep, Work, rounds_of, trace
+from sparsex_jax.benchmarks.planned import (
+    Prefill,
+    TrainingStep,
+    Work,
+    absent_devices,
+    rounds_of,
+    trace,
+)
 from sparsex_jax.benchmarks.rooflines import find_chip, link_seconds
 from sparsex_jax.config import ConfigError, TrainConfig
 from sparsex_jax.parallel.mesh import make_mesh
@@ -158,10 +164,7 @@ def make_plan(
         mesh does not fit chips, model or batch.
     """
     kind, devices = parse_target(target, devices)
-    try:
-        chips = list(target_mesh(kind, devices).devices.flat)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"target={target!r}: {error}") from error
+    chips = absent_devices(kind, devices, target)
     mesh = make_mesh(config.mesh, chips)
     work: Work
     if prefill is None:

@@ -155,6 +155,22 @@ class Prefill:
 Work = TrainingStep | Prefill
 
 
+def absent_devices(target: str, count: int | None = None, given: str | None = None) -> list[Any]:
+    """The devices of a target, of which there need be none here.
+
+    Args:
+      target, count: as in `ahead_of_time.target_mesh`.
+      given: what the user calls the target; None for its name.
+
+    Raises:
+      ConfigError: there is no such target or number, or its compiler is not installed.
+    """
+    try:
+        return list(target_mesh(target, count).devices.flat)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"target={(given or target)!r}: {error}") from error
+
+
 def rounds_of(work: Work) -> int:
     """Rounds of dispatch in a layer where choices are even; 1 where sequences are whole."""
     sizes, model = ({} if work.mesh is None else work.mesh.shape), work.config.model
@@ -172,11 +188,7 @@ def trace(work: Work) -> core.Jaxpr:
     Raises:
       ConfigError: libtpu is not installed.
     """
-    try:
-        chip = target_mesh("v5e:2x2").devices.flat[0]
-    except RuntimeError as error:
-        raise ConfigError(f"operations are counted in a program for TPUs: {error}") from error
-    with dispatch.targeting(chip):
+    with dispatch.targeting(absent_devices("v5e:2x2")[0]):
         return jax.make_jaxpr(work.function())(work.state(), work.batch()).jaxpr
 
 

@@ -6,13 +6,20 @@ what it sends are counted, and divided by what chips and links do at best.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
-from pallas_kernels.ahead_of_time import TPU_TARGETS, target_mesh
+from pallas_kernels.ahead_of_time import TPU_TARGETS
 from sparsex_jax.benchmarks import runner
 from sparsex_jax.benchmarks.hlo import COLLECTIVES
 from sparsex_jax.benchmarks.operations import count_operations, count_sent
-from sparsex_jax.benchmarks.planned import Prefill, TrainingStep, Work, rounds_of, trace
+from sparsex_jax.benchmarks.planned import (
+    Prefill,
+    TrainingStep,
+    Work,
+    absent_devices,
+    rounds_of,
+    trace,
+)
 from sparsex_jax.benchmarks.results import compiled_for
 from sparsex_jax.benchmarks.rooflines import find_chip, link_seconds
 from sparsex_jax.benchmarks.runner import Row, require_some
@@ -64,14 +71,8 @@ class Settings:
         return {"config": to_json(self.config), "method": METHOD}
 
 
-class Step(NamedTuple):
-    """A row."""
-
-    chips: int
-
-
-class Benchmark(runner.Benchmark[Step]):
-    """Models the time for `settings`; see `runner.Benchmark`."""
+class Benchmark(runner.Benchmark[int]):
+    """Models the time for `settings`, by the number of chips; see `runner.Benchmark`."""
 
     name = "scaling"
     fields = (
@@ -82,6 +83,8 @@ class Benchmark(runner.Benchmark[Step]):
 
     def __init__(self, settings: Settings, path, command: str, *, resume: bool = False):
         self.settings = settings
+        for chips in settings.chips:
+            self._work(chips)  # what cannot be split is refused before anything is traced
         super().__init__(settings.describe(), path, command, resume=resume)
 
     def hardware(self) -> dict[str, Any]:
@@ -89,38 +92,35 @@ class Benchmark(runner.Benchmark[Step]):
         return compiled_for(self._devices(self.settings.chips[0])[0])
 
     def _devices(self, chips: int) -> list[Any]:
-        target = _SLICES[chips] if self.settings.target == "v5e" else self.settings.target
-        try:
-            return list(target_mesh(target, chips).devices.flat)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"target={target!r}: {error}") from error
+        v5e = self.settings.target == "v5e"
+        return absent_devices(_SLICES[chips] if v5e else self.settings.target, chips)
 
-    def all_steps(self) -> list[Step]:
-        """A step for each number of chips."""
-        return [Step(chips) for chips in self.settings.chips]
+    def all_steps(self) -> list[int]:
+        """The numbers of chips."""
+        return list(self.settings.chips)
 
-    def identity(self, step: Step) -> Row:
+    def identity(self, step: int) -> Row:
         """The fields that tell rows apart."""
         settings = self.settings
         return {
             "system": "sparsex",
             "work": settings.work,
             "target": settings.target,
-            "chips": step.chips,
+            "chips": step,
             "tokens": settings.tokens,
-            "length": step.chips * settings.tokens,
+            "length": step * settings.tokens,
         }
 
-    def run(self, step: Step) -> Row:
+    def run(self, step: int) -> Row:
         """The fields beyond `identity`."""
-        work, devices = self._work(step), self._devices(step.chips)
+        work, devices = self._work(step), self._devices(step)
         sizes = {} if work.mesh is None else dict(work.mesh.shape)
         jaxpr, rounds = trace(work), rounds_of(work)
         sent = count_sent(jaxpr, sizes, rounds)
         chip = find_chip(devices[0].device_kind)
         assert chip is not None
         operations = count_operations(jaxpr, rounds)
-        seconds = {kind: link_seconds(kind, size, step.chips, chip) for kind, size in sent.items()}
+        seconds = {kind: link_seconds(kind, size, step, chip) for kind, size in sent.items()}
         return {
             "operations": operations,
             **{f"{kind.replace('-', '_')}_bytes": size for kind, size in sent.items()},
@@ -130,12 +130,12 @@ class Benchmark(runner.Benchmark[Step]):
             "status": "modelled",
         }
 
-    def _work(self, step: Step) -> Work:
-        settings, length = self.settings, step.chips * self.settings.tokens
+    def _work(self, step: int) -> Work:
+        settings, length = self.settings, step * self.settings.tokens
         shape = dataclasses.replace(settings.config.mesh, data=1, fsdp=1, seq=-1, tensor=1)
         stage = dataclasses.replace(settings.config.stages[-1], length=length, batch_size=1)
         config = dataclasses.replace(settings.config, mesh=shape, stages=(stage,), accumulation=1)
-        mesh = make_mesh(shape, self._devices(step.chips))
+        mesh = make_mesh(shape, self._devices(step))
         if settings.work == "prefill":
             return Prefill(config, length, mesh)
         return TrainingStep(config, 0, mesh)

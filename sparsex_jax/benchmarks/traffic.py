@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.ahead_of_time import TPU_TARGETS, compile_for, target_mesh
+from pallas_kernels.ahead_of_time import TPU_TARGETS, compile_for
 from sparsex_jax.benchmarks import runner
 from sparsex_jax.benchmarks.hlo import COLLECTIVES, Program
 from sparsex_jax.benchmarks.names import Strategy
+from sparsex_jax.benchmarks.planned import absent_devices
 from sparsex_jax.benchmarks.results import compiled_for
 from sparsex_jax.benchmarks.runner import Row, require_some
 from sparsex_jax.config import AttentionConfig, ConfigError, MeshConfig
@@ -84,13 +85,7 @@ class Benchmark(runner.Benchmark[Step]):
 
     def hardware(self) -> dict[str, Any]:
         """What was compiled for; no such chip was there."""
-        return compiled_for(self._chips(self.settings.targets[0])[0])
-
-    def _chips(self, target: str) -> list[Any]:
-        try:
-            return list(target_mesh(target).devices.flat)
-        except RuntimeError as error:
-            raise ConfigError(f"target={target!r}: {error}") from error
+        return compiled_for(absent_devices(self.settings.targets[0])[0])
 
     def all_steps(self) -> list[Step]:
         """A step for each row, in order."""
@@ -104,7 +99,7 @@ class Benchmark(runner.Benchmark[Step]):
             "system": "sparsex",
             "strategy": step.strategy,
             "target": step.target,
-            "chips": len(self._chips(step.target)),
+            "chips": len(absent_devices(step.target)),
             "tokens": settings.tokens,
             "query_heads": settings.query_heads,
             "kv_heads": settings.kv_heads,
@@ -113,7 +108,7 @@ class Benchmark(runner.Benchmark[Step]):
 
     def run(self, step: Step) -> Row:
         """The fields beyond `identity`."""
-        settings, chips = self.settings, self._chips(step.target)
+        settings, chips = self.settings, absent_devices(step.target)
         sizes = len(chips), 1, settings.tokens
         heads = settings.query_heads, settings.kv_heads, settings.head_dim
         itemsize, count = jnp.dtype(DTYPE).itemsize, AttentionConfig().top_k

@@ -204,12 +204,12 @@ class Engine:
                     f"suffix has {len(row)} tokens but must have 1 to chunk={self.chunk}:"
                     " prefill what comes before"
                 )
-        padded, valid = _padded(rows, _whole_units(max(map(len, rows))))
+        padded, valid = _padded(rows, whole_units(max(map(len, rows))))
         kept, appended = split_layers(cache.layers)
         out, appended = self._answer(
             self._state, kept, _as_int32(cache.lengths), padded, _as_int32(valid),
             np.asarray(stop_tokens, np.int32), self._checked_seeds(seeds), np.int32(max_new_tokens),
-            appended=appended, kinds=kinds_of(cache.layers), room=_whole_units(max_new_tokens),
+            appended=appended, kinds=kinds_of(cache.layers), room=whole_units(max_new_tokens),
             sampling=sampling,
         )  # fmt: skip
         cache.layers = join_layers(kinds_of(cache.layers), kept, appended)
@@ -311,7 +311,7 @@ def _padded(rows: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarr
     return padded, np.array([len(row) for row in rows], np.int64)
 
 
-def _whole_units(tokens: int) -> int:
+def whole_units(tokens: int) -> int:
     """The next multiple of `SUFFIX_UNIT`."""
     return tokens + -tokens % SUFFIX_UNIT
 

@@ -13,7 +13,7 @@ from sparsex_jax.baselines.pattern import Pattern, random_blocks
 from sparsex_jax.branches import select_remote
 from sparsex_jax.cache.baselines import AllTokens, FirstTokens
 from sparsex_jax.cache.device import DeviceRemote
-from sparsex_jax.cache.engine import SUFFIX_UNIT, Cache
+from sparsex_jax.cache.engine import Cache, whole_units
 from sparsex_jax.cache.layer import LayerCache, extend_layer
 from sparsex_jax.cache.model import Layers, extend, join_layers, kinds_of, split_layers
 from sparsex_jax.cache.tiers import Tier
@@ -134,8 +134,8 @@ def attention_of_answer(
 
 
 def _filled(tokens: np.ndarray) -> np.ndarray:
-    """Tokens int32 [N], and zeros up to a multiple of `SUFFIX_UNIT`, at least one of it."""
-    size = -(-max(len(tokens), 1) // SUFFIX_UNIT) * SUFFIX_UNIT
+    """Tokens int32 [N], and zeros up to `whole_units`, one at least."""
+    size = whole_units(max(len(tokens), 1))
     return np.pad(tokens.astype(np.int32), (0, size - len(tokens)))
 
 

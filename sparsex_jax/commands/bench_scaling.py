@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from sparsex_jax.benchmarks.tables import format_number
-from sparsex_jax.commands.arguments import parse, parse_length
+from sparsex_jax.commands.arguments import parse_length
 from sparsex_jax.commands.running import run_benchmark
-from sparsex_jax.commands.train import load_preset
-from sparsex_jax.config import ConfigError, TrainConfig
+from sparsex_jax.commands.train import parse_with_preset
+from sparsex_jax.config import TrainConfig
 
 if TYPE_CHECKING:
     from sparsex_jax.benchmarks.runner import Row
@@ -47,16 +47,12 @@ class Arguments:
 
 
 def main(arguments: list[str], command: str) -> int:
-    """Parses the arguments, the preset first, runs the command and returns its exit status."""
-    default: Arguments | None = None
-    if arguments and not arguments[0].startswith("-"):
-        preset = Path(arguments[0])
-        default = Arguments(preset, tyro.MISSING, config=load_preset(preset))
-    elif not {"-h", "--help"} & set(arguments):
-        raise ConfigError(
-            "the first argument of bench scaling must be a preset: configs/billion_4m.py, say"
-        )
-    parsed = parse(Arguments, "bench scaling", arguments, default)
+    """Parses the arguments, runs the command and returns its exit status."""
+
+    def default(preset: Path, config: TrainConfig) -> Arguments:
+        return Arguments(preset, tyro.MISSING, config=config)
+
+    parsed = parse_with_preset(Arguments, "bench scaling", arguments, default)
     # Nothing runs on this machine's devices.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from sparsex_jax.benchmarks.results import check_writable

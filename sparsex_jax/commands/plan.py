@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from sparsex_jax.benchmarks.tables import format_number
-from sparsex_jax.commands.arguments import format_length, make_console, parse, parse_length
-from sparsex_jax.commands.train import load_preset
+from sparsex_jax.commands.arguments import format_length, make_console, parse_length
+from sparsex_jax.commands.train import parse_with_preset
 from sparsex_jax.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
@@ -47,14 +47,12 @@ class Arguments:
 
 
 def main(arguments: list[str]) -> int:
-    """Parses the arguments, the preset first, runs the command and returns its exit status."""
-    default: Arguments | None = None
-    if arguments and not arguments[0].startswith("-"):
-        preset = Path(arguments[0])
-        default = Arguments(preset, tyro.MISSING, config=load_preset(preset))
-    elif not {"-h", "--help"} & set(arguments):
-        raise ConfigError("the first argument of plan must be a preset: configs/nano.py, say")
-    parsed = parse(Arguments, "plan", arguments, default)
+    """Parses the arguments, runs the command and returns its exit status."""
+
+    def default(preset: Path, config: TrainConfig) -> Arguments:
+        return Arguments(preset, tyro.MISSING, config=config)
+
+    parsed = parse_with_preset(Arguments, "plan", arguments, default)
     # Nothing runs on this machine's devices.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return _plan(parsed, shlex.join(["sparsex", "plan", *arguments]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -36,14 +37,35 @@ class Arguments:
 
 
 def main(arguments: list[str]) -> None:
-    """Parses the arguments, the preset first, for it has the other options' defaults."""
-    default: Arguments | None = None
+    """Parses the arguments and runs the command."""
+
+    def default(preset: Path, config: TrainConfig) -> Arguments:
+        return Arguments(preset, Path("runs") / preset.stem, config=config)
+
+    train(parse_with_preset(Arguments, "train", arguments, default))
+
+
+def parse_with_preset[T](
+    kind: type[T], command: str, arguments: list[str], default: Callable[[Path, TrainConfig], T]
+) -> T:
+    """Arguments of which the first is a preset, which has the other options' defaults.
+
+    Args:
+      kind: their dataclass.
+      command: its name.
+      arguments: as typed.
+      default: from a preset and its config to the arguments that nobody has given.
+
+    Raises:
+      ConfigError: the first is no preset, or as `load_preset` and `parse`.
+    """
+    given = None
     if arguments and not arguments[0].startswith("-"):
         preset = Path(arguments[0])
-        default = Arguments(preset, Path("runs") / preset.stem, config=load_preset(preset))
+        given = default(preset, load_preset(preset))
     elif not {"-h", "--help"} & set(arguments):
-        raise ConfigError("the first argument of train must be a preset: configs/nano.py, say")
-    train(parse(Arguments, "train", arguments, default))
+        raise ConfigError(f"the first argument of {command} must be a preset: configs/nano.py, say")
+    return parse(kind, command, arguments, given)
 
 
 def load_preset(path: Path) -> TrainConfig:

@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from pallas_kernels.ahead_of_time import MemoryExceededError
-from sparsex_jax import cli
 from sparsex_jax.benchmarks import plan as plans
+from sparsex_jax.benchmarks import planned
 from sparsex_jax.benchmarks.operations import count_operations
 from sparsex_jax.benchmarks.plan import longest_stage, make_plan, way_out
 from sparsex_jax.benchmarks.planned import Prefill, TrainingStep, trace
@@ -32,23 +32,12 @@ def preset(project, name):
     return runpy.run_path(str(project / "configs" / f"{name}.py"))["config"]
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs the command: exit status, and what it printed."""
-
-    def run(*arguments):
-        status = cli.run(["plan", *map(str, arguments)])
-        return status, capsys.readouterr()
-
-    return run
-
-
 @pytest.mark.long_compile
 def test_nano_with_one_layer(project, tmp_path, run):
     """What is quick to compile: its sparse layer, few words, no landmarks, short sequences."""
     path, out = tmp_path / "cut.py", tmp_path / "plan.json"
     path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))
-    status, shown = run(path, "--target", "v5e:2x2", "--out", out)
+    status, shown = run("plan", path, "--target", "v5e:2x2", "--out", out)
     assert status == 0 and not shown.err
     assert "  range_forward 1\n" in shown.out and "  fits, of 15.75\n" in shown.out
     results = json.loads(out.read_text())
@@ -97,7 +86,7 @@ def test_gpus(project, tmp_path, monkeypatch, run, least):
     path, out = tmp_path / "cut.py", tmp_path / "plan.json"
     path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))
     monkeypatch.setitem(plans._CHIP_BYTES, "h200", least)
-    status, shown = run(path, "--target", "h200x4", "--out", out)
+    status, shown = run("plan", path, "--target", "h200x4", "--out", out)
     results = json.loads(out.read_text())
     (row,) = results["rows"]
     assert results["hardware"]["driver"].startswith("jax-cuda13-plugin ")
@@ -152,7 +141,7 @@ def test_a_prefill_on_gpus(project, tmp_path, run):
     path, out = tmp_path / "cut.py", tmp_path / "plan.json"
     path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))
     split = "--mesh.seq", 4, "--mesh.fsdp", 1
-    status, shown = run(path, "--target", "h200x4", "--prefill", "4K", *split, "--out", out)
+    status, shown = run("plan", path, "--target", "h200x4", "--prefill", "4K", *split, "--out", out)
     assert status == 0 and ", a prefill on 4 chips of h200x4" in shown.out
     (row,) = json.loads(out.read_text())["rows"]
     assert (row["work"], row["stage"], row["tokens"], row["optimizer_bytes"]) == (
@@ -191,7 +180,7 @@ def test_says_what_to_do_where_it_does_not_fit(project, tmp_path, monkeypatch, r
     stub(monkeypatch, "v5e:2x2 has too little memory for this: 20.01G exceed 15.75G")
     path, out = tmp_path / "cut.py", tmp_path / "plan.json"
     path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))
-    status, shown = run(path, "--target", "v5e:2x2", "--devices", 2, "--out", out)
+    status, shown = run("plan", path, "--target", "v5e:2x2", "--devices", 2, "--out", out)
     assert status == 1
     assert "  does not fit, of 15.75\n" in shown.out and "20.01G exceed" in shown.out
     assert shown.out.endswith("use --accumulation 2\n")
@@ -258,12 +247,12 @@ def test_refuses(project, run, monkeypatch):
             "batch_size=2 must be a multiple of",
         ),
     ):
-        status, shown = run(*arguments)
+        status, shown = run("plan", *arguments)
         assert status == 2 and message in shown.err and shown.err.count("\n") == 1
 
     def missing(*_):
         raise RuntimeError("compiling for v5e:2x2 needs libtpu")
 
-    monkeypatch.setattr(plans, "target_mesh", missing)
-    status, shown = run(nano, "--target", "v5e:2x2")
+    monkeypatch.setattr(planned, "target_mesh", missing)
+    status, shown = run("plan", nano, "--target", "v5e:2x2")
     assert status == 2 and "needs libtpu" in shown.err

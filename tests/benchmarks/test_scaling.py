@@ -4,19 +4,7 @@ import json
 
 import pytest
 
-from sparsex_jax import cli
 from sparsex_jax.benchmarks.rooflines import find_chip, link_seconds
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command: exit status, and what it printed."""
-
-    def run(*arguments):
-        status = cli.run([*map(str, arguments)])
-        return status, capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize("work", ["training", "prefill"])
@@ -57,6 +45,8 @@ def test_refuses(run, project, tmp_path):
         ((nano, *out, "--chips", 12), "chips=(12,) must be slices of v5e: use 4, 8"),
         ((nano, *out, "--target", "h100", "--chips", 12), "devices=12 must be 1 to 8"),
         ((nano, *out, "--tokens", "1Q"), "tokens='1Q'"),
+        ((nano, *out, "--tokens", "1000"), "length=8000 must be mesh.seq=8 times a multiple of"),
+        ((nano, *out, "--chips"), "chips must name at least one"),
     ):
         status, shown = run("bench", "scaling", *arguments)
         assert status == 2 and message in shown.err and shown.err.count("\n") == 1

@@ -5,20 +5,8 @@ import types
 
 import pytest
 
-from sparsex_jax import cli
 from sparsex_jax.benchmarks import traffic
 from tests.benchmarks.test_hlo import SENDING
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs a command: exit status, and what it printed."""
-
-    def run(*arguments):
-        status = cli.run([*map(str, arguments)])
-        return status, capsys.readouterr()
-
-    return run
 
 
 def test_rows_and_their_table(run, tmp_path, monkeypatch):
