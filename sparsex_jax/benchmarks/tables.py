@@ -394,9 +394,13 @@ def losses_table(rows: Sequence[Row], label: Label) -> str:
 
 def scaling_table(rows: Sequence[Row], label: Label) -> str:
     """Modelled seconds where chips and tokens grow together, and how well they scale."""
+    modelled = [row for row in rows if row["status"] == "modelled"]
 
     def line(row: Row) -> list[str]:
-        alike = [x for x in rows if all(x[name] == row[name] for name in ("work", "tokens"))]
+        what = [row["work"], str(row["chips"]), label(row["length"])]
+        if row not in modelled:
+            return [*what, row["status"], *[""] * 4]
+        alike = [x for x in modelled if all(x[name] == row[name] for name in ("work", "tokens"))]
         fewest = min(alike, key=lambda x: x["chips"])
         seconds = {
             name.removesuffix("_seconds").replace("_", "-"): row[name]
@@ -406,8 +410,7 @@ def scaling_table(rows: Sequence[Row], label: Label) -> str:
             f"{100 * combine(fewest) / combine(row):.0f} %" for combine in (_one_by_one, _at_once)
         )
         return [
-            row["work"], str(row["chips"]), label(row["length"]),
-            format_number(row["arithmetic_seconds"]), format_number(row["links_seconds"]),
+            *what, format_number(row["arithmetic_seconds"]), format_number(row["links_seconds"]),
             max(seconds, key=lambda name: seconds[name]), apart, beside,
         ]  # fmt: skip
 

@@ -211,6 +211,23 @@ def test_plans(tmp_path, capsys):
     assert "Compiled and not run" in shown
 
 
+def test_scaling(tmp_path, capsys):
+    kinds = ("arithmetic", "links", "all_gather", "all_reduce", "reduce_scatter", "all_to_all")
+    common = {"work": "prefill", "tokens": 1024, **dict.fromkeys([f"{x}_seconds" for x in kinds])}
+    common |= {"collective_permute_seconds": None, "status": "failed"}
+    few = common | {f"{x}_seconds": 0.0 for x in kinds} | {"chips": 16, "length": 16384}
+    few |= {"collective_permute_seconds": 1.0, "links_seconds": 1.0, "arithmetic_seconds": 2.0}
+    few["status"] = "modelled"
+    many = few | {"chips": 32, "length": 32768, "all_to_all_seconds": 4.0, "links_seconds": 4.0}
+    failed = common | {"chips": 8, "length": 8192}
+    write(tmp_path / "tpu-v5e" / "scaling.json", "scaling", [many, failed, few])
+    assert report("--results", tmp_path) in (0, None)
+    shown = capsys.readouterr().out
+    assert "| prefill | 8 | 8K | failed |" in shown
+    assert "| prefill | 16 | 16K | 2 | 1 | arithmetic | 100 % | 100 % |" in shown
+    assert "| prefill | 32 | 32K | 2 | 4 | all-to-all | 50 % | 50 % |" in shown
+
+
 def test_decode_prefill_and_tiers(tmp_path, capsys):
     step = {"speedup_over_dense": None, "implementation": "xla"}
     decode = [
