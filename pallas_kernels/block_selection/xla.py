@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import shapes
+from pallas_kernels.block_selection import two_levels
 from pallas_kernels.mesh_axes import zeros_like
 
 # Floats held at a time, unless _MIN_ROWS rows already need more.
@@ -71,15 +73,18 @@ def _select(u, c, limit, start, count):
         u, limit, start = operands
         scores = _einsum("bthd,bnhd->bthn", u, c)
         allowed = (start[..., None] <= block) & (block < limit[..., None])
-        scores = jnp.where(allowed[:, :, None, :], scores, -jnp.inf)
-        # top_k orders -0 below +0, but they are a tie: the lower index wins.
-        scores = jnp.where(scores == 0, 0, scores)
-        score, index = jax.lax.top_k(scores, count)
+        score, index = _top(jnp.where(allowed[:, :, None, :], scores, -jnp.inf), count)
         return None, (jnp.where(score == -jnp.inf, -1, index), score)
 
     operands = _split(u, rows), _split(limit, rows), _split(start, rows)
     _, (index, score) = jax.lax.scan(chunk, None, operands)
     return _join(index, u.shape[1]), _join(score, u.shape[1])
+
+
+def _top(scores, count):
+    """(score, index) of the best of a row."""
+    # top_k orders -0 below +0, but they are a tie: the lower index wins.
+    return jax.lax.top_k(jnp.where(scores == 0, 0, scores), count)
 
 
 def _select_fwd(u, c, limit, start, count):
@@ -123,3 +128,50 @@ def select_bwd(count, residuals, cotangents):
 
 
 _select.defvjp(_select_fwd, select_bwd)
+
+
+def best_of_nodes(u, c, expanded, limit, start, count, node_size):
+    """index int32 and score [B, T, Hkv, K] of the best blocks of each query's expanded nodes.
+
+    The features of their blocks are gathered, for as many queries at a time as fit in the budget.
+
+    Args:
+      u: [B, T, Hkv, d].
+      c: [B, Nb, Hkv, d].
+      expanded: int32 [B, T, Hkv, E], ascending nodes, then -1.
+      limit: int32 [B, T], at most Nb.
+      start: int32 [B, T], at least 0.
+      count: K.
+      node_size: blocks of a node.
+    """
+    batch, tokens, heads, dim = u.shape
+    candidates = expanded.shape[3] * node_size
+    found = min(count, candidates)
+    rows = _rows_per_chunk(u, candidates * dim)
+    by_node = shapes.pad(c, 1, node_size).reshape(batch, -1, node_size, heads, dim)
+    b, _, h, _ = jnp.ix_(*map(jnp.arange, (batch, rows, heads, 1)))
+
+    def chunk(_, operands):
+        u, expanded, limit, start = operands
+        features = by_node[b, jnp.maximum(expanded, 0), :, h]
+        scores = _einsum("bthd,bthesd->bthes", u, features)
+        block = expanded[..., None] * node_size + jnp.arange(node_size, dtype=jnp.int32)
+        limit, start = (x[:, :, None, None, None] for x in (limit, start))
+        scores = jnp.where((start <= block) & (block < limit), scores, -jnp.inf)
+        # Nodes ascend, so of equal scores the first is that of the lower block.
+        score, place = _top(scores.reshape(*u.shape[:3], candidates), found)
+        index = jnp.take_along_axis(block.reshape(*u.shape[:3], candidates), place, axis=3)
+        return None, (jnp.where(score == -jnp.inf, -1, index), score)
+
+    operands = _split(u, rows), _split(expanded, rows), _split(limit, rows), _split(start, rows)
+    _, (index, score) = jax.lax.scan(chunk, None, operands)
+    missing = [(0, 0)] * 3 + [(0, count - found)]
+    return (
+        jnp.pad(_join(index, tokens), missing, constant_values=-1),
+        jnp.pad(_join(score, tokens), missing, constant_values=-jnp.inf),
+    )
+
+
+select_blocks_in_nodes = functools.partial(
+    two_levels.select, two_levels.Levels(select_blocks, best_of_nodes)
+)

@@ -10,6 +10,7 @@ from pallas_kernels.hopper import HALF, ROWS
 GROUP = 8  # neighbouring blocks: as many rows as TMA copies at least into an operand of wgmma
 STEP = HALF * GROUP  # blocks
 MOST = 64  # blocks that a query selects
+MOST_GROUPS = 256  # that a query is rescored in: no row of what TMA copies is longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +31,20 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is static about a call; `count` is 8 or a multiple of 16."""
+    """What is static about a call.
+
+    Attributes:
+      batch, tokens, heads, dim: of the queries.
+      count: blocks that a query selects, 8 or a multiple of 16.
+      groups: in which the blocks of a query are rescored, likewise; the search finds `count`.
+    """
 
     batch: int
     tokens: int
     heads: int
     dim: int
     count: int
+    groups: int
 
     @property
     def tiles(self):
@@ -51,7 +59,8 @@ class Sizes:
     @property
     def part(self):
         """Groups of a query that are scored at a time."""
-        return min(self.count, 16) if self.count <= 16 and self.dim <= 64 else 8
+        few = max(self.count, self.groups) <= 16 and self.dim <= 64
+        return self.groups if few else 8
 
     @property
     def products(self):
@@ -64,7 +73,7 @@ class Sizes:
     @property
     def places(self):
         """Tiles of queries in shared memory at a time."""
-        return 2 if self.count <= 32 or self.dim <= 64 else 1
+        return 2 if max(self.count, self.groups) * self.dim <= 32 * 128 else 1
 
     def locate(self, item):
         """(batch element, tile, KV head) of an item."""

@@ -24,7 +24,8 @@ _COLUMNS = 8  # of a product: queries
 def _plan(group, start, limit):
     """int32 [B, Hkv, tiles, 2, 128]: the first candidate of a query, and the one after the last.
 
-    Groups ascend, so only the first can be cut by the start, and only the last by the limit.
+    Groups ascend, so a start hides the first candidates and a limit the last ones: no group is
+    missing between one that a bound cuts and those beyond it.
     """
     found = jnp.sum(group >= 0, axis=3)
     low = start[..., None] - group[..., 0] * GROUP
@@ -50,7 +51,7 @@ class _Walk:
         # A slot belongs to one warpgroup, as the ring's size is a multiple of their number.
         self.c_ring = Ring(2 * config.places, *at.c_ring)
         self.own_items = hopper.share(sizes.items, at)
-        self.parts = sizes.count // sizes.part
+        self.parts = sizes.groups // sizes.part
         self.candidates = sizes.part * GROUP
         self.tiles = [pl.ds(n, HALF) for n in range(0, self.candidates, HALF)]
 
@@ -185,7 +186,7 @@ def scratch(sizes: Sizes, config: Config):
     return {
         "u_tile": hopper.operand_tile((sizes.places, ROWS, sizes.dim)),
         "plan_tile": plgpu.SMEM((sizes.places, 2, ROWS), jnp.int32),
-        "group_tile": plgpu.SMEM((sizes.places, ROWS, sizes.count), jnp.int32),
+        "group_tile": plgpu.SMEM((sizes.places, ROWS, sizes.groups), jnp.int32),
         "c_tile": hopper.operand_tile((2 * config.places, candidates, sizes.dim)),
         "all_scores": hopper.crossed_tile((2, candidates, HALF)),
         "best_tile": plgpu.SMEM((2, HALF, sizes.count), jnp.float32),
@@ -198,7 +199,8 @@ def scratch(sizes: Sizes, config: Config):
 def score_groups(u, c, group, limit, start, sizes: Sizes, config: Config):
     """index int32 and score f32 [B, T, Hkv, count], of the blocks of each query's groups.
 
-    Arguments as of `select`, and the groups that `find_groups` returns.
+    Arguments as of `select`, and the groups: int32 [B, T, Hkv, groups], ascending, then -1. Groups
+    outside of [start, limit) are allowed as neighbours, without a gap, of one that this cuts.
     """
     shape = sizes.batch, sizes.tokens, sizes.heads, sizes.count
     results = hopper.launch(

@@ -10,6 +10,9 @@ Queries lie along lanes, blocks along sublanes. XLA orders the blocks of each st
 the members of a group, and the groups of a supergroup, are the same sublane of different
 registers: a maximum over them is one operation on whole registers, and a descent is one gather
 within a register and one select for 8 x 128 scores and 8 of the K.
+
+In two levels, the kernel finds the nodes; XLA gathers and scores the blocks in them, as xla.py has
+it.
 """
 
 import functools
@@ -21,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import shapes
-from pallas_kernels.block_selection import xla
+from pallas_kernels.block_selection import two_levels, xla
 from pallas_kernels.block_selection.gradients import select_bwd
 from pallas_kernels.block_selection.mosaic_tpu.configs import GROUP, LANES, STEP, Config, Sizes
 from pallas_kernels.block_selection.mosaic_tpu.search import search_tile
@@ -136,3 +139,9 @@ def select_blocks(u, c, limit, start, count):
     if 0 in (*u.shape, c.shape[1], count):
         return xla.select_blocks(u, c, limit, start, count)
     return _select(u, c, jnp.minimum(limit, c.shape[1]), jnp.maximum(start, 0), count)
+
+
+# The kernel searches for nodes; XLA gathers and scores the blocks in them.
+select_blocks_in_nodes = functools.partial(
+    two_levels.select, two_levels.Levels(select_blocks, xla.best_of_nodes)
+)
