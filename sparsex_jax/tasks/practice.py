@@ -41,6 +41,7 @@ _NOISE, _NOISE_AROUND_CHAINS = 0.15, 0.7
 _GRID = 0.5  # of the texts: needles at RULER's depths, among them the very beginning and end
 # Share of texts whose first question is about a needle in the last tokens, as in `data.py`.
 _LATE, _LATE_TOKENS = 0.3, 256
+_EARLY = 0.1  # of the crowds: about the very first line
 _CHAIN_TOKENS = 320  # of a chain with its question and answer, at most
 
 Text = tuple[np.ndarray, np.ndarray]  # tokens int32 [N], and which of them are answers, bool [N]
@@ -129,10 +130,27 @@ class Practice:
         sizes = self.parts.sizes(table)
         fitting = int(np.searchsorted(np.cumsum(sizes), room, side="right"))
         assert fitting >= asked
-        order = rng.permutation(fitting)
         noise = noise_text(room - int(sizes[:fitting].sum()), self.tokenizer)
-        context = np.concatenate([noise, self.parts.tokens(table[order].ravel())])
+        context = self._lines(table[:fitting], sizes[:fitting], noise, rng)
         return _joined(preface, context, questions)
+
+    def _lines(
+        self, table: np.ndarray, sizes: np.ndarray, noise: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Noise, then lines in random order; the first of the table may be the very first, or late.
+
+        A table of `Parts`, and the tokens of each of its lines.
+        """
+        others = 1 + rng.permutation(len(table) - 1)
+        place, where = int(rng.integers(len(table))), rng.random()
+        if where < _EARLY:
+            place = 0
+        elif where < _EARLY + _LATE:
+            behind = np.cumsum(sizes[others[::-1]])
+            place = len(others) - int(np.searchsorted(behind, rng.uniform(0, _LATE_TOKENS)))
+        lines = self.parts.tokens(table[np.insert(others, place, 0)].ravel())
+        before = int(sizes[0]) if where < _EARLY else 0
+        return np.concatenate([lines[:before], noise, lines[before:]])
 
     def chains(self, count: int, rng: np.random.Generator) -> Text:
         """Chains of variables in noise or text."""

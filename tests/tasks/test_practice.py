@@ -79,6 +79,19 @@ def test_many_needles_are_where_the_text_begins_or_ends(practice, tokenizer):
     assert first > 5 and last > 5
 
 
+def test_a_crowds_first_question_is_often_about_its_very_first_or_its_last_lines(
+    practice, tokenizer
+):
+    first = last = 0
+    for text, _, _ in samples(practice.crowd, 60, 2048, tokenizer):
+        keys = [key for _, key, _ in HIDDEN.findall(text)]
+        asked = split_list(ASKED.search(text)[2])[0]
+        first += asked == keys[0] and len(HIDDEN.split(text)[0].splitlines()) < 2
+        behind = text[text.index(f"for {asked} is") : text.index("What")]
+        last += len(tokenizer.encode(behind)) < 256
+    assert first > 2 and last > 15
+
+
 def test_chains_lead_to_their_answers(practice, tokenizer):
     for text, marked, _ in samples(practice.chains, 20, 2048, tokenizer):
         source = dict(re.findall(r"VAR (\w{5}) = (?:VAR )?(\w{5})", text))
