@@ -42,24 +42,25 @@ def sparse_attention(
 ) -> jax.Array:
     """Attention of every token to its window, to landmarks and to its K best blocks.
 
-    Strictly causal: the output at t does not change by one bit when later tokens change.
+    Strictly causal: the output at t does not change by one bit when later tokens change. Queries
+    may be those of the last M tokens alone.
 
     Args:
-      q: [B, T, Hq, D], normalised, without RoPE.
+      q: [B, M, Hq, D], M <= T, normalised, without RoPE.
       k: [B, T, Hkv, D], likewise.
       v: [B, T, Hkv, D].
       config: window, block size, top_k, landmarks, fusion.
       salience: g, f32 [B, T, Hkv]; needed unless landmarks are off.
-      query_features: u, [B, T, Hkv, d_s], times exp(tau) / sqrt(d_s); needed unless top_k is 0.
+      query_features: u, [B, M, Hkv, d_s], times exp(tau) / sqrt(d_s); needed unless top_k is 0.
       block_features: c, [B, T // S, Hkv, d_s]; needed unless top_k is 0.
-      landmark_gate: f32 [B, T, Hq], factor of the landmark branch; None is 1.
-      dynamic_gate: f32 [B, T, Hq], factor of the dynamic branch; None is 1.
+      landmark_gate: f32 [B, M, Hq], factor of the landmark branch; None is 1.
+      dynamic_gate: f32 [B, M, Hq], factor of the dynamic branch; None is 1.
       segment_ids: int [B, T], one number a document, each starting at a multiple of S; None is one
         document a row.
       implementation: of the primitives, as in `pallas_kernels`; None picks by platform.
 
     Returns:
-      [B, T, Hq, D] in the type of q.
+      [B, M, Hq, D] in the type of q.
 
     Raises:
       ValueError: shapes, types or arguments that do not fit the config, or each other.
@@ -81,6 +82,8 @@ def _adds_up(q, k, v, config: AttentionConfig, implementation: str | None) -> bo
     size = min(tokens, chunk_size(tokens, config.block_size))
     if tokens <= config.window or not config.top_k or config.fusion != "sum" or tokens % size:
         return False
+    if tokens < k.shape[1]:  # queries of a part of the tokens
+        return False
     return adds_up(
         q, k, v, tokens=size, capacity=config.top_k, block_size=config.block_size,
         implementation=implementation,
@@ -92,7 +95,8 @@ def _attend(
     *, config: AttentionConfig, implementation: str | None, in_place: bool = False,
 ):  # fmt: skip
     """`sparse_attention` of arguments that fit; `in_place` is not differentiable."""
-    batch, tokens = q.shape[:2]
+    batch, tokens = k.shape[:2]
+    before = tokens - q.shape[1]  # tokens before the first query
     positions = jnp.arange(tokens, dtype=jnp.int32)
     document_start = None if segment_ids is None else document_starts(segment_ids)
     local_start, document_start, limit = (
@@ -108,7 +112,8 @@ def _attend(
         marks, span = all_landmarks(k, v, salience, limit, document_start, config)
 
     def near(first, queries: _Queries, keys: _Keys):
-        """The branches of a chunk of tokens from position `first` on that choose no blocks."""
+        """The branches that choose no blocks, of a chunk of queries from the `first` on."""
+        first += before
         local = local_branch(
             queries.q, keys.k, keys.v, first, queries.local_start,
             config=config, implementation=implementation,
@@ -127,13 +132,13 @@ def _attend(
         return local, landmarks
 
     def attend(first, queries: _Queries, keys: _Keys):
-        """Attention of a chunk of tokens; the queries begin at position `first`."""
+        """Attention of a chunk of queries, from the `first` on."""
         local, landmarks = near(first, queries, keys)
         dynamic = None
         if tokens > config.window and config.top_k:
             far = queries.q, keys.k
             if keys.turned_k is not None:
-                far = rotate_from(queries.q, first, config.rope_base), keys.turned_k
+                far = rotate_from(queries.q, before + first, config.rope_base), keys.turned_k
             dynamic = dynamic_branch(
                 *far, keys.v, queries.features, keys.block_features, queries.limit,
                 queries.document_start, config=config, implementation=implementation,
@@ -156,10 +161,12 @@ def _attend(
         )  # fmt: skip
 
     keys = _Keys(k, turned_k, v, block_features, marks)
+    of_tokens = local_start, document_start, limit, span
     queries = _Queries(
-        q, query_features, landmark_gate, dynamic_gate, local_start, document_start, limit, span
-    )
-    size = chunk_size(tokens, config.block_size)
+        q, query_features, landmark_gate, dynamic_gate,
+        *jax.tree.map(lambda x: x[:, before:], of_tokens),
+    )  # fmt: skip
+    size = chunk_size(q.shape[1], config.block_size)
     if in_place:
         queries = queries._replace(landmark_gate=None, dynamic_gate=None)  # not by chunks
         out = update_by_chunks(write, queries, jax.lax.empty(q.shape, q.dtype), size=size)
@@ -206,19 +213,23 @@ def check_arguments(
         raise ValueError(f"q {q.shape} and k {k.shape} must be [batch, token, head, dim]")
     batch, tokens, heads, dim = q.shape
     kv_heads = k.shape[2]
-    if k.shape != (batch, tokens, kv_heads, dim) or v.shape != k.shape:
+    if k.shape != (batch, k.shape[1], kv_heads, dim) or v.shape != k.shape:
         raise ValueError(
             f"k {k.shape} and v {v.shape} must agree with q {q.shape} but for the number of heads"
+        )
+    if tokens > k.shape[1]:
+        raise ValueError(
+            f"q has {tokens} tokens, k {k.shape[1]}: queries are of the last tokens, or all of them"
         )
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"q has {heads} heads: use a multiple of the {kv_heads} of k and v")
     if dim % 2:
         raise ValueError(f"head dim {dim} is odd: RoPE turns pairs, use an even one")
-    blocks, width = tokens // config.block_size, config.score_dim
+    keys, blocks, width = k.shape[1], k.shape[1] // config.block_size, config.score_dim
     has_landmarks, has_dynamic = config.landmarks != "off", config.top_k > 0
     gated = config.fusion == "sum"
     for name, value, shape, used, needed in (
-        ("salience", salience, (batch, tokens, kv_heads), has_landmarks, True),
+        ("salience", salience, (batch, keys, kv_heads), has_landmarks, True),
         ("query_features", query_features, (batch, tokens, kv_heads, width), has_dynamic, True),
         ("block_features", block_features, (batch, blocks, kv_heads, width), has_dynamic, True),
         ("landmark_gate", landmark_gate, (batch, tokens, heads), has_landmarks and gated, False),
@@ -235,4 +246,4 @@ def check_arguments(
         elif value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape} but must be {shape}")
     if segment_ids is not None:
-        check_segment_ids(segment_ids, (batch, tokens), config.block_size)
+        check_segment_ids(segment_ids, (batch, keys), config.block_size)

@@ -338,6 +338,8 @@ class StageConfig:
         is made for training, tasks, and "definitions" and "descriptions" of `DataConfig.code`.
       needles: fewest and most needles hidden in a sequence.
       questions: most questions asked at the end of a sequence.
+      loss_tokens: tokens of a sequence that count in the loss, the last ones; the others are
+        context, and layers skip what only they would need. None: all of them.
     """
 
     steps: int
@@ -347,10 +349,16 @@ class StageConfig:
     mix: tuple[tuple[str, float], ...] = (("needle", 1.0),)
     needles: tuple[int, int] = (1, 16)
     questions: int = 16
+    loss_tokens: int | None = None
 
     def __post_init__(self):
         _check_types(self)
         _require_positive(self, "steps", "length", "batch_size", "questions")
+        _require(
+            self.loss_tokens is None or 1 <= self.loss_tokens <= self.length,
+            f"loss_tokens={self.loss_tokens} must be from 1 to length={self.length}: use None for"
+            " all tokens",
+        )
         low, high = self.needles
         _require(1 <= low <= high, f"needles={self.needles} must be (fewest, most), at least 1")
         _require(

@@ -51,16 +51,16 @@ def selection_loss(
     Queries that see fewer than two blocks do not count.
 
     Args:
-      q: [B, T, Hq, D], without RoPE.
-      k: [B, T, Hkv, D], likewise.
-      query_features: u, [B, T, Hkv, d_s].
+      q: [B, M, Hq, D], without RoPE, of the last M tokens.
+      k: [B, T, Hkv, D], likewise, of all.
+      query_features: u, [B, M, Hkv, d_s].
       block_features: c, [B, blocks, Hkv, d_s].
-      queries: int32 [B, M], of `sample_queries`.
+      queries: int32 [B, Q], numbers from 0 to M - 1.
       document_start: of each token's document, int32 [B, T], or None.
       config: of the attention.
 
     Returns:
-      f32 [B], of M x T products each.
+      f32 [B], of Q x T products each.
     """
     batch, count = queries.shape
     chunks = -(-count // _CHUNK)
@@ -82,12 +82,13 @@ def selection_loss(
 
 
 def _divergence(q, k, u, c, queries, document_start, config: AttentionConfig):
-    """Of some queries of one sequence, f32 [M], and whether they count, bool [M]."""
+    """Of some queries of one sequence, f32 [Q], and whether they count, bool [Q]."""
     size = config.block_size
     blocks, heads, _ = c.shape
     place = jnp.maximum(queries, 0)
-    start = jnp.zeros_like(place) if document_start is None else document_start[place]
-    end = remote_end(place, start, config) // size
+    position = place + len(k) - len(q)
+    start = jnp.zeros_like(place) if document_start is None else document_start[position]
+    end = remote_end(position, start, config) // size
     block = jnp.arange(blocks)
     remote = (block >= -(-start // size)[:, None]) & (block < end[:, None])
     rows = q[place].reshape(len(place), heads, -1, q.shape[2])

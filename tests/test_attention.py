@@ -157,6 +157,38 @@ def test_chunks_of_tokens_equal_the_whole(config, tokens, lengths, monkeypatch):
     chex.assert_trees_all_close(results(), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("config", "lengths"),
+    [
+        (SMALL, (40, 8, 64, 38)),
+        (SOFTMAX, None),
+        (dataclasses.replace(SMALL, landmarks="all"), None),
+    ],
+)
+def test_queries_of_the_last_tokens_get_what_they_get_among_all(config, lengths, monkeypatch):
+    tokens, count = 150, 67
+    segment_ids = None if lengths is None else np.repeat(np.arange(4), lengths)[None]
+    inputs = make_inputs(config, tokens, seed=3)
+    cotangent = np.random.default_rng(5).standard_normal(inputs["q"].shape).astype(np.float32)
+    cotangent[:, :-count] = 0
+    of_queries = {"q", "query_features", "landmark_gate", "dynamic_gate"} & set(inputs)
+    last = inputs | {name: inputs[name][:, -count:] for name in of_queries}
+
+    def results(inputs):
+        def f(inputs):
+            return attend(config, inputs, segment_ids=segment_ids)
+
+        return jax.jit(lambda inputs, bar: (f(inputs), jax.vjp(f, inputs)[1](bar)[0]))(
+            inputs, cotangent[:, -inputs["q"].shape[1] :]
+        )
+
+    out, bars = results(inputs)
+    expected = out[:, -count:], bars | {name: bars[name][:, -count:] for name in of_queries}
+    chex.assert_trees_all_close(results(last), expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(attention, "_CHUNK", 48)
+    chex.assert_trees_all_close(results(last), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_chunks_of_tokens_under_shard_map(monkeypatch):
     """A mesh of one device is enough for the rules of what varies over a mesh."""
     monkeypatch.setattr(attention, "_CHUNK", 48)
@@ -421,6 +453,7 @@ def test_empty_sequence():
         ({"q": np.zeros((1, 40, 4))}, "must be \\[batch, token, head, dim\\]"),
         ({"k": np.zeros((1, 41, 2, 8), np.float32)}, "must agree with q"),
         ({"q": np.zeros((1, 40, 3, 8), np.float32)}, "q has 3 heads: use a multiple of the 2"),
+        ({"q": np.zeros((1, 41, 4, 8), np.float32)}, "q has 41 tokens, k 40"),
         ({"salience": None}, "salience is missing"),
         ({"block_features": np.zeros((1, 4, 2, 4), np.float32)}, "must be \\(1, 5, 2, 4\\)"),
         ({"v": np.zeros((1, 40, 2, 8), np.int32)}, "must be floating"),

@@ -14,7 +14,7 @@ from pallas_kernels.range_attention import range_attention
 from sparsex_jax.baselines.pattern import Pattern, random_blocks
 from sparsex_jax.branches import local_branch
 from sparsex_jax.fusion import Branch, fuse, merge_softmax
-from sparsex_jax.rotary import apply_rotary
+from sparsex_jax.rotary import rotate_from
 from sparsex_jax.spans import check_segment_ids, document_starts, pasts
 
 
@@ -27,10 +27,10 @@ def baseline_attention(
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Attention of every token of a sequence, by one softmax over the keys of its pattern.
+    """Attention of the last M tokens of a sequence, by one softmax over the keys of a pattern.
 
     Args:
-      q: [B, T, Hq, D], normalised, without RoPE.
+      q: [B, M, Hq, D], M <= T, normalised, without RoPE.
       k: [B, T, Hkv, D], likewise.
       v: [B, T, Hkv, D].
       pattern: of the layer.
@@ -39,27 +39,30 @@ def baseline_attention(
       implementation: of the primitives.
 
     Returns:
-      [B, T, Hq, D] in the type of q.
+      [B, M, Hq, D] in the type of q.
 
     Raises:
       ValueError: segment_ids have another shape, or a document starts within a block.
     """
-    batch, tokens = q.shape[:2]
+    batch, tokens = k.shape[:2]
+    document_start = None
+    before = tokens - q.shape[1]  # tokens before the first query
+    positions = before + jnp.arange(q.shape[1], dtype=jnp.int32)
     if segment_ids is not None:
         check_segment_ids(segment_ids, (batch, tokens), pattern.block_size)
-    positions = jnp.arange(tokens, dtype=jnp.int32)
-    document_start = None if segment_ids is None else document_starts(segment_ids)
+        document_start = document_starts(segment_ids)[:, before:]
     local_start, first_block, _ = pasts(positions, document_start, pattern)
     far_q, far_k = q, k
     if pattern.turns_remote:
-        far_q, far_k = (apply_rotary(x, positions, pattern.rope_base) for x in (q, k))
+        far_q = rotate_from(q, before, pattern.rope_base)
+        far_k = rotate_from(k, 0, pattern.rope_base)
     if pattern.kind == "dense" and pattern.turns_remote:
         start = jnp.zeros_like(positions) if document_start is None else document_start
         return range_attention(
             far_q, far_k, v, start, positions + 1, implementation=implementation
         )[0]
     local = local_branch(
-        q, k, v, 0, local_start, config=pattern, implementation=implementation
+        q, k, v, before, local_start, config=pattern, implementation=implementation
     )  # fmt: skip
     remote = None
     if tokens > pattern.window:

@@ -94,7 +94,7 @@ class TrainingStep:
         return make_step(
             skeleton, make_optimizer(optimizer, steps), make_schedule(optimizer, steps),
             self.config.stages[self.stage].top_k, self.mesh, self.config.implementation,
-            self.config.mesh.sequence_strategy,
+            self.config.mesh.sequence_strategy, self.config.stages[self.stage].loss_tokens,
         )  # fmt: skip
 
 

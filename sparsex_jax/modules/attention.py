@@ -154,6 +154,7 @@ class SparseXAttention(nnx.Module):
         top_k: int | None = None,
         implementation: str | None = None,
         sequence_strategy: str = "auto",
+        attending: int | None = None,
     ) -> jax.Array:
         """Attends within x.
 
@@ -163,11 +164,12 @@ class SparseXAttention(nnx.Module):
           top_k: blocks selected, instead of the config's.
           implementation: of the primitives.
           sequence_strategy: as in `MeshConfig`.
+          attending: M, how many of the tokens attend, the last ones; None for all.
 
         Returns:
-          [B, T, C].
+          [B, M, C].
         """
-        keys, queries = self._project(x, segment_ids)
+        keys, queries = self._project(x, segment_ids, attending)
         attended = self.attend(
             keys, queries, segment_ids, top_k, implementation, sequence_strategy
         )  # fmt: skip
@@ -187,8 +189,11 @@ class SparseXAttention(nnx.Module):
         features = block_features(keys.block_inputs, keys.block_logits, size)
         return attended, Remembered(keys.k, keys.v, history, keys.salience, features)
 
-    def _project(self, x, segment_ids) -> tuple[KeySide, QuerySide]:
-        """Both sides of all tokens, whose convolution looks into the part to the left, too."""
+    def _project(self, x, segment_ids, attending=None) -> tuple[KeySide, QuerySide]:
+        """Both sides of x, whose convolution looks into the part to the left, too.
+
+        Queries are those of the last `attending` tokens, None for all.
+        """
         age = None
         if segment_ids is not None:
             positions = sequence.first_position(x.shape[1]) + jnp.arange(x.shape[1])
@@ -197,7 +202,9 @@ class SparseXAttention(nnx.Module):
         if axis_size("seq") > 1 and self.config.conv_width > 1:
             history = sequence.from_left(x, self.config.conv_width - 1)
         mixed = enter_split(self.mix(x, history, age))
-        return self.key_side(enter_split(x), mixed), self.query_side(x, mixed)
+        first = 0 if attending is None else x.shape[1] - attending
+        queries = self.query_side(x[:, first:], mixed[:, first:])
+        return self.key_side(enter_split(x), mixed), queries
 
     def attend(
         self,
@@ -233,14 +240,20 @@ class SparseXAttention(nnx.Module):
         )  # fmt: skip
 
     def selection_loss(
-        self, x: jax.Array, queries: jax.Array, segment_ids: jax.Array | None = None
+        self,
+        x: jax.Array,
+        queries: jax.Array,
+        segment_ids: jax.Array | None = None,
+        attending: int | None = None,
     ) -> jax.Array:
         """What the block scores of a sparse layer have to learn of each sequence, f32 [B].
 
         Args:
           x: [B, T, C], the layer's input.
-          queries: int32 [B, M], of `selection_loss.sample_queries`.
+          queries: int32 [B, Q], numbers of tokens among those that attend
+            (`selection_loss.sample_queries`).
           segment_ids: as in `__call__`.
+          attending: likewise.
 
         Raises:
           ConfigError: sequences are split.
@@ -251,7 +264,7 @@ class SparseXAttention(nnx.Module):
                 " mesh.seq=1, or selection_loss=0"
             )
         start = None if segment_ids is None else sequence.document_starts(segment_ids)
-        keys, side = self._project(x, segment_ids)
+        keys, side = self._project(x, segment_ids, attending)
         config = self.config.attention
         features = block_features(keys.block_inputs, keys.block_logits, config.block_size)
         loss = selection_loss(side.q, keys.k, side.features, features, queries, start, config)

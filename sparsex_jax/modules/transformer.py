@@ -5,12 +5,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.mesh_axes import vary_with
-from sparsex_jax.config import BASELINES, ModelConfig
+from sparsex_jax.config import BASELINES, ConfigError, ModelConfig
+from sparsex_jax.modules.attending import attending_tokens
 from sparsex_jax.modules.attention import Remembered, SparseXAttention
 from sparsex_jax.modules.baselines import BaselineAttention, more_hidden
 from sparsex_jax.modules.layers import RMSNorm, SwiGLU
 from sparsex_jax.modules.repeats import apply_layers
 from sparsex_jax.parallel import sequence
+from sparsex_jax.parallel.mesh import axis_size
 from sparsex_jax.parallel.rules import whole
 from sparsex_jax.selection_loss import sample_queries
 
@@ -43,13 +45,14 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def __call__(
-        self, x, segment_ids=None, top_k=None, implementation=None, sequence_strategy="auto"
-    ) -> jax.Array:
-        """[B, T, C] to [B, T, C]; arguments as in `SparseXAttention`."""
+        self, x, segment_ids=None, top_k=None, implementation=None, sequence_strategy="auto",
+        attending=None,
+    ) -> jax.Array:  # fmt: skip
+        """[B, T, C] to [B, M, C], of the tokens that attend; arguments as in `SparseXAttention`."""
         attended = self.attention(
-            self.attention_norm(x), segment_ids, top_k, implementation, sequence_strategy
+            self.attention_norm(x), segment_ids, top_k, implementation, sequence_strategy, attending
         )
-        return self.feed_forward(x + attended)
+        return self.feed_forward(x[:, x.shape[1] - attended.shape[1] :] + attended)
 
     def read(self, x: jax.Array, *options) -> tuple[jax.Array, Remembered]:
         """What `__call__` returns, and what later tokens need; options as there."""
@@ -115,8 +118,8 @@ class Transformer(nnx.Module):
         Returns:
           [B, T, C] in the config's dtype.
         """
-        options = segment_ids, top_k, implementation, sequence_strategy
-        return self._hidden(tokens, None, *options)[0]
+        options = top_k, implementation, sequence_strategy
+        return self._hidden(tokens, tokens.shape[1], None, segment_ids, *options)[0]
 
     def prefill(
         self,
@@ -142,22 +145,37 @@ class Transformer(nnx.Module):
         x, remembered = apply_layers(self.blocks, apply, self.embed(tokens))
         return sequence.of_last(self.logits(self.final_norm(x[:, -1]))), remembered
 
-    def _hidden(self, tokens, queries, segment_ids, *options) -> tuple[jax.Array, jax.Array]:
-        """Hidden states, and the sum of the sparse layers' selection losses for `queries`, [B]."""
-        x = self.embed(tokens)
+    def _hidden(
+        self, tokens, outputs, queries, segment_ids, *options
+    ) -> tuple[jax.Array, jax.Array]:
+        """Hidden states of the last tokens, [B, outputs, C], and what scores have not learned, [B].
 
-        def apply(block: Block, carry):
-            x, unlearned = carry
-            if queries is not None and block.attention.sparse:
-                normed = block.attention_norm(x)
-                unlearned += block.attention.selection_loss(normed, queries, segment_ids)
-            return (block(x, segment_ids, *options), unlearned), None
+        That is the sum of the sparse layers' selection losses for `queries`, counted among the
+        outputs; None for none.
+        """
+        x, length = self.embed(tokens), tokens.shape[1]
+        counts = attending_tokens(self.config, length, outputs)
 
-        if self.config.remat != "none":
-            apply = nnx.remat(apply)
-        none = vary_with(x, jnp.zeros(len(tokens), jnp.float32))
+        def apply_with(attending: int):
+            def apply(block: Block, carry):
+                x, unlearned = carry
+                ids = None if segment_ids is None else segment_ids[:, length - x.shape[1] :]
+                if queries is not None and block.attention.sparse:
+                    unlearned += block.attention.selection_loss(
+                        block.attention_norm(x), queries + attending - outputs, ids, attending
+                    )
+                return (block(x, ids, *options, attending), unlearned), None
+
+            return apply if self.config.remat == "none" else nnx.remat(apply)
+
+        carry = x, vary_with(x, jnp.zeros(len(tokens), jnp.float32))
         again = self.config.remat == "repetition"
-        (x, unlearned), _ = apply_layers(self.blocks, apply, (x, none), remat=again)
+        whole = counts.count(length)  # layers, the first ones
+        if whole:
+            carry, _ = apply_layers(self.blocks[:whole], apply_with(length), carry, remat=again)
+        for block, attending in zip(self.blocks[whole:], counts[whole:], strict=True):
+            carry, _ = apply_with(attending)(block, carry)
+        x, unlearned = carry
         return self.final_norm(x), unlearned
 
     def loss(
@@ -169,10 +187,12 @@ class Transformer(nnx.Module):
         top_k: int | None = None,
         implementation: str | None = None,
         sequence_strategy: str = "auto",
+        loss_tokens: int | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """What is minimised: weighted negative log-likelihood, and the config's `selection_loss`.
 
         The divergence of a sequence's block scores weighs as much as its tokens do together.
+        Where only the last tokens count, layers compute what these need (`attending.py`).
 
         Args:
           tokens: int32 [B, T].
@@ -182,14 +202,25 @@ class Transformer(nnx.Module):
           top_k: blocks selected.
           implementation: of the primitives.
           sequence_strategy: for a sequence that is split.
+          loss_tokens: M; only the last M tokens of a sequence count, None for all.
 
         Returns:
-          (weighted sum, sum of weights), f32 scalars, of the tokens of the device.
+          (weighted sum, sum of weights), f32 scalars, of the tokens of the device that count.
+
+        Raises:
+          ConfigError: `loss_tokens` where sequences are split.
         """
+        if loss_tokens is not None:
+            if axis_size("seq") > 1:
+                raise ConfigError(
+                    f"loss_tokens={loss_tokens} needs whole sequences: use mesh.seq=1, or None"
+                )
+            targets, weights = (x[:, -loss_tokens:] for x in (targets, weights))
         queries = sample_queries(weights) if self.config.selection_loss else None
         hidden, unlearned = self._hidden(
-            tokens, queries, segment_ids, top_k, implementation, sequence_strategy
-        )
+            tokens, targets.shape[1], queries, segment_ids, top_k, implementation,
+            sequence_strategy,
+        )  # fmt: skip
         total = self._nll(hidden, targets, weights)
         if queries is not None:
             total += self.config.selection_loss * jnp.sum(unlearned * jnp.sum(weights, axis=1))

@@ -118,7 +118,12 @@ class BatchMaker:
 
     def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample of a number: tokens int32 [T + 1] and their weights f32 [T + 1]."""
-        rng = np.random.default_rng([self.seed, number])
+        tokens, weights = self._draw(np.random.default_rng([self.seed, number]))
+        if self.stage.loss_tokens is not None:
+            weights[: -self.stage.loss_tokens] = 0
+        return tokens, weights
+
+    def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         source = self.sources[rng.choice(len(self.sources), p=self.shares)]
         count = self.stage.length + 1
         if source == "text":
@@ -233,8 +238,8 @@ def make_dataset(
     `iter()` of the result yields dicts of tokens and targets, int32 [B, T], and weights, f32
     [B, T], with T = stage.length and B = stage.batch_size / process_count. Weights are those of
     the targets: 1 for tokens of an answer (its end included) and for the source "text",
-    `data.text_weight` for the others. The iterator's `get_state()` can be written as JSON;
-    `set_state()` goes on exactly there.
+    `data.text_weight` for the others, 0 before the last `stage.loss_tokens`. The iterator's
+    `get_state()` can be written as JSON; `set_state()` goes on exactly there.
 
     Args:
       data, stage: what the batches are made of.

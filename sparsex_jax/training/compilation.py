@@ -15,24 +15,25 @@ class StepCompiler:
     """Compiles steps, one after the other, and keeps them.
 
     Args:
-      make: K, or None for the model's -> a step, as `make_step` builds it.
+      make: a stage -> its step, as `make_step` builds it.
       state: shapes and shardings of the training state.
     """
 
-    def __init__(self, make: Callable[[int | None], jax.stages.Wrapped], state: TrainState):
+    def __init__(self, make: Callable[[StageConfig], jax.stages.Wrapped], state: TrainState):
         self._make, self._state = make, state
         self._steps: dict[tuple, Future[jax.stages.Compiled]] = {}
         self._thread = ThreadPoolExecutor(1, "compile")
 
-    def prepare(self, top_k: int | None, batch: Batch) -> Future[jax.stages.Compiled]:
-        """Has the step for batches of these shapes compiled in the background, if it is new."""
+    def prepare(self, stage: StageConfig, batch: Batch) -> Future[jax.stages.Compiled]:
+        """Has a stage's step for batches of these shapes compiled in the background, if new."""
         shapes = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in batch.items()
         }
-        key = top_k, tuple(sorted((name, x.shape, x.dtype) for name, x in shapes.items()))
+        sizes = tuple(sorted((name, x.shape, x.dtype) for name, x in shapes.items()))
+        key = stage.top_k, stage.loss_tokens, sizes
         if key not in self._steps:
-            self._steps[key] = self._thread.submit(self._compile, top_k, shapes)
+            self._steps[key] = self._thread.submit(self._compile, stage, shapes)
         return self._steps[key]
 
     def prepare_stages(
@@ -45,10 +46,10 @@ class StepCompiler:
                 name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
                 for name, x in batch.items()
             }
-            self.prepare(stage.top_k, like)
+            self.prepare(stage, like)
 
-    def _compile(self, top_k: int | None, batch: Batch) -> jax.stages.Compiled:
-        return self._make(top_k).lower(self._state, batch).compile()
+    def _compile(self, stage: StageConfig, batch: Batch) -> jax.stages.Compiled:
+        return self._make(stage).lower(self._state, batch).compile()
 
     def close(self) -> None:
         """Ends the thread, after the step that it is compiling."""

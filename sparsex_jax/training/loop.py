@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sparsex_jax.config import TrainConfig
+from sparsex_jax.config import StageConfig, TrainConfig
 from sparsex_jax.parallel import distributed
 from sparsex_jax.parallel.mesh import batch_share, check_batch, check_model, make_mesh
 from sparsex_jax.training import checkpoints as ckpt
@@ -246,7 +246,7 @@ class Trainer:
             rows = self.stream.next()
         batch = place_batch(rows, self.config.accumulation, self.mesh)
         try:
-            step = self.compiler.prepare(stage.top_k, batch).result()
+            step = self.compiler.prepare(stage, batch).result()
         except jax.errors.JaxRuntimeError:
             # A signal to all processes of a job reaches those of the compiler (ptxas), too.
             if stop.reason is None:
@@ -261,10 +261,10 @@ class Trainer:
         self._log(keep=STEPS_AHEAD)
         return True
 
-    def _make_step(self, top_k: int | None) -> jax.stages.Wrapped:
+    def _make_step(self, stage: StageConfig) -> jax.stages.Wrapped:
         return make_step(
-            self.skeleton, self.optimizer, self.schedule, top_k, self.mesh,
-            self.config.implementation, self.config.mesh.sequence_strategy,
+            self.skeleton, self.optimizer, self.schedule, stage.top_k, self.mesh,
+            self.config.implementation, self.config.mesh.sequence_strategy, stage.loss_tokens,
         )  # fmt: skip
 
     def _log(self, keep: int) -> None:

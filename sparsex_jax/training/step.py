@@ -99,7 +99,7 @@ def place_batch(batch: dict[str, np.ndarray], accumulation: int, mesh: Mesh | No
 
 def gradients_of(
     skeleton: Skeleton, top_k: int | None, mesh: Mesh | None, implementation: str | None,
-    sequence_strategy: str,
+    sequence_strategy: str, loss_tokens: int | None = None,
 ) -> Callable:  # fmt: skip
     """A function from (params, batch) to the sums (nll, weight, gradients of nll)."""
     sharded = getattr(skeleton.model_class, "sharded", False)
@@ -109,6 +109,8 @@ def gradients_of(
             f" and heads, which {skeleton.model_class.__name__} does not support: use 1 for both"
         )
     options = {"top_k": top_k, "implementation": implementation}
+    if loss_tokens is not None:
+        options["loss_tokens"] = loss_tokens
     if sharded:
         options["sequence_strategy"] = sequence_strategy
     token_axes = () if mesh is None else used(TOKEN_AXES, mesh.shape)
@@ -161,6 +163,7 @@ def make_step(
     mesh: Mesh | None,
     implementation: str | None = None,
     sequence_strategy: str = "auto",
+    loss_tokens: int | None = None,
 ) -> jax.stages.Wrapped:
     """Builds the compiled step; the state passed in is consumed.
 
@@ -175,6 +178,7 @@ def make_step(
       mesh: of `make_mesh`; batch and state lie on it as `sparsex_jax.parallel` says.
       implementation: of the primitives; None picks by platform.
       sequence_strategy: as in `MeshConfig`.
+      loss_tokens: as in `StageConfig`; the weights of all other tokens are 0.
 
     Returns:
       A jitted function (state, batch with leaves [A, B / A, T]) -> (state, f32 [3]: loss, learning
@@ -183,7 +187,7 @@ def make_step(
     Raises:
       ConfigError: the mesh splits sequences or heads, and the model does not support it.
     """
-    summed = gradients_of(skeleton, top_k, mesh, implementation, sequence_strategy)
+    summed = gradients_of(skeleton, top_k, mesh, implementation, sequence_strategy, loss_tokens)
 
     def step(state, batch):
         nll, weight, gradients = summed(state["params"], batch)

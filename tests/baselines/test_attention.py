@@ -93,6 +93,16 @@ def test_packed_documents_see_their_own(kind):
         baseline_attention(q, k, v, pattern=pattern, segment_ids=np.roll(segment_ids, 1, axis=1))
 
 
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_queries_of_the_last_tokens_get_what_they_get_among_all(kind):
+    q, k, v = draw(120)
+    segment_ids = np.broadcast_to(np.repeat([4, 2, 9], [16, 64, 40]), (2, 120)).astype(np.int32)
+    for ids in (None, segment_ids):
+        whole = baseline_attention(q, k, v, pattern=PATTERNS[kind], segment_ids=ids)
+        last = baseline_attention(q[:, 69:], k, v, pattern=PATTERNS[kind], segment_ids=ids)
+        np.testing.assert_allclose(last, whole[:, 69:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "d, window"])
 def test_causality_is_strict(kind):
     attend = jax.jit(lambda *x: baseline_attention(*x, pattern=PATTERNS[kind]))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsex_jax.config import AttentionConfig, ConfigError, ModelConfig
+from sparsex_jax.config import AttentionConfig, BaselineConfig, ConfigError, ModelConfig
 from sparsex_jax.modules import Transformer, layers
+from sparsex_jax.modules.attending import attending_tokens
 
 ATTENTION = AttentionConfig(
     window=16, block_size=8, top_k=2, segment_length=16, landmarks_per_segment=2,
@@ -48,6 +49,53 @@ def test_chunked_loss_equals_plain_loss():
     )[..., 0]  # fmt: skip
     np.testing.assert_allclose(total, np.sum(nll * weights), rtol=1e-5)
     np.testing.assert_allclose(count, weights.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layers", "documents", "remat"),
+    [
+        ("sl", (56, 104, 24), "none"),
+        ("ls", None, "layer"),
+        ("ld", (56, 104, 24), "none"),
+        ("b", None, "none"),
+    ],
+)
+def test_loss_of_the_last_tokens_alone(layers, documents, remat):
+    length, counted = 184, 37
+    config = dataclasses.replace(
+        TINY, layers=layers, selection_loss=0.5 * ("s" in layers),
+        attention=dataclasses.replace(ATTENTION, landmarks="off"),
+        baseline=BaselineConfig(window=16, global_tokens=8, random_blocks=2),
+    )  # fmt: skip
+    tokens = make_tokens(2, length + 1)
+    ids = None if documents is None else np.tile(np.repeat(np.arange(3), documents), (2, 1))
+    weights = np.random.default_rng(1).random((2, length), np.float32)
+    weights[:, :-counted] = 0
+
+    def results(config, **options):
+        def loss(model):
+            shifted = tokens[:, :-1], tokens[:, 1:]
+            return model.loss(
+                *shifted, weights, ids, top_k=3, implementation="reference", **options
+            )[0]
+
+        loss, gradient = nnx.jit(nnx.value_and_grad(loss))(make(config))
+        return loss, nnx.to_pure_dict(gradient)
+
+    # Scores learn from all tokens that count, here: from the same queries.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsex_jax.selection_loss.SAMPLE", counted)
+        expected = results(config)
+        found = results(dataclasses.replace(config, remat=remat), loss_tokens=counted)
+    chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_layers_compute_no_more_than_the_last_tokens_need():
+    # Windows of 16 begin at blocks of 8, and a convolution reaches 4 further back.
+    assert attending_tokens(dataclasses.replace(TINY, layers="llsl"), 184, 37) == [184, 184, 72, 37]
+    assert attending_tokens(dataclasses.replace(TINY, layers="slll"), 184, 37) == [136, 104, 72, 37]
+    assert attending_tokens(dataclasses.replace(TINY, layers="lld"), 184, 37) == [184, 184, 37]
+    assert attending_tokens(TINY, 64, 64) == [64, 64]
 
 
 def test_remat_changes_no_gradient():

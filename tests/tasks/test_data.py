@@ -89,6 +89,16 @@ def test_every_task_can_be_trained_on(task, folder, tokenizer):
         assert answer.endswith("\n")
 
 
+def test_only_the_last_tokens_count(folder):
+    mix = (("text", 0.5), ("needle", 0.5))
+    batches = [next(iter(dataset(folder, mix=mix, **more))) for more in ({}, {"loss_tokens": 300})]
+    whole, last = batches
+    np.testing.assert_array_equal(last["tokens"], whole["tokens"])
+    np.testing.assert_array_equal(last["weights"][:, -300:], whole["weights"][:, -300:])
+    assert not last["weights"][:, :-300].any()
+    assert whole["weights"].all()
+
+
 def test_text_counts_fully_and_sources_mix(folder):
     batch = next(iter(dataset(folder, mix=(("text", 1.0),))))
     np.testing.assert_array_equal(batch["weights"], 1)

@@ -1,5 +1,6 @@
 """Steps that are compiled in the background, and a stop while one is."""
 
+import dataclasses
 import os
 import signal
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sparsex_jax.config import StageConfig
 from sparsex_jax.training import loop
 from sparsex_jax.training.compilation import StepCompiler
 from tests.training import tiny
@@ -19,15 +21,18 @@ def batch(*shape):
 def test_step_is_compiled_once_for_each_shape():
     made = []
 
-    def make(top_k):
-        made.append(top_k)
-        return jax.jit(lambda state, batch: state + top_k * batch["tokens"].sum())
+    def make(stage):
+        made.append(stage)
+        return jax.jit(lambda state, batch: state + stage.top_k * batch["tokens"].sum())
 
     compiler = StepCompiler(make, jnp.zeros(()))
+    stage = StageConfig(steps=1, length=4, batch_size=1, top_k=3)
+    part = dataclasses.replace(stage, loss_tokens=2)
     for _ in range(2):
-        assert compiler.prepare(3, batch(1, 4)).result()(jnp.ones(()), batch(1, 4)) == 13
-    assert compiler.prepare(3, batch(2, 4)).result()(jnp.ones(()), batch(2, 4)) == 25
-    assert made == [3, 3]
+        assert compiler.prepare(stage, batch(1, 4)).result()(jnp.ones(()), batch(1, 4)) == 13
+    assert compiler.prepare(stage, batch(2, 4)).result()(jnp.ones(()), batch(2, 4)) == 25
+    assert compiler.prepare(part, batch(1, 4)).result()(jnp.ones(()), batch(1, 4)) == 13
+    assert made == [stage, stage, part]
     compiler.close()
 
 
@@ -35,9 +40,9 @@ def test_steps_of_later_stages_are_compiled_while_the_first_trains(tmp_path, mon
     prepared = []
     original = StepCompiler.prepare
 
-    def prepare(self, top_k, batch):
-        prepared.append((top_k, batch["tokens"].shape))
-        return original(self, top_k, batch)
+    def prepare(self, stage, batch):
+        prepared.append((stage.top_k, batch["tokens"].shape))
+        return original(self, stage, batch)
 
     monkeypatch.setattr(StepCompiler, "prepare", prepare)
     assert tiny.run(tmp_path).status == "finished"

@@ -86,6 +86,24 @@ def test_schedule_rises_and_decays():
     np.testing.assert_allclose([short(0), short(1)], [0.05, 0.1], rtol=1e-6)
 
 
+def test_the_model_is_told_how_many_tokens_count():
+    told = []
+
+    class Model(tiny.TinyModel):
+        def loss(self, *operands, loss_tokens=None, **options):
+            told.append(loss_tokens)
+            return super().loss(*operands, **options)
+
+    skeleton, params = split_model(Model(tiny.CONFIG.model, rngs=nnx.Rngs(0)))
+    optimizer = make_optimizer(CONFIG, 20)
+    state = {"params": params, "optimizer": optimizer.init(params), "step": np.int32(0)}
+    batch = place_batch(first_batch(), 1, None)
+    for count in (7, None):
+        step = make_step(skeleton, optimizer, make_schedule(CONFIG, 20), 2, None, loss_tokens=count)
+        step.lower(state, batch)
+    assert told == [7, None]
+
+
 def test_the_model_is_told_the_implementation():
     class Model(tiny.TinyModel):
         def loss(self, *args, implementation, **kwargs):
