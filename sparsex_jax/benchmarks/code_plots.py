@@ -7,7 +7,8 @@ import matplotlib.figure
 
 from sparsex_jax.benchmarks.needle_plots import curves
 from sparsex_jax.benchmarks.plots import save
-from sparsex_jax.benchmarks.tables import Label, Row, who_answered
+from sparsex_jax.benchmarks.tables.cells import Label, Row
+from sparsex_jax.benchmarks.tables.quality import who_answered
 
 
 def draw_code(

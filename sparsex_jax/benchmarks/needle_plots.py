@@ -8,7 +8,7 @@ import matplotlib.figure
 import numpy as np
 
 from sparsex_jax.benchmarks.plots import save
-from sparsex_jax.benchmarks.tables import Label, Row
+from sparsex_jax.benchmarks.tables.cells import Label, Row
 
 _COLUMNS = 3
 

@@ -7,7 +7,8 @@ import matplotlib.figure
 import numpy as np
 
 from sparsex_jax.benchmarks.names import DIRECTIONS
-from sparsex_jax.benchmarks.tables import ADDED_PARTS, Label, Row, describe_system, format_number
+from sparsex_jax.benchmarks.tables.cells import Label, Row, format_number
+from sparsex_jax.benchmarks.tables.speed import ADDED_PARTS, describe_system
 
 FITTED = 3  # lengths: short ones show what does not grow with the length
 Series = dict[str, list[tuple[int, float]]]

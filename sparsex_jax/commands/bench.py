@@ -20,7 +20,7 @@ from sparsex_jax.benchmarks.names import (
     Selection,
     Strategy,
 )
-from sparsex_jax.benchmarks.tables import format_number
+from sparsex_jax.benchmarks.tables.cells import format_number
 from sparsex_jax.commands import bench_scaling
 from sparsex_jax.commands.arguments import parse, parse_length
 from sparsex_jax.commands.bench_cache import (

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sparsex_jax.benchmarks.names import DECODE_PARTS, DecodePart
-from sparsex_jax.benchmarks.tables import format_number
+from sparsex_jax.benchmarks.tables.cells import format_number
 from sparsex_jax.commands.arguments import SHIPPED_MODEL, parse_length
 from sparsex_jax.commands.running import given_settings, run_benchmark
 from sparsex_jax.config import ConfigError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from sparsex_jax.benchmarks.tables import format_number
+from sparsex_jax.benchmarks.tables.cells import format_number
 from sparsex_jax.commands.arguments import parse_length
 from sparsex_jax.commands.running import run_benchmark
 from sparsex_jax.commands.train import parse_with_preset

@@ -83,7 +83,7 @@ def main(arguments: list[str], command: str) -> None:
 def code(arguments: Arguments, command: str) -> None:
     """Runs the command."""
     from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
-    from sparsex_jax.benchmarks.tables import accuracy_table
+    from sparsex_jax.benchmarks.tables.quality import accuracy_table
     from sparsex_jax.commands.answering import open_log
     from sparsex_jax.tasks.code.prepared import PreparedCode
 

@@ -54,7 +54,7 @@ def main(arguments: list[str], command: str) -> None:
 def lm(arguments: Arguments, command: str) -> None:
     """Runs the command."""
     from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
-    from sparsex_jax.benchmarks.tables import position_table
+    from sparsex_jax.benchmarks.tables.quality import position_table
     from sparsex_jax.cache import Engine
     from sparsex_jax.commands.answering import why_missing
     from sparsex_jax.commands.model import chunk_size, fitting_batch_size, load, name_of

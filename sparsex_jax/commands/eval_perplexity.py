@@ -47,7 +47,7 @@ def main(arguments: list[str], command: str) -> None:
 def perplexity(arguments: Arguments, command: str) -> None:
     """Runs the command."""
     from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
-    from sparsex_jax.benchmarks.tables import perplexity_table
+    from sparsex_jax.benchmarks.tables.quality import perplexity_table
     from sparsex_jax.commands.answering import why_missing
     from sparsex_jax.commands.model import load, name_of, read_haystack
     from sparsex_jax.tasks import load as load_tokenizer

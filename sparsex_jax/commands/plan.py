@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from sparsex_jax.benchmarks.tables import format_number
+from sparsex_jax.benchmarks.tables.cells import format_number
 from sparsex_jax.commands.arguments import format_length, make_console, parse_length
 from sparsex_jax.commands.train import parse_with_preset
 from sparsex_jax.config import ConfigError, TrainConfig

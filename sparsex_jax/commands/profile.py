@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import rich.console
 
 from sparsex_jax.benchmarks.names import Direction, Part, Selection
-from sparsex_jax.benchmarks.tables import format_number
+from sparsex_jax.benchmarks.tables.cells import format_number
 from sparsex_jax.commands.arguments import format_length, make_console, parse, parse_lengths
 from sparsex_jax.config import ConfigError
 

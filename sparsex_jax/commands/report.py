@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsex_jax.benchmarks import tables
 from sparsex_jax.benchmarks.names import DIRECTIONS
+from sparsex_jax.benchmarks.tables import devices, quality, speed
 from sparsex_jax.commands.arguments import format_length, parse
 from sparsex_jax.config import ConfigError
 
@@ -57,10 +57,10 @@ def report(arguments: Arguments) -> None:
         for name in dict.fromkeys(kind.drawn for kind in KINDS.values() if kind.drawn):
             timed = [x for _, x in files if KINDS[x["benchmark"]].drawn == name]
             rows = [row for results in timed for row in results["rows"] if not row.get("target")]
-            shapes = tables.shapes(rows)
+            shapes = speed.shapes(rows)
             for shape in shapes:
                 suffix = "" if len(shapes) == 1 else "-" + "-".join(map(str, shape))
-                chosen = tables.of_shape(rows, shape)
+                chosen = speed.of_shape(rows, shape)
                 pictures += draw_attention(chosen, folder, format_length, name, suffix)
         needles = needle_rows(files)
         pictures += draw_needles(needles, folder, format_length) if needles else []
@@ -73,7 +73,7 @@ def report(arguments: Arguments) -> None:
             _print_section(hardware, path, results)
         if len({row["system"] for row in needles}) > 1:
             print(f"### {hardware}: needles, all systems\n")
-            print(tables.headline_table(needles, format_length), end="\n\n")
+            print(quality.headline_table(needles, format_length), end="\n\n")
         for path in pictures:
             print(f"![{path.stem}]({path})")
         print()
@@ -116,7 +116,7 @@ def _write_readme(path: Path, found: dict[str, Files]) -> None:
                 f"{path}: {mark[0].strip()} needs a line <!-- /results --> below it, and results of"
                 f" needles in {mark[1]}/: add what is missing"
             )
-        text = text[: mark.end()] + tables.headline_table(rows, format_length) + "\n" + text[end:]
+        text = text[: mark.end()] + quality.headline_table(rows, format_length) + "\n" + text[end:]
     if not marks:
         raise ConfigError(
             f"readme='{path}' must have a line <!-- results:needles HARDWARE --> and, below it,"
@@ -149,7 +149,7 @@ def _check(path: Path, results: dict[str, Any]) -> None:
         raise ConfigError(f"{path} has benchmark={results.get('benchmark')!r}, not {known}")
     for number, row in enumerate(results["rows"]):
         compiled = kind.drawn == "attention" and row.get("target")
-        more = tables.COMPILED_FIELDS if compiled else ()
+        more = speed.COMPILED_FIELDS if compiled else ()
         missing = [field for field in (*kind.fields, *more) if field not in row]
         if missing:
             raise ConfigError(f"{path}: row {number} lacks {', '.join(missing)}")
@@ -194,19 +194,19 @@ def _show_decode(results: dict[str, Any]) -> None:
 def _print_compiled(rows: list[dict[str, Any]], method: str | None) -> None:
     if rows:
         print(f"Compiled, not run. Memory is a chip's. Times are {method or 'not measured'}\n")
-    for shape in tables.shapes(rows):
+    for shape in speed.shapes(rows):
         print("{} query heads, {} KV heads, head dim {}:\n".format(*shape))
-        print(tables.compiled_table(tables.of_shape(rows, shape), format_length), end="\n\n")
+        print(speed.compiled_table(speed.of_shape(rows, shape), format_length), end="\n\n")
 
 
 def _print_attention(rows: list[dict[str, Any]]) -> None:
-    for shape in tables.shapes(rows):
-        chosen = tables.of_shape(rows, shape)
+    for shape in speed.shapes(rows):
+        chosen = speed.of_shape(rows, shape)
         print("{} query heads, {} KV heads, head dim {}:\n".format(*shape))
         if any(row["part"] == "op" for row in chosen):
-            print(tables.op_table(chosen, format_length), end="\n\n")
+            print(speed.op_table(chosen, format_length), end="\n\n")
         for direction in DIRECTIONS:
-            table = tables.parts_table(chosen, direction, format_length)
+            table = speed.parts_table(chosen, direction, format_length)
             if table:
                 print(f"Parts, {direction.replace('_', ' and ')}, milliseconds:\n\n{table}\n")
 
@@ -219,7 +219,7 @@ class Kind:
       fields: that each row has.
       show: prints the tables of a file.
       drawn: what pictures of them are called, None without any; rows of targets that are drawn as
-        "attention" have `tables.COMPILED_FIELDS`.
+        "attention" have `speed.COMPILED_FIELDS`.
     """
 
     fields: tuple[str, ...]
@@ -228,72 +228,72 @@ class Kind:
 
 
 KINDS = {
-    "attention": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn="attention"),
-    "attention_peers": Kind(tables.ATTENTION_FIELDS, _show_attention, drawn="attention"),
-    "needle": Kind(tables.ACCURACY_FIELDS, _show_table(tables.accuracy_table)),
+    "attention": Kind(speed.ATTENTION_FIELDS, _show_attention, drawn="attention"),
+    "attention_peers": Kind(speed.ATTENTION_FIELDS, _show_attention, drawn="attention"),
+    "needle": Kind(quality.ACCURACY_FIELDS, _show_table(quality.accuracy_table)),
     "code": Kind(
-        tables.ACCURACY_FIELDS,
+        quality.ACCURACY_FIELDS,
         _show_table(
-            tables.accuracy_table, "Functions found in whole C files, by name and by description."
+            quality.accuracy_table, "Functions found in whole C files, by name and by description."
         ),
     ),
     "ablations": Kind(
-        tables.ABLATION_FIELDS,
+        quality.ABLATION_FIELDS,
         _show_table(
-            tables.ablations_table,
+            quality.ablations_table,
             "Accuracy in per cent of variants of one model: means over seeds, and their range.",
         ),
     ),
     "perplexity": Kind(
-        tables.PERPLEXITY_FIELDS,
+        quality.PERPLEXITY_FIELDS,
         _show_table(
-            tables.perplexity_table,
+            quality.perplexity_table,
             "On the same held-out text; behind the semicolon, how much more than the first line's.",
         ),
     ),
     "lm": Kind(
-        tables.LM_FIELDS,
+        quality.LM_FIELDS,
         _show_table(
-            tables.position_table,
+            quality.position_table,
             "Nats per token by position in long sequences; behind the semicolon, how many more than"
             " the first line's.",
         ),
     ),
     "numerics": Kind(
-        tables.NUMERICS_FIELDS,
+        quality.NUMERICS_FIELDS,
         _show_table(
-            tables.numerics_table,
+            quality.numerics_table,
             "Relative errors: of the worst query's output, and of the worst lse.",
         ),
     ),
     "plan": Kind(
-        tables.PLAN_FIELDS,
-        _show_table(tables.plan_table, "Compiled and not run; GiB on each chip."),
+        devices.PLAN_FIELDS,
+        _show_table(devices.plan_table, "Compiled and not run; GiB on each chip."),
     ),
-    "decode": Kind(tables.ATTENTION_FIELDS, _show_decode, drawn="decode"),
+    "decode": Kind(speed.ATTENTION_FIELDS, _show_decode, drawn="decode"),
     "prefill": Kind(
-        tables.PREFILL_FIELDS,
-        _show_table(tables.prefill_table, "A context read in chunks by {model}."),
+        speed.PREFILL_FIELDS,
+        _show_table(speed.prefill_table, "A context read in chunks by {model}."),
     ),
     "losses": Kind(
-        tables.LOSSES_FIELDS,
+        quality.LOSSES_FIELDS,
         _show_table(
-            tables.losses_table, "The same training, by implementation of the primitives.", str
+            quality.losses_table, "The same training, by implementation of the primitives.", str
         ),
     ),
     "scaling": Kind(
-        tables.SCALING_FIELDS,
+        devices.SCALING_FIELDS,
         _show_table(
-            tables.scaling_table,
+            devices.scaling_table,
             "As many tokens on each of ever more chips: modelled, not measured. Efficiency is the"
             " time with the fewest chips over that with so many, arithmetic and links one after the"
             " other, or one beside the other.",
         ),
     ),
     "traffic": Kind(
-        tables.TRAFFIC_FIELDS,
+        devices.TRAFFIC_FIELDS,
         _show_table(
-            tables.traffic_table,
+            devices.traffic_table,
             "One layer's attention, forward and backward, compiled and not run; MiB that a chip"
             " sends.",
         ),

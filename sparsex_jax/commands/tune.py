@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import rich.console
 
-from sparsex_jax.benchmarks.tables import format_number
+from sparsex_jax.benchmarks.tables.cells import format_number
 from sparsex_jax.commands.arguments import make_console, make_progress, parse, parse_length
 
 if TYPE_CHECKING:

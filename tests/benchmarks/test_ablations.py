@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 from sparsex_jax.benchmarks.results import write_results
-from sparsex_jax.benchmarks.tables import ablations_table
+from sparsex_jax.benchmarks.tables.quality import ablations_table
 from sparsex_jax.commands.arguments import format_length
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ablate_needles.py"

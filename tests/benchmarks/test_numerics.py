@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from sparsex_jax import cli
-from sparsex_jax.benchmarks import numerics, tables
+from sparsex_jax.benchmarks import numerics
 from sparsex_jax.benchmarks.names import LOGITS, PRECISIONS
+from sparsex_jax.benchmarks.tables import quality
 from sparsex_jax.commands.arguments import format_length
 from sparsex_jax.fusion import SoftmaxSum, merge_softmax
 from tests.test_cli import fail
@@ -195,4 +196,4 @@ def test_report(measured, capsys):
 
 def test_table_of_the_docs(project):
     rows = json.loads((project / "results" / "cpu" / "numerics.json").read_text())["rows"]
-    assert tables.numerics_table(rows, format_length) in (project / "docs" / "math.md").read_text()
+    assert quality.numerics_table(rows, format_length) in (project / "docs" / "math.md").read_text()

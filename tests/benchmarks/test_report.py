@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sparsex_jax import cli
-from sparsex_jax.benchmarks import plots, tables
+from sparsex_jax.benchmarks import plots
+from sparsex_jax.benchmarks.tables import speed
 from sparsex_jax.commands.arguments import format_length
 from sparsex_jax.tasks import make_row
 from tests.test_cli import fail
@@ -32,9 +33,7 @@ def attention_rows():
             speedup = dense / ours
             fields = {"speedup_over_dense": speedup, "milliseconds_q1": ours, **chosen}
             rows.append(row("sparsex", "op", tokens, ours, milliseconds_q3=2 * ours, **fields))
-            rows += [
-                row("sparsex", part, tokens, ours / 6, **chosen) for part in tables.ADDED_PARTS
-            ]
+            rows += [row("sparsex", part, tokens, ours / 6, **chosen) for part in speed.ADDED_PARTS]
         rows.append(row("window_cudnn", "local", tokens, ours / 9))
     rows[0]["note"] = "measured with 1 of 16 query heads"
     rows.append(row("sparsex", "op", 4194304, None, status="out_of_memory"))

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from sparsex_jax import cli
-from sparsex_jax.benchmarks.tables import perplexity_table
+from sparsex_jax.benchmarks.tables.quality import perplexity_table
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.modules import Transformer
 from sparsex_jax.tasks import load

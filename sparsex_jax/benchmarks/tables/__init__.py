@@ -1,0 +1,1 @@
+"""Markdown tables of the rows of results files; those of the README are made here."""
