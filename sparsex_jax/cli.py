@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import select
 import sys
 import traceback
 from pathlib import Path
@@ -62,9 +63,26 @@ def main() -> None:
 
     With 0, also where a training was stopped and saved; with 1 if a benchmark's results are wrong
     or failed in part; with 2 after a mistake in the input; with 75 where another process of a
-    training was lost; with 130 after an interruption that lost work.
+    training was lost; with 130 after an interruption that lost work; with 141, as by SIGPIPE, where
+    nobody reads the output any more (`sparsex report | head`).
     """
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        # What is left in the buffer goes nowhere, instead of failing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)
+
+
+def _output_is_closed() -> bool:
+    """Whether standard output is a pipe that nobody reads."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run(arguments: list[str]) -> int:
@@ -91,7 +109,8 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except Exception as error:
-        if os.environ.get(DEBUG) == "1" or not _is_expected(error):
+        closed = isinstance(error, BrokenPipeError) and _output_is_closed()
+        if os.environ.get(DEBUG) == "1" or closed or not _is_expected(error):
             raise
         if is_memory_full(error):
             return _complain("the device's memory is full: use a smaller length or batch size")

@@ -341,6 +341,27 @@ def test_module_runs_without_the_console_script():
     assert done.stderr == "sparsex: preset nowhere.py is not a file: use one of configs/, say\n"
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "cli.usage = lambda: 'much'",
+        "info.main = lambda _: print('at once', flush=True)",
+        "info.main = lambda _: make_console().print('by rich')",
+    ],
+)
+def test_output_that_nobody_reads_is_no_error(program):
+    program = (
+        "import sys; from sparsex_jax import cli; from sparsex_jax.commands import info;"
+        f"from sparsex_jax.commands.arguments import make_console; {program};"
+        f"sys.argv[1:] = ['{'--help' if 'usage' in program else 'info'}']; cli.main()"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141
+
+
 def test_errors_of_others_and_debug_keep_their_traceback(monkeypatch):
     from sparsex_jax.commands import info
 

@@ -77,10 +77,17 @@ def _unboxed(text: str) -> str:
     return " ".join(lines[first + 1 : last])
 
 
+class _Console(rich.console.Console):
+    """One that leaves it to `sparsex_jax.cli` what happens when nobody reads the output."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def make_console() -> rich.console.Console:
     """The terminal, or a file wide enough for tables."""
-    console = rich.console.Console(highlight=False)
-    return console if console.is_terminal else rich.console.Console(highlight=False, width=120)
+    console = _Console(highlight=False)
+    return console if console.is_terminal else _Console(highlight=False, width=120)
 
 
 def make_progress(console: rich.console.Console) -> rich.progress.Progress:
