@@ -171,3 +171,13 @@ def test_a_context_that_devices_share_leaves_what_one_would_remember():
 def test_baselines_are_not_prefilled_on_a_mesh():
     with pytest.raises(ConfigError, match="layers='ld' has layers of baselines"):
         make_prefill(None, dataclasses.replace(MODEL, layers="ld"), None)
+
+
+@on_devices
+def test_the_last_tokens_of_split_sequences_cannot_count_alone():
+    skeleton, params = make_model(MODEL)
+    mesh = make_mesh(MeshConfig(1, COUNT // 2, 2, 1))
+    step = gradients_of(skeleton, None, mesh, "reference", "auto", loss_tokens=8)
+    state = place_state({"params": params}, skeleton, mesh)["params"]
+    with pytest.raises(ConfigError, match="loss_tokens=8 needs whole sequences: use mesh.seq=1"):
+        jax.eval_shape(step, state, place_batch(make_batch(), 1, mesh))

@@ -34,6 +34,8 @@ STAGE = {"steps": 1, "length": 8, "batch_size": 1}
         (lambda: StageConfig(**STAGE, top_k=2.0), r"top_k=2.0 must be of type int \| None"),
         (lambda: StageConfig(**STAGE, needles=(1, 2, 3)), r"must be of type tuple\[int, int\]"),
         (lambda: StageConfig(**STAGE, needles=[1, 2]), r"must be of type tuple\[int, int\]"),
+        (lambda: StageConfig(**STAGE, loss_tokens=9), "loss_tokens=9 must be from 1 to length=8"),
+        (lambda: StageConfig(**STAGE, loss_tokens=0), "loss_tokens=0 must be from 1 to length=8"),
         (lambda: StageConfig(**STAGE, mix=(("text", "1"),)), r"of type tuple\[tuple\[str, float"),
         (lambda: StageConfig(**STAGE, mix=(("text", math.nan),)), "a positive, finite weight"),
         (lambda: TrainConfig(stages=(STAGE,)), r"must be of type tuple\[.*StageConfig, \.\.\.\]"),
