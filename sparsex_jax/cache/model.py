@@ -13,6 +13,7 @@ from sparsex_jax.cache.layer import (
     inputs_of_local,
 )
 from sparsex_jax.config import AttentionConfig, ModelConfig
+from sparsex_jax.modules.attending import count_attending
 from sparsex_jax.modules.transformer import Transformer
 
 Layers = tuple[LayerCache, ...]
@@ -106,13 +107,11 @@ def attending_tokens(
     layer those do that fill its window; none where the tokens that follow will fill it, and then
     the layers behind that one have nothing to do.
     """
-    counts = [int(logits)]
-    for kind in reversed(config.layers[1:]):
-        needed = inputs_of_local(counts[0], config) if kind == "l" else tokens
-        if kind == "l" and goes_on and not counts[0]:
-            needed = 0
-        counts.insert(0, min(needed, tokens))
-    return counts
+
+    def before(attending: int) -> int:
+        return 0 if goes_on and not attending else inputs_of_local(attending, config)
+
+    return count_attending(config, tokens, int(logits), before)
 
 
 def tokens_to_go_on(config: ModelConfig) -> int:

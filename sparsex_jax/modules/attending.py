@@ -1,24 +1,40 @@
 """Which tokens each layer computes where only the last tokens' outputs are wanted."""
 
+from collections.abc import Callable
+
 from sparsex_jax.config import ModelConfig
 
 
-def attending_tokens(config: ModelConfig, tokens: int, outputs: int) -> list[int]:
-    """How many tokens of a sequence, the last ones, have to attend in each layer.
+def count_attending(
+    config: ModelConfig, tokens: int, outputs: int, inputs_of_local: Callable[[int], int]
+) -> list[int]:
+    """How many of so many tokens, the last ones, attend in each layer, if `outputs` do in the last.
 
-    Before a local layer those do that its windows and its convolution reach; what other layers
-    attend to may lie anywhere. What is left out before a local layer is a whole number of blocks,
-    so that its windows begin where they would in the whole sequence.
+    What layers that are not local attend to may lie anywhere, so before them all tokens do.
 
     Args:
       config: of the model.
-      tokens: of the sequence.
+      tokens: there are.
       outputs: of these, whose hidden states are wanted.
+      inputs_of_local: from the tokens that attend in a local layer to those that have to before it.
+    """
+    counts = [outputs]
+    for kind in reversed(config.layers[1:]):
+        needed = inputs_of_local(counts[0]) if kind == "l" else tokens
+        counts.insert(0, min(needed, tokens))
+    return counts
+
+
+def attending_for_loss(config: ModelConfig, tokens: int, outputs: int) -> list[int]:
+    """`count_attending` of a whole sequence in training.
+
+    What is left out before a local layer is a whole number of blocks, so that its windows begin
+    where they would in the whole sequence.
     """
     size = config.attention.block_size
     reach = config.attention.window + size + config.conv_width
-    counts = [outputs]
-    for kind in reversed(config.layers[1:]):
-        left_out = max(0, tokens - counts[0] - reach) // size * size if kind == "l" else 0
-        counts.insert(0, tokens - left_out)
-    return counts
+
+    def inputs_of_local(attending: int) -> int:
+        return tokens - max(0, tokens - attending - reach) // size * size
+
+    return count_attending(config, tokens, outputs, inputs_of_local)

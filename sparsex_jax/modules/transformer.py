@@ -6,7 +6,7 @@ from flax import nnx
 
 from pallas_kernels.mesh_axes import vary_with
 from sparsex_jax.config import BASELINES, ConfigError, ModelConfig
-from sparsex_jax.modules.attending import attending_tokens
+from sparsex_jax.modules.attending import attending_for_loss
 from sparsex_jax.modules.attention import Remembered, SparseXAttention
 from sparsex_jax.modules.baselines import BaselineAttention, more_hidden
 from sparsex_jax.modules.layers import RMSNorm, SwiGLU
@@ -154,7 +154,7 @@ class Transformer(nnx.Module):
         outputs; None for none.
         """
         x, length = self.embed(tokens), tokens.shape[1]
-        counts = attending_tokens(self.config, length, outputs)
+        counts = attending_for_loss(self.config, length, outputs)
 
         def apply_with(attending: int):
             def apply(block: Block, carry):

@@ -122,7 +122,7 @@ def sparse_attention(
         q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
         segment_ids,
     )  # fmt: skip
-    if q.shape != (*k.shape[:2], *q.shape[2:]):
+    if q.shape[1] != k.shape[1]:
         raise ValueError(f"q {q.shape} must have all tokens of k {k.shape} where they are split")
     _check_part(q.shape[1], config, segment_ids)
     sequence = _Sequence.of(q, segment_ids, config)

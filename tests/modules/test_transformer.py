@@ -11,7 +11,7 @@ from flax import nnx
 
 from sparsex_jax.config import AttentionConfig, BaselineConfig, ConfigError, ModelConfig
 from sparsex_jax.modules import Transformer, layers
-from sparsex_jax.modules.attending import attending_tokens
+from sparsex_jax.modules.attending import attending_for_loss
 
 ATTENTION = AttentionConfig(
     window=16, block_size=8, top_k=2, segment_length=16, landmarks_per_segment=2,
@@ -92,10 +92,20 @@ def test_loss_of_the_last_tokens_alone(layers, documents, remat):
 
 def test_layers_compute_no_more_than_the_last_tokens_need():
     # Windows of 16 begin at blocks of 8, and a convolution reaches 4 further back.
-    assert attending_tokens(dataclasses.replace(TINY, layers="llsl"), 184, 37) == [184, 184, 72, 37]
-    assert attending_tokens(dataclasses.replace(TINY, layers="slll"), 184, 37) == [136, 104, 72, 37]
-    assert attending_tokens(dataclasses.replace(TINY, layers="lld"), 184, 37) == [184, 184, 37]
-    assert attending_tokens(TINY, 64, 64) == [64, 64]
+    assert attending_for_loss(dataclasses.replace(TINY, layers="llsl"), 184, 37) == [
+        184,
+        184,
+        72,
+        37,
+    ]
+    assert attending_for_loss(dataclasses.replace(TINY, layers="slll"), 184, 37) == [
+        136,
+        104,
+        72,
+        37,
+    ]
+    assert attending_for_loss(dataclasses.replace(TINY, layers="lld"), 184, 37) == [184, 184, 37]
+    assert attending_for_loss(TINY, 64, 64) == [64, 64]
 
 
 def test_remat_changes_no_gradient():

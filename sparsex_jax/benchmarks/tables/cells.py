@@ -29,6 +29,13 @@ def note_mark(number: int) -> str:
     return f"[{number + 1}]"
 
 
+def if_measured(row: Row | None, text: Callable[[Row], str]) -> str:
+    """The text of a row that was measured, the status of one that was not, nothing for none."""
+    if row is None:
+        return ""
+    return text(row) if row["status"] == "measured" else row["status"].replace("_", " ")
+
+
 def optional_number(value: float | None) -> str:
     """A number, or nothing."""
     return "" if value is None else format_number(value)

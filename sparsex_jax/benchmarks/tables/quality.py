@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 from sparsex_jax.benchmarks.names import LOGITS
-from sparsex_jax.benchmarks.tables.cells import Label, Row, markdown, note_mark, place
+from sparsex_jax.benchmarks.tables.cells import (
+    Label,
+    Row,
+    if_measured,
+    markdown,
+    note_mark,
+    place,
+)
 
 ACCURACY_FIELDS = ("system", "task", "tokens", "samples", "accuracy", "low", "high", "status")
 ABLATION_FIELDS = ("ablation", "seed", *ACCURACY_FIELDS)
@@ -37,7 +44,7 @@ def accuracy_table(rows: Sequence[Row], label: Label) -> str:
     found = {(*name(row), row["tokens"]): row for row in rows}
     lines = [
         [f"{system}: {task}" if several else task]
-        + [_accuracy(found.get((system, task, length))) for length in lengths]
+        + [if_measured(found.get((system, task, length)), _accuracy) for length in lengths]
         for system, task in names
     ]
     return markdown(["task", *(f"{label(length)} tokens" for length in lengths)], lines)
@@ -48,11 +55,7 @@ def who_answered(row: Row) -> str:
     return row["system"] + (f", top {row['chunks']}" if row.get("chunks") else "")
 
 
-def _accuracy(row: Row | None) -> str:
-    if row is None:
-        return ""
-    if row["status"] != "measured":
-        return row["status"].replace("_", " ")
+def _accuracy(row: Row) -> str:
     share, low, high = (f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high"))
     known = row.get("provenance")
     more = "" if known is None else f"; provenance {100 * known:.1f} %"
@@ -117,9 +120,7 @@ def perplexity_table(rows: Sequence[Row], label: Label) -> str:
     names = list(dict.fromkeys((row["system"], row["checkpoint"]) for row in rows))
     found = {(row["system"], row["checkpoint"], row["tokens"]): row for row in rows}
 
-    def cell(row: Row | None) -> str:
-        if row is None or row["status"] != "measured":
-            return "" if row is None else row["status"].replace("_", " ")
+    def cell(row: Row) -> str:
         text = f"{row['perplexity']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
         if row["ratio"] is None:
             return text
@@ -128,7 +129,10 @@ def perplexity_table(rows: Sequence[Row], label: Label) -> str:
         )
         return f"{text}; {more} % ({low} to {high})"
 
-    lines = [[*name, *(cell(found.get((*name, length))) for length in lengths)] for name in names]
+    lines = [
+        [*name, *(if_measured(found.get((*name, length)), cell) for length in lengths)]
+        for name in names
+    ]
     head = ["system", "checkpoint", *(f"{label(length)} tokens" for length in lengths)]
     return markdown(head, lines)
 
@@ -139,16 +143,18 @@ def position_table(rows: Sequence[Row], label: Label) -> str:
     names = list(dict.fromkeys((row["checkpoint"], row["context"]) for row in rows))
     found = {(row["checkpoint"], row["context"], row["end"]): row for row in rows}
 
-    def cell(row: Row | None) -> str:
-        if row is None or row["status"] != "measured":
-            return "" if row is None else row["status"].replace("_", " ")
+    def cell(row: Row) -> str:
         if row["more"] is None:
             return f"{row['loss']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
         more, low, high = (f"{row[name]:+.4f}" for name in ("more", "more_low", "more_high"))
         return f"{row['loss']:.4f}; {more} ({low} to {high})"
 
     lines = [
-        [name, label(context), *(cell(found.get((name, context, end))) for end in ends)]
+        [
+            name,
+            label(context),
+            *(if_measured(found.get((name, context, end)), cell) for end in ends),
+        ]
         for name, context in names
     ]
     return markdown(["checkpoint", "context", *(f"to {label(end)}" for end in ends)], lines)

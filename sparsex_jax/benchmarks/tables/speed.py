@@ -1,5 +1,6 @@
 """Tables of times and memory: attention, whole or by part, prefill."""
 
+import functools
 from collections.abc import Iterable, Sequence
 
 from sparsex_jax.benchmarks.names import DIRECTIONS, PARTS
@@ -7,6 +8,7 @@ from sparsex_jax.benchmarks.tables.cells import (
     Label,
     Row,
     format_number,
+    if_measured,
     markdown,
     note_mark,
     optional_number,
@@ -62,7 +64,7 @@ def _op_line(row: Row, label: Label, notes: list[str]) -> list[str]:
         row["direction"].replace("_", " and "),
         label(row["tokens"]),
         describe_system(row),
-        _milliseconds(row, spread=True) + note,
+        if_measured(row, functools.partial(_milliseconds, spread=True)) + note,
         optional_number(row.get("speedup_over_dense")),
         optional_number(row.get("teraflops_per_second")),
         "" if share is None else f"{share:.0%}",
@@ -85,7 +87,8 @@ def parts_table(rows: Sequence[Row], direction: str, label: Label) -> str:
         return ""
     found = {(row["tokens"], row["part"], describe_system(row)): row for row in chosen}
     lines = [
-        [label(length)] + [_milliseconds(found.get((length, *column))) for column in columns]
+        [label(length)]
+        + [if_measured(found.get((length, *column)), _milliseconds) for column in columns]
         for length in sorted({row["tokens"] for row in chosen})
     ]
     return markdown(["length", *(f"{part}: {system}" for part, system in columns)], lines)
@@ -144,11 +147,7 @@ def prefill_table(rows: Sequence[Row], label: Label) -> str:
     return markdown(head, lines)
 
 
-def _milliseconds(row: Row | None, spread: bool = False) -> str:
-    if row is None:
-        return ""
-    if row["status"] != "measured":
-        return row["status"].replace("_", " ")
+def _milliseconds(row: Row, spread: bool = False) -> str:
     text = format_number(row["milliseconds"])
     quartiles = [row.get(f"milliseconds_q{i}") for i in (1, 3)]
     if spread and None not in quartiles:
