@@ -57,7 +57,7 @@ config = TrainConfig(
             mix=MIX,
         ),
         StageConfig(
-            steps=18000,
+            steps=26000,
             length=32768,
             batch_size=2,
             top_k=16,
