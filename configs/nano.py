@@ -1,10 +1,10 @@
-"""The nano model that comes with the package: needles in long source text.
+"""A small model for single needles in long source text, quick to train.
 
     sparsex train configs/nano.py --run-dir runs/nano
 
 Hardware: one H200, seven minutes (406M tokens).
-Result: results/h200/needle.json; 98 to 100 of 100 single needles right at 16K and at 128K tokens,
-by free generation.
+Result: docs/log.md, "the nano model"; 98 to 100 of 100 single needles right at 16K and at 128K
+tokens, by free generation.
 """
 
 from sparsex_jax.config import (

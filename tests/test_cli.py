@@ -265,8 +265,8 @@ def test_no_shipped_model(fail, monkeypatch, tmp_path):
     from sparsex_jax.commands import demo, model
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(model, "SHIPPED_MODEL", tmp_path / "nano")
-    command = demo.Arguments(checkpoint=tmp_path / "nano")
+    monkeypatch.setattr(model, "SHIPPED_MODEL", tmp_path / "needle")
+    command = demo.Arguments(checkpoint=tmp_path / "needle")
     monkeypatch.setattr(demo, "parse", lambda *arguments: command)
     assert "comes without its model: give --checkpoint DIR" in fail("demo")
     assert not list(tmp_path.iterdir())

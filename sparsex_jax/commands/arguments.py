@@ -13,7 +13,7 @@ import tyro
 from sparsex_jax.config import ConfigError, check_seed
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
-SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "nano"
+SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "needle"
 
 
 def parse_length(text: str, name: str = "length") -> int:

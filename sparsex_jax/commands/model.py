@@ -52,7 +52,7 @@ def load(
     if checkpoint == SHIPPED_MODEL and not checkpoint.exists():
         raise CheckpointError(
             "this copy of sparsex comes without its model: give --checkpoint DIR, made by"
-            " `sparsex train configs/nano.py`"
+            " `sparsex train configs/needle.py`"
         )
     tokenizer = tokenizer or load_tokenizer(own_tokenizer(checkpoint))
     dtype: Literal["bfloat16", "float32"] = "float32" if on_cpu() else "bfloat16"
@@ -74,7 +74,7 @@ def load(
 
 def name_of(checkpoint: Path) -> str:
     """A name for people and results files, the same on every machine for the shipped model."""
-    return "nano (shipped)" if checkpoint == SHIPPED_MODEL else str(checkpoint)
+    return "needle (shipped)" if checkpoint == SHIPPED_MODEL else str(checkpoint)
 
 
 def fingerprint(checkpoint: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str, object]:

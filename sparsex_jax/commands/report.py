@@ -5,11 +5,12 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sparsex_jax.benchmarks.names import DIRECTIONS
 from sparsex_jax.benchmarks.tables import devices, quality, speed
 from sparsex_jax.commands.arguments import format_length, parse
+from sparsex_jax.commands.eval_needle import Task
 from sparsex_jax.config import ConfigError
 
 Files = list[tuple[Path, dict[str, Any]]]  # results files and what is in them
@@ -82,7 +83,7 @@ def report(arguments: Arguments) -> None:
 
 
 def needle_rows(files: Files) -> list[dict[str, Any]]:
-    """Rows of all needle files; a system of several models or tiers gets a longer name.
+    """Rows of all needle files by task; a system of several models or tiers gets a longer name.
 
     What one model answered may stand in several files.
     """
@@ -101,7 +102,8 @@ def needle_rows(files: Files) -> list[dict[str, Any]]:
             details.append(f"tier {row.get('tier') or 'device'}")
         return row["system"] + (f" ({', '.join(details)})" if details else "")
 
-    return [row | {"system": name(path, row)} for path, x in chosen for row in x["rows"]]
+    rows = [row | {"system": name(path, row)} for path, x in chosen for row in x["rows"]]
+    return sorted(rows, key=lambda row: get_args(Task).index(row["task"]))
 
 
 def _write_readme(path: Path, found: dict[str, Files]) -> None:

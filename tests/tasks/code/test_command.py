@@ -137,5 +137,5 @@ def test_bad_arguments_give_one_line(model, folder, tmp_path, fail):
         *bm25, "--lengths", "6K", "--samples", 1, 2
     )
     assert "samples=0 must be positive" in fail(*bm25, "--samples", 0)
-    shipped = fail(*command, "--lengths", "6K", "--checkpoint", "sparsex_jax/assets/nano")
+    shipped = fail(*command, "--lengths", "6K", "--checkpoint", "sparsex_jax/assets/needle")
     assert "tokenizer" in shipped
