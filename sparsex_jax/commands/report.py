@@ -103,7 +103,8 @@ def needle_rows(files: Files) -> list[dict[str, Any]]:
         return row["system"] + (f" ({', '.join(details)})" if details else "")
 
     rows = [row | {"system": name(path, row)} for path, x in chosen for row in x["rows"]]
-    return sorted(rows, key=lambda row: get_args(Task).index(row["task"]))
+    order = {task: number for number, task in enumerate(get_args(Task))}
+    return sorted(rows, key=lambda row: order.get(row["task"], len(order)))
 
 
 def _write_readme(path: Path, found: dict[str, Files]) -> None:

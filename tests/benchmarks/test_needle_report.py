@@ -32,7 +32,7 @@ def results(tmp_path):
         "dense", "single_2", 1 << 20, [], "too_slow", seconds=700, note="700 s a sample"
     )
     rows = [*rows_of("dense", 5)[:3], slow | {"tier": "device", "depth": None}]
-    write(folder / "needle.json", "needle", rows_of("sparsex", 9) + rows_of("sparsex", 4, "vt"))
+    write(folder / "needle.json", "needle", rows_of("sparsex", 4, "vt") + rows_of("sparsex", 9))
     write(folder / "needle_dense.json", "needle", rows)
     return tmp_path / "results"
 
