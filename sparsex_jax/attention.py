@@ -18,6 +18,7 @@ from sparsex_jax.config import AttentionConfig
 from sparsex_jax.fusion import fuse
 from sparsex_jax.landmarks import Marks, all_landmarks, gather_landmarks
 from sparsex_jax.rotary import apply_rotary, rotate_from
+from sparsex_jax.scoring import BlockIndex, Blocks
 from sparsex_jax.spans import check_segment_ids, document_starts, pasts
 from sparsex_jax.token_chunks import even_size, map_chunks, update_by_chunks
 
@@ -35,6 +36,7 @@ def sparse_attention(
     salience: jax.Array | None = None,
     query_features: jax.Array | None = None,
     block_features: jax.Array | None = None,
+    block_mass: jax.Array | None = None,
     landmark_gate: jax.Array | None = None,
     dynamic_gate: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -49,10 +51,12 @@ def sparse_attention(
       q: [B, M, Hq, D], M <= T, normalised, without RoPE.
       k: [B, T, Hkv, D], likewise.
       v: [B, T, Hkv, D].
-      config: window, block size, top_k, landmarks, fusion.
+      config: window, block size, top_k, how blocks are searched, landmarks, fusion.
       salience: g, f32 [B, T, Hkv]; needed unless landmarks are off.
       query_features: u, [B, M, Hkv, d_s], times exp(tau) / sqrt(d_s); needed unless top_k is 0.
       block_features: c, [B, T // S, Hkv, d_s]; needed unless top_k is 0.
+      block_mass: of the pooling of each block (`scoring.Blocks`), f32 [B, T // S, Hkv]; needed
+        where nodes are searched.
       landmark_gate: f32 [B, M, Hq], factor of the landmark branch; None is 1.
       dynamic_gate: f32 [B, M, Hq], factor of the dynamic branch; None is 1.
       segment_ids: int [B, T], one number a document, each starting at a multiple of S; None is one
@@ -66,7 +70,8 @@ def sparse_attention(
       ValueError: shapes, types or arguments that do not fit the config, or each other.
     """
     operands = (
-        q, k, v, salience, query_features, block_features, landmark_gate, dynamic_gate, segment_ids
+        q, k, v, salience, query_features, block_features, block_mass, landmark_gate, dynamic_gate,
+        segment_ids,
     )  # fmt: skip
     check_arguments(*operands[:3], config, *operands[3:])
     attend = functools.partial(_attend, config=config, implementation=implementation)
@@ -91,8 +96,8 @@ def _adds_up(q, k, v, config: AttentionConfig, implementation: str | None) -> bo
 
 
 def _attend(
-    q, k, v, salience, query_features, block_features, landmark_gate, dynamic_gate, segment_ids,
-    *, config: AttentionConfig, implementation: str | None, in_place: bool = False,
+    q, k, v, salience, query_features, block_features, block_mass, landmark_gate, dynamic_gate,
+    segment_ids, *, config: AttentionConfig, implementation: str | None, in_place: bool = False,
 ):  # fmt: skip
     """`sparse_attention` of arguments that fit; `in_place` is not differentiable."""
     batch, tokens = k.shape[:2]
@@ -104,6 +109,9 @@ def _attend(
         for x in pasts(positions, document_start, config)
     )
     turned_k = apply_rotary(k, positions, config.rope_base) if config.fusion == "softmax" else None
+    blocks = None
+    if config.top_k:
+        blocks = BlockIndex.of(Blocks(block_features, block_mass), config)
     marks = span = pyramid = None
     has_landmarks = tokens >= config.window + config.segment_length
     if has_landmarks and config.landmarks == "pyramid":
@@ -140,15 +148,15 @@ def _attend(
             if keys.turned_k is not None:
                 far = rotate_from(queries.q, before + first, config.rope_base), keys.turned_k
             dynamic = dynamic_branch(
-                *far, keys.v, queries.features, keys.block_features, queries.limit,
+                *far, keys.v, queries.features, keys.blocks, queries.limit,
                 queries.document_start, config=config, implementation=implementation,
             )  # fmt: skip
         return fuse(local, landmarks, dynamic, queries.landmark_gate, queries.dynamic_gate, config)
 
     def write(first, queries: _Queries, out):
         """Writes the attention of a chunk of tokens, from position `first` on, to `out`."""
-        blocks = select_pattern(
-            queries.features, block_features, queries.limit, queries.document_start, k.shape[1],
+        pattern = select_pattern(
+            queries.features, blocks, queries.limit, queries.document_start, k.shape[1],
             config, implementation,
         )  # fmt: skip
         local, landmarks = near(first, queries, keys)
@@ -156,11 +164,11 @@ def _attend(
         if landmarks is not None:
             added.append((landmarks[0], landmark_gate))
         return add_up(
-            out, q, k, v, blocks, first,
+            out, q, k, v, pattern, first,
             gate=dynamic_gate, added=added, block_size=config.block_size,
         )  # fmt: skip
 
-    keys = _Keys(k, turned_k, v, block_features, marks)
+    keys = _Keys(k, turned_k, v, blocks, marks)
     of_tokens = local_start, document_start, limit, span
     queries = _Queries(
         q, query_features, landmark_gate, dynamic_gate,
@@ -200,13 +208,13 @@ class _Keys(NamedTuple):
     k: jax.Array
     turned_k: jax.Array | None  # with RoPE, for fusion="softmax"
     v: jax.Array
-    block_features: jax.Array | None
+    blocks: BlockIndex | None
     marks: Marks | None
 
 
 def check_arguments(
-    q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
-    segment_ids,
+    q, k, v, config, salience, query_features, block_features, block_mass, landmark_gate,
+    dynamic_gate, segment_ids,
 ):  # fmt: skip
     """Raises ValueError where arguments of `sparse_attention` do not fit."""
     if q.ndim != 4 or k.ndim != 4:
@@ -227,11 +235,12 @@ def check_arguments(
         raise ValueError(f"head dim {dim} is odd: RoPE turns pairs, use an even one")
     keys, blocks, width = k.shape[1], k.shape[1] // config.block_size, config.score_dim
     has_landmarks, has_dynamic = config.landmarks != "off", config.top_k > 0
-    gated = config.fusion == "sum"
+    gated, in_nodes = config.fusion == "sum", has_dynamic and config.search_node_size > 0
     for name, value, shape, used, needed in (
         ("salience", salience, (batch, keys, kv_heads), has_landmarks, True),
         ("query_features", query_features, (batch, tokens, kv_heads, width), has_dynamic, True),
         ("block_features", block_features, (batch, blocks, kv_heads, width), has_dynamic, True),
+        ("block_mass", block_mass, (batch, blocks, kv_heads), in_nodes, True),
         ("landmark_gate", landmark_gate, (batch, tokens, heads), has_landmarks and gated, False),
         ("dynamic_gate", dynamic_gate, (batch, tokens, heads), has_dynamic and gated, False),
     ):
@@ -241,7 +250,8 @@ def check_arguments(
         elif not used:
             raise ValueError(
                 f"{name} is given, but landmarks={config.landmarks!r}, top_k={config.top_k},"
-                f" fusion={config.fusion!r} do not use it: leave it out"
+                f" fusion={config.fusion!r}, search_node_size={config.search_node_size} do not use"
+                " it: leave it out"
             )
         elif value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape} but must be {shape}")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_selection import select_blocks
+from pallas_kernels.block_selection import select_blocks, select_blocks_in_nodes
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
@@ -18,6 +18,7 @@ from sparsex_jax.config import AttentionConfig
 from sparsex_jax.fusion import Branch
 from sparsex_jax.landmarks import Nodes, gather_keys, visible_landmarks
 from sparsex_jax.rotary import rotate_from
+from sparsex_jax.scoring import BlockIndex
 from sparsex_jax.spans import remote_end
 
 _TOGETHER = 8  # keys, of which kernels take multiples: lists of landmarks are filled up to one
@@ -64,7 +65,7 @@ def dynamic_branch(
     k: jax.Array,
     v: jax.Array,
     query_features: jax.Array,
-    block_features: jax.Array,
+    blocks: BlockIndex,
     local_start: jax.Array,
     document_start: jax.Array | None,
     *,
@@ -78,41 +79,40 @@ def dynamic_branch(
       k: [B, N, Hkv, D]; key n stands at position n.
       v: [B, N, Hkv, D].
       query_features: u, scaled, [B, T, Hkv, d_s].
-      block_features: c, [B, N // S, Hkv, d_s].
+      blocks: of the N keys.
       local_start: a(t), int32 [T] or [B, T].
       document_start: of the first whole block of each token's document, int32 [B, T], or None.
-      config: block size, top_k, fusion (the score is a bias with "sum" only).
+      config: block size, top_k, search, fusion (the score is a bias with "sum" only).
       implementation: as in `sparse_attention`.
     """
-    blocks = select_pattern(
-        query_features, block_features, local_start, document_start, k.shape[1], config,
-        implementation,
-    )  # fmt: skip
+    pattern = select_pattern(
+        query_features, blocks, local_start, document_start, k.shape[1], config, implementation
+    )
     return block_sparse_attention(
-        q, k, v, blocks, block_size=config.block_size, implementation=implementation
+        q, k, v, pattern, block_size=config.block_size, implementation=implementation
     )
 
 
 def select_pattern(
-    query_features, block_features, local_start, document_start, num_keys: int,
+    query_features, blocks: BlockIndex, local_start, document_start, num_keys: int,
     config: AttentionConfig, implementation: str | None,
 ) -> BlockCSR:  # fmt: skip
     """What `select_remote` finds, as a pattern over the blocks of `num_keys` keys."""
     index, bias = select_remote(
-        query_features, block_features, local_start, document_start, config, implementation
+        query_features, blocks, local_start, document_start, config, implementation
     )
     return BlockCSR.from_selection(index, bias, -(-num_keys // config.block_size))
 
 
 def select_remote(
     query_features: jax.Array,
-    block_features: jax.Array,
+    blocks: BlockIndex,
     local_start: jax.Array,
     document_start: jax.Array | None,
     config: AttentionConfig,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The K remote blocks that score best for each query, and the biases that they get.
+    """The K remote blocks that score best for each query, of those searched, and their biases.
 
     Arguments as in `dynamic_branch`.
 
@@ -121,11 +121,19 @@ def select_remote(
       with fusion="softmax".
     """
     size = config.block_size
-    index, score = select_blocks(
-        query_features, block_features, local_start // size, config.top_k,
-        start=None if document_start is None else document_start // size,
-        implementation=implementation,
-    )  # fmt: skip
+    limit = local_start // size
+    start = None if document_start is None else document_start // size
+    if blocks.nodes is None:
+        index, score = select_blocks(
+            query_features, blocks.features, limit, config.top_k,
+            start=start, implementation=implementation,
+        )  # fmt: skip
+    else:
+        index, score = select_blocks_in_nodes(
+            query_features, blocks.features, blocks.nodes, limit, config.top_k,
+            node_size=config.search_node_size, beam=config.search_beam, start=start,
+            implementation=implementation,
+        )  # fmt: skip
     return index, jnp.zeros_like(score) if config.fusion == "softmax" else score
 
 

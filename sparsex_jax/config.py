@@ -93,6 +93,10 @@ class AttentionConfig:
       fusion: "sum" of gated branches, or one exact "softmax" over local and selected keys
         (which needs landmarks="off": they would count twice).
       score_dim: d_s, width of the selector's features.
+      search_node_size: blocks of a node, where blocks are searched in two levels, which costs less
+        in very long contexts and may miss some (`select_blocks_in_nodes`): 8 to 64, a multiple of
+        8. 0 searches all blocks.
+      search_beam: nodes whose blocks a query's search looks at, besides those that its past cuts.
       rope_base: base of the rotary frequencies of the local branch.
     """
 
@@ -105,13 +109,15 @@ class AttentionConfig:
     landmarks: Literal["pyramid", "all", "off"] = "pyramid"
     fusion: Literal["sum", "softmax"] = "sum"
     score_dim: int = 64
+    search_node_size: int = 0
+    search_beam: int = 32
     rope_base: float = 10_000.0
 
     def __post_init__(self):
         _check_types(self)
         _require_positive(
             self, "window", "block_size", "segment_length", "landmarks_per_segment",
-            "nodes_per_level", "score_dim", "rope_base",
+            "nodes_per_level", "score_dim", "search_beam", "rope_base",
         )  # fmt: skip
         _require(self.top_k >= 0, f"top_k={self.top_k} must not be negative: use 0 for none")
         _require(
@@ -134,6 +140,17 @@ class AttentionConfig:
             self.fusion == "sum" or self.landmarks == "off",
             f"fusion='softmax' with landmarks={self.landmarks!r} would count landmark tokens twice:"
             " use landmarks='off', or fusion='sum'",
+        )
+        node = self.search_node_size
+        _require(
+            0 <= node <= 64 and node % 8 == 0,
+            f"search_node_size={node} must be a multiple of 8 up to 64, or 0 to search all blocks:"
+            " use 8",
+        )
+        _require(
+            not node or self.search_beam * node >= self.top_k,
+            f"search_beam={self.search_beam} nodes of search_node_size={node} blocks hold fewer"
+            f" than top_k={self.top_k}: use search_beam={-(-self.top_k // max(node, 1))} or more",
         )
 
     @property

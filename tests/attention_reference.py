@@ -47,9 +47,26 @@ def landmark_positions(salience, first, past_end, config):
     return found
 
 
+def searched_blocks(u, c, mass, first, end, config):
+    """Blocks from `first` to `end` that a query's search looks at; c [N, d_s] and mass [N]."""
+    size = config.search_node_size
+    if not size or first == end:
+        return range(first, end)
+    scores = {}
+    for node in range(-(-first // size), end // size):
+        own = slice(node * size, (node + 1) * size)
+        weights = np.exp(mass[own] - np.max(mass[own]))
+        pooled = weights @ c[own] / weights.sum()
+        scores[node] = u @ pooled / np.sqrt(np.mean(pooled**2) + 1e-6)
+    nodes = set(sorted(scores, key=lambda n: (-scores[n], n))[: config.search_beam])
+    nodes |= {bound // size for bound in (first, end) if bound % size}  # those that are cut
+    return [n for n in range(first, end) if n // size in nodes]
+
+
 def sparse_attention_reference(
-    q, k, v, config, salience=None, u=None, c=None, gate_g=None, gate_d=None, segment_ids=None
-):
+    q, k, v, config, salience=None, u=None, c=None, mass=None, gate_g=None, gate_d=None,
+    segment_ids=None,
+):  # fmt: skip
     """(out [B, T, Hq, D], selected blocks {(b, t, kv head): [block, ...]})."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     batch, tokens, heads, dim = q.shape
@@ -70,10 +87,14 @@ def sparse_attention_reference(
                 local, lse = softmax(keys[near] @ turned * scale, v[b, near, h])
                 far, bias = [], []
                 if config.top_k:
-                    scores = {
-                        n: float(np.asarray(u[b, t, h], np.float64) @ np.asarray(c[b, n, h]))
-                        for n in range(first // s, a // s)
-                    }
+                    of_query, of_blocks = (
+                        np.asarray(x, np.float64) for x in (u[b, t, h], c[b, :, h])
+                    )
+                    masses = None if mass is None else np.asarray(mass[b, :, h], np.float64)
+                    searched = searched_blocks(
+                        of_query, of_blocks, masses, first // s, a // s, config
+                    )
+                    scores = {n: float(of_query @ of_blocks[n]) for n in searched}
                     best = sorted(scores, key=lambda n: (-scores[n], n))[: config.top_k]
                     selected[b, t, h] = best
                     far = [j for n in best for j in range(n * s, (n + 1) * s)]

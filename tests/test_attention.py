@@ -45,6 +45,8 @@ def make_inputs(config, tokens, *, batch=1, heads=4, kv_heads=2, dim=8, seed=0, 
         blocks = tokens // config.block_size
         inputs["query_features"] = normal(batch, tokens, kv_heads, config.score_dim)
         inputs["block_features"] = normal(batch, blocks, kv_heads, config.score_dim)
+        if config.search_node_size:
+            inputs["block_mass"] = normal(batch, blocks, kv_heads)
     if config.fusion == "sum" and config.landmarks != "off":
         inputs["landmark_gate"] = np.abs(normal(batch, tokens, heads))
     if config.fusion == "sum" and config.top_k:
@@ -57,8 +59,8 @@ def attend(config, inputs, **options):
 
 
 def reference(config, inputs, segment_ids=None):
-    names = {"query_features": "u", "block_features": "c", "landmark_gate": "gate_g",
-             "dynamic_gate": "gate_d"}  # fmt: skip
+    names = {"query_features": "u", "block_features": "c", "block_mass": "mass",
+             "landmark_gate": "gate_g", "dynamic_gate": "gate_d"}  # fmt: skip
     renamed = {names.get(name, name): value for name, value in inputs.items()}
     return sparse_attention_reference(**renamed, config=config, segment_ids=segment_ids)[0]
 
@@ -101,7 +103,7 @@ def test_packed_documents_equal_their_definition_and_separate_ones(config):
     for length in lengths:
 
         def cut(name, x, begin=begin, length=length):
-            unit = config.block_size if name == "block_features" else 1
+            unit = config.block_size if name.startswith("block") else 1
             return x[:, begin // unit : (begin + length) // unit]
 
         alone = attend(config, {name: cut(name, x) for name, x in inputs.items()})

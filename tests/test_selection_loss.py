@@ -10,6 +10,7 @@ from flax import nnx
 
 from sparsex_jax.config import AttentionConfig, ConfigError, ModelConfig
 from sparsex_jax.modules import Transformer
+from sparsex_jax.scoring import BlockIndex
 from sparsex_jax.selection_loss import SAMPLE, sample_queries, selection_loss
 
 CONFIG = AttentionConfig(window=16, block_size=8, top_k=2, segment_length=16, score_dim=4)
@@ -20,6 +21,10 @@ def inputs(seed=0):
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = (2, TOKENS, 4, 6), (2, TOKENS, 2, 6), (2, TOKENS, 2, 4), (2, BLOCKS, 2, 4)
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def loss_of(q, k, u, c, queries, document_start=None):
+    return selection_loss(q, k, u, BlockIndex(c, None), queries, document_start, CONFIG)
 
 
 def by_definition(q, k, u, c, queries, document_start=None):
@@ -48,13 +53,13 @@ def test_equals_its_definition(documents):
     start = None
     if documents:
         start = jnp.asarray(np.where(np.arange(TOKENS) < 40, 0, 40)[None].repeat(2, 0), jnp.int32)
-    loss = selection_loss(*inputs(), queries, start, CONFIG)
+    loss = loss_of(*inputs(), queries, start)
     np.testing.assert_allclose(loss, by_definition(*inputs(), queries, start), rtol=1e-5)
 
 
 def test_only_features_learn():
     queries = jnp.asarray([[99, 60], [80, 70]], jnp.int32)
-    bars = jax.grad(lambda x: selection_loss(*x, queries, None, CONFIG).sum())(inputs())
+    bars = jax.grad(lambda x: loss_of(*x, queries).sum())(inputs())
     assert [bool(jnp.any(bar != 0)) for bar in bars] == [False, False, True, True]
 
 
@@ -63,14 +68,14 @@ def test_scores_learn_what_is_not_selected():
     queries = jnp.asarray([[99], [99]], jnp.int32)
     k = k.at[:, 5].set(100 * q[:, 99, ::2])  # the best key by far, in block 0
     c = c.at[:, 0].set(-u[:, 99])  # whose score is the lowest
-    bar = jax.grad(lambda c: selection_loss(q, k, u, c, queries, None, CONFIG).sum())(c)
+    bar = jax.grad(lambda c: loss_of(q, k, u, c, queries).sum())(c)
     assert (jnp.einsum("bhd,bhd->bh", bar[:, 0], u[:, 99]) < 0).all()  # descent raises it
 
 
 def test_queries_without_a_past():
-    loss, bars = jax.value_and_grad(
-        lambda x: selection_loss(*x, jnp.zeros((2, 3), jnp.int32), None, CONFIG).sum()
-    )(inputs())
+    loss, bars = jax.value_and_grad(lambda x: loss_of(*x, jnp.zeros((2, 3), jnp.int32)).sum())(
+        inputs()
+    )
     assert loss == 0
     assert all(bool(jnp.all(bar == 0)) for bar in bars)
 
@@ -80,8 +85,8 @@ def test_nothing_later_matters():
     q, k, u, c = inputs()
     changed = q, k.at[:, 48:].set(jnp.nan), u, c.at[:, 6:].set(jnp.nan)
     np.testing.assert_array_equal(
-        selection_loss(*changed, queries, None, CONFIG),
-        selection_loss(q, k, u, c, queries, None, CONFIG),
+        loss_of(*changed, queries),
+        loss_of(q, k, u, c, queries),
     )
 
 

@@ -31,6 +31,7 @@ from sparsex_jax.config import ConfigError
 from sparsex_jax.landmarks import build_pyramid, leaf_nodes
 from sparsex_jax.modules.attention import KeySide, QuerySide
 from sparsex_jax.rotary import apply_rotary
+from sparsex_jax.scoring import Blocks
 
 TOLERANCE = 0.02  # relative error in norm: outputs and weights are rounded to bfloat16
 SCORE_TOLERANCE = 1e-4
@@ -140,7 +141,8 @@ def make_past(work: Workload) -> Past:
     )
     leaves = leaf_nodes(made["salience"], 0, config.segment_length, config.landmarks_per_segment)
     pyramid = tuple(build_pyramid(leaves, config, sliding=False))
-    remote = DeviceRemote(made["k"], made["v"], made["salience"], made["block_features"], pyramid)
+    blocks = Blocks(made["block_features"], None)
+    remote = DeviceRemote(made["k"], made["v"], made["salience"], blocks, None, pyramid)
     position = jnp.int32(work.tokens - 1)
     window = window_k[:, :-1], window_v[:, :-1]
     near = Near.open(window, remote.landmarks(position, 1, config), position, config)
@@ -160,7 +162,7 @@ def make_queries(work: Workload, past: Past, steps: int) -> Queries:
     )
     limit = jnp.full(1, _local_start(work) // config.block_size, jnp.int32)
     select = jax.jit(functools.partial(select_blocks, count=config.top_k))
-    found = [select(u, past.remote.features, limit) for u in features]
+    found = [select(u, past.remote.block_index.features, limit) for u in features]
     index, score = (jnp.stack(x) for x in zip(*found, strict=True))
     return Queries(q, features, landmark_gate, dynamic_gate, index, score)
 
@@ -182,8 +184,9 @@ def _attend(work: Workload, part: str, implementation: str | None, past: Past, q
     if part == "selection":
         limit = start // config.block_size
         return select_blocks(
-            queries.features, remote.features, limit, config.top_k, implementation=implementation
-        )[1]
+            queries.features, remote.block_index.features, limit, config.top_k,
+            implementation=implementation,
+        )[1]  # fmt: skip
     if part in ("local", "landmarks"):
         q, near = queries.q, past.near
         local, landmarks = near.attend(q, q, position, start[0], config, implementation)

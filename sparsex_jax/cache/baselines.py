@@ -68,7 +68,7 @@ class AllTokens(_Past):
     def append(
         self,
         keys: KeySide,
-        features: None,
+        blocks: None,
         length: jax.Array,
         valid: jax.Array,
         config: Pattern,
@@ -95,7 +95,7 @@ class FirstTokens(_Past):
     def append(
         self,
         keys: KeySide,
-        features: None,
+        blocks: None,
         length: jax.Array,
         valid: jax.Array,
         config: Pattern,

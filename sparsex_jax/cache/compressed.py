@@ -25,6 +25,7 @@ from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.fusion import Branch, merge_softmax
 from sparsex_jax.landmarks import num_levels, visible_nodes
 from sparsex_jax.modules.attention import KeySide, QuerySide
+from sparsex_jax.scoring import Blocks
 from sparsex_jax.spans import remote_end
 
 _LEVELS = 26  # of spans: 2^25 blocks
@@ -251,13 +252,13 @@ class CompressedRemote(NamedTuple):
     def append(
         self,
         keys: KeySide,
-        features: jax.Array,
+        blocks: Blocks,
         length: jax.Array,
         valid: jax.Array,
         config: AttentionConfig,
         settle: bool,
     ) -> "CompressedRemote":
-        """As `DeviceRemote.append`; it always settles, and features of blocks are of no use."""
+        """As `DeviceRemote.append`; it always settles, and blocks' features are of no use."""
         width = config.segment_length
         new = keys.k, keys.v, keys.salience, keys.block_logits
         tokens = [jnp.concatenate(x, axis=1) for x in zip(self[:4], new, strict=True)]

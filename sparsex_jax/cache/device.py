@@ -14,6 +14,7 @@ from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.fusion import Branch
 from sparsex_jax.landmarks import Nodes, leaf_nodes, merge_pairs, num_levels
 from sparsex_jax.modules.attention import KeySide, QuerySide
+from sparsex_jax.scoring import BlockIndex, Blocks, node_features
 
 # Kernels take keys in multiples of 8 and features in multiples of 8 blocks: padding the whole
 # cache for them would be a copy of it.
@@ -27,14 +28,17 @@ class DeviceRemote(NamedTuple):
       k: [B, N, Hkv, D], with RoPE exactly if the fusion is "softmax".
       v: [B, N, Hkv, D].
       salience: f32 [B, N, Hkv].
-      features: of complete blocks, [B, N / S, Hkv, d_s].
-      pyramid: aligned nodes, level by level.
+      blocks: N / S of them, of which complete ones are used.
+      nodes: features of nodes of blocks, [B, N / S / search_node_size, Hkv, d_s]; None where all
+        blocks are searched.
+      pyramid: aligned nodes of landmarks, level by level.
     """
 
     k: jax.Array
     v: jax.Array
     salience: jax.Array
-    features: jax.Array
+    blocks: Blocks
+    nodes: jax.Array | None
     pyramid: tuple[Nodes, ...]
 
     @classmethod
@@ -45,14 +49,20 @@ class DeviceRemote(NamedTuple):
         attention, heads, dtype = config.attention, config.num_kv_heads, jnp.dtype(config.dtype)
         tokens = room(capacity, chunk, attention)
         keys = batch_size, tokens, heads, config.head_dim
-        blocks = batch_size, tokens // attention.block_size, heads, attention.score_dim
+        blocks, nodes = empty_blocks(config, batch_size, tokens)
         return cls(
             k=jnp.zeros(keys, dtype),
             v=jnp.zeros(keys, dtype),
             salience=jnp.zeros(keys[:3], jnp.float32),
-            features=jnp.zeros(blocks, dtype),
+            blocks=blocks,
+            nodes=nodes,
             pyramid=empty_pyramid(attention, batch_size, heads, capacity, chunk),
         )
+
+    @property
+    def block_index(self) -> BlockIndex:
+        """What queries find blocks by."""
+        return BlockIndex(self.blocks.features, self.nodes)
 
     def split(self) -> tuple[tuple, "DeviceRemote"]:
         """What an answer must not change, and what it only writes behind the context."""
@@ -66,7 +76,7 @@ class DeviceRemote(NamedTuple):
     def append(
         self,
         keys: KeySide,
-        features: jax.Array,
+        blocks: Blocks,
         length: jax.Array,
         valid: jax.Array,
         config: AttentionConfig,
@@ -76,17 +86,21 @@ class DeviceRemote(NamedTuple):
 
         Args:
           keys: of the tokens [B, C, ...], as they are stored.
-          features: of the blocks that they lie in, [B, blocks, Hkv, d_s].
+          blocks: that they lie in.
           length: tokens before, int32 scalar.
           valid: of the new tokens, how many count, int32 scalar.
           config: of the attention.
           settle: whether landmarks are brought up to date; if not, `settle` does so later.
         """
+        blocks, nodes = write_blocks(
+            self.blocks, self.nodes, blocks, length // config.block_size, config
+        )
         after = DeviceRemote(
             k=write(self.k, keys.k, length),
             v=write(self.v, keys.v, length),
             salience=write(self.salience, keys.salience, length),
-            features=write(self.features, features, length // config.block_size),
+            blocks=blocks,
+            nodes=nodes,
             pyramid=self.pyramid,
         )
         if not settle:
@@ -148,16 +162,17 @@ class DeviceRemote(NamedTuple):
         dynamic = None
         if config.top_k:
             dynamic = dynamic_branch(
-                queries.q, self.k, self.v, queries.features, self.features, local_start, None,
+                queries.q, self.k, self.v, queries.features, self.block_index, local_start, None,
                 config=config, implementation=implementation,
             )  # fmt: skip
         return None, dynamic, self
 
 
 def room(capacity: int, chunk: int, config: AttentionConfig) -> int:
-    """Tokens that the arrays of a cache hold: whole blocks, and a chunk beyond the capacity."""
-    unit = config.block_size * _WHOLE_BLOCKS
-    return -(-(capacity + chunk + 2 * config.segment_length) // unit) * unit
+    """Tokens that the arrays of a cache hold: whole nodes, and a chunk beyond the capacity."""
+    unit = config.block_size * (config.search_node_size or _WHOLE_BLOCKS)
+    spare = 2 * max(config.segment_length, config.block_size * config.search_node_size)
+    return -(-(capacity + chunk + spare) // unit) * unit
 
 
 def write(old: jax.Array, new: jax.Array, place: jax.Array, axis: int = 1) -> jax.Array:
@@ -168,6 +183,39 @@ def write(old: jax.Array, new: jax.Array, place: jax.Array, axis: int = 1) -> ja
 def touched(tokens: int, unit: int) -> int:
     """Most units of `unit` tokens that `tokens` tokens in a row can lie in."""
     return (tokens + unit - 2) // unit + 1
+
+
+def empty_blocks(
+    config: ModelConfig, batch_size: int, tokens: int
+) -> tuple[Blocks, jax.Array | None]:
+    """Blocks of so many tokens, as `room` counts them, and their nodes."""
+    attention, node = config.attention, config.attention.search_node_size
+    shape = batch_size, tokens // attention.block_size, config.num_kv_heads
+    features = jnp.zeros((*shape, attention.score_dim), config.dtype)
+    mass = jnp.zeros(shape, jnp.float32) if node else None
+    return Blocks(features, mass), features[:, : shape[1] // node] if node else None
+
+
+def write_blocks(
+    blocks: Blocks,
+    nodes: jax.Array | None,
+    new: Blocks,
+    first: jax.Array,
+    config: AttentionConfig,
+) -> tuple[Blocks, jax.Array | None]:
+    """Writes new blocks from the `first` on, and the nodes that they lie in.
+
+    Nodes with blocks that are not complete are never used, and made again later.
+    """
+    blocks = jax.tree.map(lambda old, x: write(old, x, first), blocks, new)
+    if nodes is None:
+        return blocks, None
+    size = config.search_node_size
+    node, count = first // size, touched(new.features.shape[1], size)
+    around = jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, node * size, count * size, axis=1), blocks
+    )
+    return blocks, write(nodes, node_features(around, config), node)
 
 
 def empty_pyramid(

@@ -216,7 +216,7 @@ def _remote_keys(
         if not config.top_k:
             return None
         index, bias = select_remote(
-            queries.features, remote.features, local_start[None], None, config
+            queries.features, remote.block_index, local_start[None], None, config
         )
         return _of_blocks(queries.q, remote.k[0], index[0, 0], bias[0, 0], config.block_size)
     if isinstance(remote, FirstTokens):

@@ -21,17 +21,20 @@ from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
 from sparsex_jax.branches import Ranges, landmark_ranges, select_remote
 from sparsex_jax.cache.device import (
+    empty_blocks,
     empty_pyramid,
     extend_pyramid,
     room,
     touched,
     touched_leaves,
     write,
+    write_blocks,
 )
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.fusion import Branch, SoftmaxSum
 from sparsex_jax.landmarks import Nodes
 from sparsex_jax.modules.attention import KeySide, QuerySide
+from sparsex_jax.scoring import BlockIndex, Blocks
 
 SLOTS = 512  # blocks of each KV head that are kept on the device
 PAGE = 2**18  # tokens of a page
@@ -92,7 +95,8 @@ class HostRemote(NamedTuple):
       tail_v: their values.
       number: of the HostStore, int32 scalar.
       salience: f32 [1, N, Hkv].
-      features: of complete blocks, [1, N / S, Hkv, d_s].
+      blocks: as in `DeviceRemote`.
+      nodes: likewise.
       pyramid: aligned nodes; their tokens are numbers of landmarks.
       mark_k: keys of the landmarks of all segments, [1, M, Hkv, D].
       mark_v: their values.
@@ -111,7 +115,8 @@ class HostRemote(NamedTuple):
     tail_v: jax.Array
     number: jax.Array
     salience: jax.Array
-    features: jax.Array
+    blocks: Blocks
+    nodes: jax.Array | None
     pyramid: tuple[Nodes, ...]
     mark_k: jax.Array
     mark_v: jax.Array
@@ -134,6 +139,8 @@ class HostRemote(NamedTuple):
         marks = (segments + 1) * attention.landmarks_per_segment
         slots = max(SLOTS, 2 * attention.top_k)
 
+        blocks, nodes = empty_blocks(config, 1, tokens)
+
         def keys(count):
             return jnp.zeros((1, count, heads, config.head_dim), dtype)
 
@@ -142,7 +149,7 @@ class HostRemote(NamedTuple):
             keys(tail), keys(tail),
             number=jnp.int32(0),
             salience=jnp.zeros((1, tokens, heads), jnp.float32),
-            features=jnp.zeros((1, tokens // size, heads, attention.score_dim), dtype),
+            blocks=blocks, nodes=nodes,
             pyramid=empty_pyramid(attention, 1, heads, capacity, chunk),
             mark_k=keys(marks), mark_v=keys(marks),
             mark_salience=jnp.zeros((1, marks, heads), jnp.float32),
@@ -152,6 +159,11 @@ class HostRemote(NamedTuple):
             used=jnp.zeros((heads, slots), jnp.int32),
             clock=jnp.int32(0), hits=jnp.int32(0), misses=jnp.int32(0),
         )  # fmt: skip
+
+    @property
+    def block_index(self) -> BlockIndex:
+        """As `DeviceRemote.block_index`."""
+        return BlockIndex(self.blocks.features, self.nodes)
 
     def split(self) -> tuple[tuple, tuple]:
         """As `DeviceRemote.split`."""
@@ -165,7 +177,7 @@ class HostRemote(NamedTuple):
     def append(
         self,
         keys: KeySide,
-        features: jax.Array,
+        blocks: Blocks,
         length: jax.Array,
         valid: jax.Array,
         config: AttentionConfig,
@@ -178,10 +190,11 @@ class HostRemote(NamedTuple):
             jnp.concatenate(x, axis=1) for x in ((self.tail_k, keys.k), (self.tail_v, keys.v))
         ]
         tail = (jax.lax.dynamic_slice_in_dim(x, valid, kept, axis=1) for x in joined)
-        after = self._replace(
-            salience=write(self.salience, keys.salience, length),
-            features=write(self.features, features, length // config.block_size),
+        blocks, nodes = write_blocks(
+            self.blocks, self.nodes, blocks, length // config.block_size, config
         )
+        salience = write(self.salience, keys.salience, length)
+        after = self._replace(salience=salience, blocks=blocks, nodes=nodes)
         if settle:
             after = after._settle(length, tokens, joined, length - kept, config)
         after = after._replace(**dict(zip(("tail_k", "tail_v"), tail, strict=True)))
@@ -252,7 +265,7 @@ class HostRemote(NamedTuple):
         if config.top_k:
             size = config.block_size
             index, bias = select_remote(
-                queries.features, self.features, local_start, None, config, implementation
+                queries.features, self.block_index, local_start, None, config, implementation
             )
             if queries.q.shape[1] == 1:
                 slots, after = self._fetch(index[0, 0], size)

@@ -22,7 +22,7 @@ from sparsex_jax.fusion import Branch, fuse
 from sparsex_jax.modules.attention import KeySide, QuerySide
 from sparsex_jax.modules.transformer import Block
 from sparsex_jax.rotary import rotate_from
-from sparsex_jax.scoring import block_features
+from sparsex_jax.scoring import Blocks, pool_blocks
 from sparsex_jax.spans import remote_end
 from sparsex_jax.token_chunks import map_chunks
 
@@ -135,9 +135,9 @@ def extend_layer(
     turned_k = rotate_from(keys.k, length, config.rope_base)
     if remote is not None:
         stored = keys._replace(k=turned_k) if config.turns_remote else keys
-        features = None if keys.block_inputs is None else _features(recent, keys, length, config)
+        blocks = None if keys.block_inputs is None else _blocks(recent, keys, length, config)
         settle = cache.near is None
-        remote = remote.append(stored, features, length, valid, config, settle)
+        remote = remote.append(stored, blocks, length, valid, config, settle)
     window = recent.window_k, recent.window_v
     recent = Recent(
         _newest(recent.history, normed, valid),
@@ -311,10 +311,8 @@ def _newest(old: jax.Array | None, new: jax.Array | None, valid: jax.Array) -> j
     return jax.lax.dynamic_slice_in_dim(_joined(old, new), valid, old.shape[1], axis=1)
 
 
-def _features(
-    recent: Recent, keys: KeySide, length: jax.Array, config: AttentionConfig
-) -> jax.Array:
-    """Features of the blocks that new tokens lie in, [B, blocks, Hkv, d_s].
+def _blocks(recent: Recent, keys: KeySide, length: jax.Array, config: AttentionConfig) -> Blocks:
+    """The blocks that new tokens lie in.
 
     Those of blocks that are not yet complete are never used, and made again later.
     """
@@ -329,4 +327,4 @@ def _features(
         both = _joined(old, new)
         padded = jnp.pad(both, ((0, 0), (0, 2 * size)) + ((0, 0),) * (both.ndim - 2))
         parts.append(jax.lax.dynamic_slice_in_dim(padded, begin, blocks * size, axis=1))
-    return block_features(*parts, size)
+    return pool_blocks(*parts, config)

@@ -31,6 +31,7 @@ from sparsex_jax.cache.tiers import EXACT, Tier
 from sparsex_jax.config import ModelConfig, baselines_in
 from sparsex_jax.errors import reading, writing
 from sparsex_jax.modules.attention import KeySide
+from sparsex_jax.scoring import Blocks
 
 DESCRIPTION = "cache.json"
 _PART = re.compile(r"(\d+)-(\d+)")
@@ -240,10 +241,10 @@ def _arrays(engine: Engine, cache: Cache, begin: int, end: int) -> Iterator[tupl
             for number, x in enumerate(jax.tree.leaves(remote)):
                 yield f"{i}.state.{number}", np.asarray(x)
         elif isinstance(remote, DeviceRemote | HostRemote):
-            keys = (remote.salience, remote.features)
-            spans = (begin, end), (begin // size, -(-end // size))
-            for name, x, span in zip(("salience", "features"), keys, spans, strict=True):
-                yield f"{i}.{name}", _rows(x, *span)
+            yield f"{i}.salience", _rows(remote.salience, begin, end)
+            for name, x in remote.blocks._asdict().items():
+                if x is not None:
+                    yield f"{i}.{name}", _rows(x, begin // size, -(-end // size))
             if isinstance(remote, HostRemote):
                 store = next(stores)
                 yield f"{i}.k", store.k[begin:end]
@@ -278,14 +279,15 @@ def _restored(
     if remote is None:
         return LayerCache(recent, None)
     size, chunk = engine.config.attention.block_size, engine.chunk
-    k, v, salience, features = (arrays[f"{number}.{x}"] for x in ("k", "v", "salience", "features"))
+    tokens = [arrays[f"{number}.{x}"] for x in ("k", "v", "salience")]
+    blocks = Blocks(arrays[f"{number}.features"], arrays.get(f"{number}.mass"))
     for first in range(begin, end, chunk):
         valid = min(chunk, end - first)
-        rows = [_filled(x[first - begin :], valid, chunk) for x in (k, v, salience)]
-        block = first // size - begin // size
-        blocks = _filled(features[block:], len(features) - block, touched(chunk, size))
+        rows = [_filled(x[first - begin :], valid, chunk) for x in tokens]
+        block, most = first // size - begin // size, touched(chunk, size)
+        new = jax.tree.map(lambda x: _filled(x[block:], len(x) - block, most), blocks)  # noqa: B023
         remote = _append(
-            remote, *rows, blocks, jnp.int32(first), jnp.int32(valid),
+            remote, *rows, new, jnp.int32(first), jnp.int32(valid),
             config=engine.config.attention,
         )  # fmt: skip
     return LayerCache(recent, remote)
@@ -300,9 +302,9 @@ def _filled(x: np.ndarray, count: int, size: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="config")
-def _append(remote, k, v, salience, features, length, valid, config):
+def _append(remote, k, v, salience, blocks, length, valid, config):
     keys = KeySide(k, v, salience, None, None)
-    return remote.append(keys, features, length, valid, config, True)
+    return remote.append(keys, blocks, length, valid, config, True)
 
 
 def _crc32(tokens: np.ndarray) -> int:

@@ -14,7 +14,7 @@ from sparsex_jax.modules.layers import CausalConvolution, Linear
 from sparsex_jax.parallel import sequence
 from sparsex_jax.parallel.mesh import axis_size
 from sparsex_jax.parallel.rules import enter_split, own_part, whole
-from sparsex_jax.scoring import block_features, query_features, rms_normalize
+from sparsex_jax.scoring import BlockIndex, Blocks, pool_blocks, query_features, rms_normalize
 from sparsex_jax.selection_loss import selection_loss
 
 
@@ -60,14 +60,14 @@ class Remembered(NamedTuple):
       v: their values, likewise.
       history: the sequence's last inputs of the convolution, [B, conv_width - 1, C].
       salience: f32 [B, T, Hkv]; None in a local layer.
-      features: of blocks, [B, T / S, Hkv, d_s]; likewise.
+      blocks: T / S of them; likewise.
     """
 
     k: jax.Array
     v: jax.Array
     history: jax.Array
     salience: jax.Array | None
-    features: jax.Array | None
+    blocks: Blocks | None
 
 
 class SparseXAttention(nnx.Module):
@@ -185,9 +185,8 @@ class SparseXAttention(nnx.Module):
             window = self.config.attention.window
             k, v = (sequence.of_last(each[:, -window:]) for each in (keys.k, keys.v))
             return attended, Remembered(k, v, history, None, None)
-        size = self.config.attention.block_size
-        features = block_features(keys.block_inputs, keys.block_logits, size)
-        return attended, Remembered(keys.k, keys.v, history, keys.salience, features)
+        blocks = pool_blocks(keys.block_inputs, keys.block_logits, self.config.attention)
+        return attended, Remembered(keys.k, keys.v, history, keys.salience, blocks)
 
     def _project(self, x, segment_ids, attending=None) -> tuple[KeySide, QuerySide]:
         """Both sides of x, whose convolution looks into the part to the left, too.
@@ -222,9 +221,8 @@ class SparseXAttention(nnx.Module):
             learned["salience"] = keys.salience
         if config.top_k:
             learned["query_features"] = queries.features
-            learned["block_features"] = block_features(
-                keys.block_inputs, keys.block_logits, config.block_size
-            )
+            blocks = pool_blocks(keys.block_inputs, keys.block_logits, config)
+            learned |= {"block_features": blocks.features, "block_mass": blocks.mass}
         if config.fusion == "sum":
             if config.landmarks != "off":
                 learned["landmark_gate"] = queries.landmark_gate
@@ -266,8 +264,9 @@ class SparseXAttention(nnx.Module):
         start = None if segment_ids is None else sequence.document_starts(segment_ids)
         keys, side = self._project(x, segment_ids, attending)
         config = self.config.attention
-        features = block_features(keys.block_inputs, keys.block_logits, config.block_size)
-        loss = selection_loss(side.q, keys.k, side.features, features, queries, start, config)
+        blocks = pool_blocks(keys.block_inputs, keys.block_logits, config)
+        index = BlockIndex.of(blocks, config)
+        loss = selection_loss(side.q, keys.k, side.features, index, queries, start, config)
         size = axis_size("tensor")
         return loss if size == 1 else jax.lax.psum(loss, "tensor") / size
 

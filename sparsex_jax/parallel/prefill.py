@@ -8,6 +8,7 @@ from sparsex_jax.config import ConfigError, ModelConfig, baselines_in
 from sparsex_jax.modules.attention import Remembered
 from sparsex_jax.parallel.mesh import batch_spec
 from sparsex_jax.parallel.rules import partitions
+from sparsex_jax.scoring import Blocks
 from sparsex_jax.training.parameters import Skeleton
 
 
@@ -51,8 +52,9 @@ def make_prefill(
         return jax.jit(read)
     _, batch, tokens = batch_spec(mesh)
     split, last, whole = P(batch, tokens, "tensor"), P(batch, None, "tensor"), P(batch)
+    blocks = Blocks(split, split if config.attention.search_node_size else None)
     remembered = [
-        Remembered(split, split, whole, split, split)
+        Remembered(split, split, whole, split, blocks)
         if kind == "s"
         else Remembered(last, last, whole, None, None)
         for kind in config.layers

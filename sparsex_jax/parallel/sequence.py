@@ -27,6 +27,7 @@ from sparsex_jax.parallel.dispatch import dispatch_attention
 from sparsex_jax.parallel.mesh import axis_size, part_rules
 from sparsex_jax.parallel.ring import ring_attention
 from sparsex_jax.rotary import apply_rotary
+from sparsex_jax.scoring import BlockIndex, Blocks
 from sparsex_jax.token_chunks import map_chunks
 
 STRATEGIES = {"ring": ring_attention, "dispatch": dispatch_attention}
@@ -87,6 +88,7 @@ def sparse_attention(
     salience: jax.Array | None = None,
     query_features: jax.Array | None = None,
     block_features: jax.Array | None = None,
+    block_mass: jax.Array | None = None,
     landmark_gate: jax.Array | None = None,
     dynamic_gate: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
@@ -105,6 +107,7 @@ def sparse_attention(
       salience: f32 [B, T, Hkv].
       query_features: [B, T, Hkv, d_s].
       block_features: [B, T // S, Hkv, d_s].
+      block_mass: f32 [B, T // S, Hkv].
       landmark_gate: f32 [B, T, Hq].
       dynamic_gate: f32 [B, T, Hq].
       segment_ids: int [B, T].
@@ -119,8 +122,8 @@ def sparse_attention(
         landmarks="all" with segment_ids.
     """
     check_arguments(
-        q, k, v, config, salience, query_features, block_features, landmark_gate, dynamic_gate,
-        segment_ids,
+        q, k, v, config, salience, query_features, block_features, block_mass, landmark_gate,
+        dynamic_gate, segment_ids,
     )  # fmt: skip
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"q {q.shape} must have all tokens of k {k.shape} where they are split")
@@ -143,7 +146,7 @@ def sparse_attention(
     dynamic = None
     if sequence.length > config.window and config.top_k:
         dynamic = _dynamic_branch(
-            q, k, v, query_features, block_features, sequence,
+            q, k, v, query_features, Blocks(block_features, block_mass), sequence,
             config=config, implementation=implementation, strategy=strategy,
         )  # fmt: skip
 
@@ -235,13 +238,13 @@ def _gather_tokens(tree):
 
 
 def _dynamic_branch(
-    q, k, v, query_features, block_features, sequence: _Sequence, *, config: AttentionConfig,
+    q, k, v, query_features, blocks: Blocks, sequence: _Sequence, *, config: AttentionConfig,
     implementation: str | None, strategy: str,
 ) -> Branch:  # fmt: skip
     """Attention of each query to the K blocks that score best, wherever in the sequence."""
     index, bias = select_remote(
-        query_features, _gather_tokens(block_features), sequence.limit, sequence.document_start,
-        config, implementation,
+        query_features, BlockIndex.of(_gather_tokens(blocks), config), sequence.limit,
+        sequence.document_start, config, implementation,
     )  # fmt: skip
     if config.fusion == "softmax":
         positions = sequence.first + jnp.arange(q.shape[1], dtype=jnp.int32)

@@ -11,7 +11,7 @@ from sparsex_jax.cache import Engine
 from sparsex_jax.cache.explain import attention_of_answer, explain, why_unknown
 from sparsex_jax.config import BaselineConfig
 from sparsex_jax.rotary import apply_rotary
-from sparsex_jax.scoring import block_features
+from sparsex_jax.scoring import pool_blocks
 from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
 
 LENGTH = 101
@@ -51,10 +51,8 @@ def heads_of(model, tokens):
         remote = {}
         kind = model.config.layers
         if kind == "s":
-            blocks = block_features(keys.block_inputs, keys.block_logits, SIZE)
-            scores = (
-                np.asarray(blocks)[0, : LOCAL // SIZE, kv] @ np.asarray(queries.features)[0, -1, kv]
-            )
+            blocks = np.asarray(pool_blocks(keys.block_inputs, keys.block_logits, config).features)
+            scores = blocks[0, : LOCAL // SIZE, kv] @ np.asarray(queries.features)[0, -1, kv]
             chosen = np.argsort(-scores)[: config.top_k]
         elif kind == "b":
             chosen = [0, 1, *np.asarray(random_blocks(positions[-1:], 0, config))[0]]

@@ -19,6 +19,7 @@ from sparsex_jax.cache.model import extend, map_layers
 from sparsex_jax.cache.near import left_in_block
 from sparsex_jax.config import ConfigError, ModelConfig
 from sparsex_jax.modules.attention import KeySide, QuerySide
+from sparsex_jax.scoring import Blocks
 from sparsex_jax.spans import remote_end
 from tests.cache.test_engine import greedy
 from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
@@ -149,7 +150,7 @@ CHUNK, CAPACITY = 40, 520
 def step(kind, remote, keys, queries, length, valid):
     """Appends a chunk, and what its tokens see."""
     features = jnp.zeros((1, touched(CHUNK, 8), TINY.num_kv_heads, ATTENTION.score_dim))
-    remote = remote.append(keys, features, length, valid, ATTENTION, True)
+    remote = remote.append(keys, Blocks(features, None), length, valid, ATTENTION, True)
     local_start = remote_end(length + jnp.arange(CHUNK), 0, ATTENTION)
     return remote, kind(remote, queries, length, local_start)
 
