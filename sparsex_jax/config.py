@@ -274,9 +274,15 @@ class ModelConfig:
 
     @property
     def system(self) -> str:
-        """The name of what attends, in results: "sparsex", "dense", ...; "local" if all is."""
+        """The name of what attends, in results: "sparsex", "dense", ...; "local" if all is.
+
+        With how blocks are searched, where that is in two levels.
+        """
         names = [LAYERS[kind] for kind in dict.fromkeys(self.layers) if kind != "l"]
-        return "+".join(names) or "local"
+        name, attention = "+".join(names) or "local", self.attention
+        if "s" not in self.layers or not attention.search_node_size:
+            return name
+        return f"{name}, nodes of {attention.search_node_size}, beam {attention.search_beam}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,23 @@ def test_answers_within_the_limit_are_those_of_the_engine(dense_model, monkeypat
     np.testing.assert_array_equal(found, expected)
 
 
+def test_blocks_are_searched_otherwise(model, dense_model, text, tmp_path, fail):
+    out = tmp_path / "needle.json"
+    command = ["eval", "needle", "--haystack", text, "--out", out, "--lengths", "2K"]
+    command += ["--samples", 1, "--tasks", "single_2", "--search-beam", 1]
+    in_nodes = [*command, "--checkpoint", model, "--search-node-size", 8]
+    assert cli.run([str(word) for word in in_nodes]) == 0
+    results = json.loads(out.read_text())
+    assert results["rows"][0]["system"] == "sparsex, nodes of 8, beam 1"
+    assert results["config"]["model"]["attention"]["search_node_size"] == 8
+    assert "a beam is of nodes" in fail(*command, "--checkpoint", model)
+    assert "searches no blocks" in fail(*in_nodes, "--tiers", "compressed")
+    dense = [*command, "--checkpoint", dense_model, "--search-node-size", 8]
+    assert "layers='ld' search no blocks" in fail(*dense)
+    wrong = fail(*command, "--checkpoint", model, "--search-node-size", 9)
+    assert "search_node_size=9 must be a multiple of 8" in wrong
+
+
 @pytest.mark.parametrize("which", ["model", "dense_model"])
 def test_misses_are_diagnosed(which, request, text, tmp_path, capsys, fail):
     out = tmp_path / "needle.json"

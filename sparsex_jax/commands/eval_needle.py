@@ -21,7 +21,7 @@ from sparsex_jax.commands.arguments import (
     parse_length,
     parse_lengths,
 )
-from sparsex_jax.config import ConfigError
+from sparsex_jax.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from sparsex_jax.cache import Engine, Tier
@@ -56,6 +56,9 @@ class Arguments:
       max_seconds: a sample that would take longer makes its row "too_slow".
       haystack: folder of text files; by default the held-out split of the sources of Python's
         standard library.
+      search_node_size: blocks of a node, for a search in two levels instead of the model's own; 0
+        searches all blocks.
+      search_beam: nodes that such a search looks into.
       diagnose: finds out why answers are wrong: the block was not selected, it was selected but not
         attended to, or it was attended to but not copied; reads the text of each again.
       seed: decides the questions.
@@ -74,6 +77,8 @@ class Arguments:
     chunk: str = "auto"
     max_seconds: float = 600.0
     haystack: Path | None = None
+    search_node_size: int | None = None
+    search_beam: int | None = None
     diagnose: bool = False
     seed: int = 0
     out: Path | None = None
@@ -97,7 +102,14 @@ def needle(arguments: Arguments, command: str) -> None:
     path = arguments.out or default_path("needle")
     check_writable(path)
     console = make_console()
-    model, tokenizer, description = load(arguments.checkpoint)
+    search = {
+        name: value
+        for name in ("search_node_size", "search_beam")
+        if (value := getattr(arguments, name)) is not None
+    }
+    model, tokenizer, description = load(arguments.checkpoint, changes=search)
+    if search:
+        _check_search(arguments, model.config)
     console.print(f"model: {description}", markup=False, soft_wrap=True)
     haystack, description = read_haystack(arguments.haystack, tokenizer)
     console.print(f"haystack: {description}", markup=False, soft_wrap=True)
@@ -157,6 +169,17 @@ def _checked_lengths(arguments: Arguments) -> list[int]:
         for length in lengths:
             check_length(task, length, load_tokenizer())
     return lengths
+
+
+def _check_search(arguments: Arguments, config: ModelConfig) -> None:
+    """Raises ConfigError where how blocks are to be searched changes nothing."""
+    given = f"search_node_size={arguments.search_node_size}, search_beam={arguments.search_beam}"
+    if "s" not in config.layers:
+        raise ConfigError(f"{given}: layers={config.layers!r} search no blocks, leave them out")
+    if "compressed" in arguments.tiers:
+        raise ConfigError(f"{given}: the tier compressed searches no blocks, use --tiers device")
+    if arguments.search_beam is not None and not config.attention.search_node_size:
+        raise ConfigError(f"{given}: a beam is of nodes, give --search-node-size 8, say")
 
 
 class _Questions:

@@ -1,8 +1,9 @@
 """Models and text for the commands that ask questions."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -37,7 +38,9 @@ def fitting_batch_size(length: int, samples: int) -> int:
 
 
 def load(
-    checkpoint: Path, tokenizer: Tokenizer | None = None
+    checkpoint: Path,
+    tokenizer: Tokenizer | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[Transformer, Tokenizer, str]:
     """A model in the type that suits the device, its tokenizer, and the model in words.
 
@@ -45,9 +48,11 @@ def load(
       checkpoint: directory of the model.
       tokenizer: that it must have been trained with; None means its own or, if it has none, the one
         in the package.
+      changes: as `attention` of `load_model`.
 
     Raises:
       CheckpointError: missing, damaged, or made with another tokenizer.
+      ConfigError: as `load_model`.
     """
     if checkpoint == SHIPPED_MODEL and not checkpoint.exists():
         raise CheckpointError(
@@ -57,8 +62,9 @@ def load(
     tokenizer = tokenizer or load_tokenizer(own_tokenizer(checkpoint))
     dtype: Literal["bfloat16", "float32"] = "float32" if on_cpu() else "bfloat16"
     config, model = load_model(
-        checkpoint, dtype, compute_dtype=dtype, tokenizer_fingerprint=tokenizer.fingerprint
-    )
+        checkpoint, dtype, compute_dtype=dtype, tokenizer_fingerprint=tokenizer.fingerprint,
+        attention=changes,
+    )  # fmt: skip
     assert isinstance(model, Transformer)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     attention = config.attention
