@@ -64,8 +64,8 @@ def searched_blocks(u, c, mass, first, end, config):
 
 
 def sparse_attention_reference(
-    q, k, v, config, salience=None, u=None, c=None, mass=None, gate_g=None, gate_d=None,
-    segment_ids=None,
+    q, k, v, config, salience=None, u=None, c=None, gate_g=None, gate_d=None, segment_ids=None,
+    mass=None,
 ):  # fmt: skip
     """(out [B, T, Hq, D], selected blocks {(b, t, kv head): [block, ...]})."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))

@@ -99,12 +99,14 @@ class Measurement(NamedTuple):
 
     Attributes:
       errors: differences from the reference.
+      recall: of a search that may miss blocks, the share of the best ones found; None otherwise.
       timing: None if they are too large.
       temporaries: bytes.
       moved: bytes of inputs and outputs, the least that must be read and written.
     """
 
     errors: list[reference.Error]
+    recall: float | None
     timing: Timing | None
     temporaries: int
     moved: int
@@ -134,8 +136,8 @@ def _cotangents(work: Workload, outputs, tokens: np.ndarray | None) -> tuple[jax
 
 def _compare(
     case: Case, work: Workload, inputs: Inputs, run: Callable, outputs: Any, forward: bool
-) -> list[reference.Error]:
-    """Runs a program once and compares; all that it made is gone afterwards."""
+) -> tuple[list[reference.Error], float | None]:
+    """Errors and recall of a program, run once; all that it made is gone afterwards."""
     tokens = reference.choose_tokens(case, work, inputs)
     cotangents = () if forward else _cotangents(work, outputs, tokens)
     computed, indices, *gradients = run(inputs) if forward else run(inputs, cotangents)
@@ -146,7 +148,10 @@ def _compare(
         tuple(fetch(x, tokens) for x in cotangents),
         gradients[0] if gradients else {},
     )
-    return reference.compare(case, work, inputs, rows)
+    recall = None
+    if case.part == "selection_in_nodes":
+        recall = reference.recall(work, inputs, rows)
+    return reference.compare(case, work, inputs, rows), recall
 
 
 def measure_case(
@@ -174,9 +179,8 @@ def measure_case(
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((operands, made)))
 
     inputs = work.make(case.inputs)
-    found = Measurement(
-        _compare(case, work, inputs, run, outputs, forward), None, temporaries, moved
-    )
+    errors, recall = _compare(case, work, inputs, run, outputs, forward)
+    found = Measurement(errors, recall, None, temporaries, moved)
     if not samples or not found.equal:
         return found
     arguments = (inputs,) if forward else (inputs, _cotangents(work, outputs, None))
@@ -190,8 +194,8 @@ class Benchmark(runner.Benchmark[Step]):
     fields = (
         "overlap", "milliseconds", "milliseconds_q1", "milliseconds_q3", "samples",
         "calls_per_sample", "speedup_over_dense", "teraflops_per_second", "gigabytes_per_second",
-        "roofline_share", "peak_bytes", "max_error", "gradient_error", "measured_heads", "status",
-        "note",
+        "roofline_share", "peak_bytes", "recall", "max_error", "gradient_error",
+        "measured_heads", "status", "note",
     )  # fmt: skip
 
     def __init__(self, settings: Settings, path: Path, command: str, *, resume: bool = False):
@@ -267,6 +271,7 @@ class Benchmark(runner.Benchmark[Step]):
         found = measure_case(case, work, step.direction, settings.samples, settings.seconds)
         row: Row = {
             "overlap": work.overlap if cases.depends_on_selection(case) else None,
+            "recall": found.recall,
             "max_error": found.largest("outputs"),
             "gradient_error": found.largest("norm"),
             "measured_heads": work.query_heads,

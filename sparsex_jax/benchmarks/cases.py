@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_selection import select_blocks
+from pallas_kernels.block_selection import select_blocks, select_blocks_in_nodes
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
 from sparsex_jax.attention import sparse_attention
 from sparsex_jax.benchmarks.names import Direction
-from sparsex_jax.benchmarks.workload import Workload
+from sparsex_jax.benchmarks.workload import BEAM, NODE_SIZE, Workload
 from sparsex_jax.branches import landmark_branch
 from sparsex_jax.fusion import fuse
 from sparsex_jax.landmarks import gather_landmarks
@@ -79,6 +79,15 @@ def _scoring(work: Workload, inputs: Inputs):
 
 def _selection(work: Workload, inputs: Inputs):
     return _select(work, inputs, work.config.top_k)
+
+
+def _selection_in_nodes(work: Workload, inputs: Inputs):
+    limit = _limits(work)[1] // work.config.block_size
+    index, score = select_blocks_in_nodes(
+        inputs["query_features"], inputs["block_features"], inputs["nodes"], limit,
+        work.config.top_k, node_size=NODE_SIZE, beam=BEAM, implementation=work.implementation,
+    )  # fmt: skip
+    return (score,), (index,)
 
 
 def _rotary(work: Workload, inputs: Inputs):
@@ -152,6 +161,10 @@ def _all_cases() -> list[Case]:
         Case("sparsex", "op", every, every, _op, dispatch.PRIMITIVES),
         Case("sparsex", "scoring", features, (), _scoring, ("block_selection",)),
         Case("sparsex", "selection", features, features, _selection, ("block_selection",)),
+        Case(
+            "sparsex", "selection_in_nodes", (*features, "nodes"), features, _selection_in_nodes,
+            ("block_selection",),
+        ),
         Case("sparsex", "rotary", ("q", "k"), ("q", "k"), _rotary, ()),
         Case(f"window_{library}", "local", qkv, qkv, window, ()),
         Case("sparsex", "local", qkv, qkv, _local, ("range_attention",)),
@@ -230,6 +243,7 @@ class _Keys:
     landmarks: int
     dynamic: int
     scored: int  # blocks
+    searched: int  # nodes, and blocks of those that are expanded
 
 
 @functools.lru_cache
@@ -249,6 +263,9 @@ def _count_keys(work: Workload) -> _Keys:
         landmarks=nodes * config.landmarks_per_segment,
         dynamic=int(np.minimum(blocks, config.top_k).sum()) * config.block_size,
         scored=int(blocks.sum()),
+        searched=int(
+            (blocks // NODE_SIZE + np.minimum(blocks, BEAM * NODE_SIZE + blocks % NODE_SIZE)).sum()
+        ),
     )
 
 
@@ -257,8 +274,9 @@ def count_operations(case: Case, work: Workload, direction: Direction) -> float:
 
     Attention: 4 D for each key that a query head attends to, masked ones left out; the backward
     pass 2.5 times that, as is usual (five products against two: dV, dP, dQ, dK, and q.k again;
-    arXiv:2307.08691). Scoring and selection: 2 d_s for each block that a query may select, and
-    4 d_s for each selected one in the backward pass; comparisons are not counted. Rotary and
+    arXiv:2307.08691). Scoring and selection: 2 d_s for each block that a query may select (in
+    nodes: for each node and block that it looks at), and 4 d_s for each selected one in the
+    backward pass; comparisons are not counted. Rotary and
     fusion: the multiplications and additions of the elements. The op: the sum of its parts.
     """
     if case.part == "op" and not is_dense(case):
@@ -266,10 +284,11 @@ def count_operations(case: Case, work: Workload, direction: Direction) -> float:
         return sum(count_operations(part, work, direction) for part in parts)
     backward = direction == "forward_backward"
     keys, tokens = _count_keys(work), work.tokens
-    if case.part in ("scoring", "selection"):
+    if case.part in ("scoring", "selection", "selection_in_nodes"):
         features = work.config.score_dim * work.kv_heads
         chosen = keys.dynamic // work.config.block_size
-        return 2.0 * features * (keys.scored + 2 * backward * chosen)
+        looked_at = keys.searched if case.part == "selection_in_nodes" else keys.scored
+        return 2.0 * features * (looked_at + 2 * backward * chosen)
     if case.part == "rotary":
         elements = tokens * (work.query_heads + work.kv_heads) * work.head_dim
         return 3.0 * elements * (1 + backward)
@@ -284,4 +303,5 @@ def count_operations(case: Case, work: Workload, direction: Direction) -> float:
     return 4.0 * work.head_dim * work.query_heads * attended * (1 + BACKWARD * backward)
 
 
-_NOT_ADDED = ("op", "scoring")  # the op itself, and what is within selection
+# The op itself, what is within selection, and another way to select.
+_NOT_ADDED = ("op", "scoring", "selection_in_nodes")

@@ -2,7 +2,10 @@
 
 from typing import Literal, get_args
 
-Part = Literal["op", "scoring", "selection", "rotary", "local", "landmarks", "dynamic", "fusion"]
+Part = Literal[
+    "op", "scoring", "selection", "selection_in_nodes", "rotary", "local", "landmarks", "dynamic",
+    "fusion",
+]  # fmt: skip
 DecodePart = Literal["op", "selection", "local", "landmarks", "dynamic", "writing"]
 Direction = Literal["forward", "forward_backward"]
 Selection = Literal["random", "correlated"]

@@ -23,6 +23,7 @@ from sparsex_jax.benchmarks.reference_keys import (
     landmark_keys,
     local_keys,
     scores,
+    searched,
 )
 from sparsex_jax.benchmarks.workload import Workload
 
@@ -296,6 +297,8 @@ def _selection(case: Case, work: Workload, inputs: Inputs, rows: Rows) -> list[E
     """
     (computed,), (index,) = rows.outputs, rows.indices
     everything = scores(work, inputs, rows.tokens)
+    if case.part == "selection_in_nodes":
+        everything = np.where(searched(work, inputs, rows.tokens)[0], everything, -np.inf)
     _, best = best_blocks(everything, index.shape[-1])
     chosen = np.take_along_axis(everything, np.maximum(index, 0), axis=-1)
     chosen = np.where(index >= 0, chosen, -np.inf)
@@ -406,8 +409,8 @@ def compare(case: Case, work: Workload, inputs: Inputs, rows: Rows) -> list[Erro
     if is_dense(case):
         return _dense(case, work, inputs, rows)
     functions = {
-        "op": _op, "scoring": _selection, "selection": _selection, "rotary": _rotary,
-        "fusion": _fusion,
+        "op": _op, "scoring": _selection, "selection": _selection,
+        "selection_in_nodes": _selection, "rotary": _rotary, "fusion": _fusion,
     }  # fmt: skip
     return functions.get(case.part, _one_branch)(case, work, inputs, rows)
 
@@ -415,7 +418,8 @@ def compare(case: Case, work: Workload, inputs: Inputs, rows: Rows) -> list[Erro
 def choose_tokens(case: Case, work: Workload, inputs: Inputs) -> np.ndarray:
     """The first, the last and random tokens of a sequence, int [R], ascending.
 
-    Dense attention has fewer at great lengths; the op only those whose choice of blocks is certain.
+    Dense attention has fewer at great lengths; the op only those whose choice of blocks is certain,
+    and selection in nodes those whose choice of nodes is.
     """
     count = MOST_ROWS
     if is_dense(case):
@@ -423,6 +427,15 @@ def choose_tokens(case: Case, work: Workload, inputs: Inputs) -> np.ndarray:
     rng = np.random.default_rng([work.seed, work.tokens])
     inner = 1 + rng.choice(work.tokens - 2, size=count - 2, replace=False)
     tokens = np.sort(np.concatenate(([0], inner, [work.tokens - 1])))
-    return (
-        clear_tokens(work, inputs, tokens) if case.part == "op" and not is_dense(case) else tokens
-    )
+    if case.part == "selection_in_nodes":
+        return tokens[searched(work, inputs, tokens)[1]]
+    if case.part == "op" and not is_dense(case):
+        return clear_tokens(work, inputs, tokens)
+    return tokens
+
+
+def recall(work: Workload, inputs: Inputs, rows: Rows) -> float:
+    """The share of the best blocks of all that a selection has found; 1 where there are none."""
+    best, _ = best_blocks(scores(work, inputs, rows.tokens), work.config.top_k)
+    found = (best[..., :, None] == rows.indices[0][..., None, :]).any(axis=-1)
+    return float(found[best >= 0].mean()) if (best >= 0).any() else 1.0

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from sparsex_jax.benchmarks.cases import Inputs
-from sparsex_jax.benchmarks.workload import Workload
+from sparsex_jax.benchmarks.workload import BEAM, NODE_SIZE, Workload
 from sparsex_jax.config import AttentionConfig
 
 CLEAR = 1e-4  # by which a row's K-th best score must beat the next for its choice to be certain
@@ -28,6 +28,28 @@ def scores(work: Workload, inputs: Inputs, tokens: np.ndarray) -> np.ndarray:
     found = np.einsum("rhd,nhd->rhn", u, c, optimize=True)
     limit = remote_end(tokens, work.config) // work.config.block_size
     return np.where(np.arange(work.blocks) < limit[:, None, None], found, -np.inf)
+
+
+def searched(work: Workload, inputs: Inputs, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a search in nodes looks at: blocks, bool [R, Hkv, T / S], and whether that is certain.
+
+    It is, bool [R], where the last node of the beam beats the next by CLEAR.
+    """
+    u, nodes = fetch(inputs["query_features"], tokens), np.asarray(inputs["nodes"][0])
+    found = np.einsum("rhd,nhd->rhn", u, nodes.astype(np.float64), optimize=True)
+    limit = remote_end(tokens, work.config) // work.config.block_size
+    whole = np.arange(len(nodes)) < (limit // NODE_SIZE)[:, None, None]
+    order = np.argsort(-np.where(whole, found, -np.inf), axis=-1, kind="stable")
+    rank = np.argsort(order, axis=-1)
+    cut = np.arange(-(-work.blocks // NODE_SIZE)) == (limit // NODE_SIZE)[:, None, None]
+    expanded = np.zeros((*found.shape[:2], cut.shape[-1]), bool)
+    expanded[..., : len(nodes)] = (rank < BEAM) & whole
+    expanded |= cut & (limit % NODE_SIZE > 0)[:, None, None]
+    blocks = np.repeat(expanded, NODE_SIZE, axis=-1)[..., : work.blocks]
+    some = np.where(whole, found, -1e30)
+    last, following = (np.sum(some * (rank == place), axis=-1) for place in (BEAM - 1, BEAM))
+    clear = (limit[:, None] // NODE_SIZE <= BEAM) | (last - following > CLEAR)
+    return blocks, clear.all(axis=1)
 
 
 def best_blocks(found: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_selection import select_blocks
 from sparsex_jax.benchmarks.names import Selection
 from sparsex_jax.config import AttentionConfig, ConfigError, check_seed
-from sparsex_jax.scoring import rms_normalize
+from sparsex_jax.scoring import Blocks, node_features, rms_normalize
 from sparsex_jax.spans import remote_end
 
 # Part of the key of each input, so that all parts of a length see the same q, say.
@@ -22,6 +22,7 @@ NAMES = (
 WANTED_OVERLAP = 0.8  # of neighbouring tokens' blocks, as reported for trained models
 OVERLAP_PAIRS = 128
 LONGEST_STRETCH = 256
+NODE_SIZE, BEAM = 8, 32  # of the search in two levels
 FLOATS_PER_CHUNK = 2**26  # of random numbers made at a time
 
 
@@ -94,6 +95,7 @@ class Workload:
             "anchors": ((tokens + self.config.block_size, self.kv_heads, width), half),
             "query_features": ((tokens, self.kv_heads, width), half),
             "block_features": ((self.blocks, self.kv_heads, width), half),
+            "nodes": ((self.blocks // NODE_SIZE, self.kv_heads, width), half),
             "landmark_gate": ((tokens, self.query_heads), wide),
             "dynamic_gate": ((tokens, self.query_heads), wide),
             "index": (chosen, jnp.int32),
@@ -109,8 +111,8 @@ class Workload:
 
         Args:
           names: of `spec`. q, k, v and outputs of branches are normally distributed; features have
-            RMS 1 (times 1 / sqrt(d_s) for queries); gates lie in [0, 2). index and score are what
-            the features select.
+            RMS 1 (times 1 / sqrt(d_s) for queries), those of nodes are the mean of their blocks';
+            gates lie in [0, 2). index and score are what the features select.
         """
         made = {}
         for name in names:
@@ -121,6 +123,15 @@ class Workload:
                 made[name] = self.query_features()
             elif name == "block_features":
                 made[name] = rms_normalize(self.random(name, self.spec(name)))
+            elif name == "nodes":
+                blocks = self.make(["block_features"])["block_features"]
+                alike = Blocks(blocks, jnp.zeros(blocks.shape[:3], jnp.float32))
+                config = dataclasses.replace(
+                    self.config, search_node_size=NODE_SIZE, search_beam=BEAM
+                )
+                nodes = node_features(alike, config)
+                assert nodes is not None
+                made[name] = nodes
             elif name in ("landmark_gate", "dynamic_gate"):
                 made[name] = 2 * jax.nn.sigmoid(self.random(name, self.spec(name)))
             else:

@@ -43,7 +43,9 @@ class AttentionArguments:
     """Times the attention and its parts against dense attention (cuDNN's on a GPU), in bfloat16.
 
     The op is everything from q, k, v, salience, features and gates to the output. Scoring finds the
-    best block only, selection the best 16, so scoring is within selection. Nothing gets a time
+    best block only, selection the best 16, so scoring is within selection. Selection in nodes is
+    another way to select, in two levels, that may miss blocks: its rows say how many it finds
+    (recall), of random ones, which are the hardest. Nothing gets a time
     whose outputs or gradients differ from a reference, computed for some rows; the command
     then exits with 1.
 

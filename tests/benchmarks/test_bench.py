@@ -55,8 +55,9 @@ def test_rows_of_all_parts(measured):
         assert (row["gradient_error"] is None) == (row["direction"] == "forward")
         assert (row["speedup_over_dense"] is None) == (row["part"] != "op")
         dynamic = row["system"] == "sparsex" and row["part"] in (
-            "op", "scoring", "selection", "dynamic",
+            "op", "scoring", "selection", "selection_in_nodes", "dynamic",
         )  # fmt: skip
+        assert (row["recall"] is None) == (row["part"] != "selection_in_nodes")
         assert row["selection"] == ("correlated" if dynamic else None)
 
 
@@ -97,7 +98,7 @@ def test_resume_measures_what_is_missing(measured, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(attention, "measure_case", note)
     # Another selection changes those parts only that depend on it.
     assert bench(out, "--lengths", "1K", "--directions", "forward", "--resume") == 0
-    assert done == ["op", "scoring", "selection", "dynamic"]
+    assert done == ["op", "scoring", "selection", "selection_in_nodes", "dynamic"]
 
 
 def test_resume_refuses_another_run(measured, tmp_path, fail):

@@ -41,6 +41,16 @@ def test_parts_equal_the_reference(part):
         )
 
 
+def test_a_search_that_misses_blocks(monkeypatch):
+    for module in (cases, reference_keys):
+        monkeypatch.setattr(module, "BEAM", 1)
+    found = measure(find("selection_in_nodes"), "forward_backward")
+    assert found.equal and 0.2 < found.recall < 1
+    monkeypatch.setattr(reference_keys, "BEAM", 2)
+    assert not measure(find("selection_in_nodes")).equal
+    assert measure(find("selection")).recall is None
+
+
 @pytest.mark.parametrize(("part", "system"), [("op", "dense"), ("local", "window")])
 def test_libraries_equal_the_reference(part, system):
     work = dataclasses.replace(WORK, tokens=1024)  # more than their window

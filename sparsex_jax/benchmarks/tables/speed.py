@@ -76,7 +76,8 @@ def _op_line(row: Row, label: Label, notes: list[str]) -> list[str]:
 def parts_table(rows: Sequence[Row], direction: str, label: Label) -> str:
     """Milliseconds of the parts by length; scoring is within selection. "" without any.
 
-    Systems that compute one part only, as other libraries' windows do, have a column each.
+    A search that may miss blocks has beside it the share of the best ones that it found. Systems
+    that compute one part only, as other libraries' windows do, have a column each.
     """
     chosen = [row for row in rows if row["part"] != "op" and row["direction"] == direction]
     columns = sorted(
@@ -88,10 +89,15 @@ def parts_table(rows: Sequence[Row], direction: str, label: Label) -> str:
     found = {(row["tokens"], row["part"], describe_system(row)): row for row in chosen}
     lines = [
         [label(length)]
-        + [if_measured(found.get((length, *column)), _milliseconds) for column in columns]
+        + [if_measured(found.get((length, *column)), _part_time) for column in columns]
         for length in sorted({row["tokens"] for row in chosen})
     ]
     return markdown(["length", *(f"{part}: {system}" for part, system in columns)], lines)
+
+
+def _part_time(row: Row) -> str:
+    recall = row.get("recall")
+    return _milliseconds(row) + ("" if recall is None else f" (recall {recall:.1%})")
 
 
 def compiled_table(rows: Sequence[Row], label: Label) -> str:
