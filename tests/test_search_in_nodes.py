@@ -12,6 +12,7 @@ from flax import nnx
 from sparsex_jax.cache import Engine, host
 from sparsex_jax.cache.layer import empty_layers
 from sparsex_jax.cache.model import extend
+from sparsex_jax.cache.store import CacheDirectory
 from sparsex_jax.config import AttentionConfig, ConfigError
 from sparsex_jax.scoring import BlockIndex, Blocks, node_features, pool_blocks, rms_normalize
 from sparsex_jax.selection_loss import selection_loss
@@ -148,11 +149,15 @@ def test_any_chunking_equals_the_forward_pass():
 
 
 @pytest.mark.parametrize("tier", ["device", "host"])
-def test_generation_equals_the_forward_pass(tier, monkeypatch):
+def test_generation_equals_the_forward_pass_also_from_disk(tier, monkeypatch, tmp_path):
     monkeypatch.setattr(host, "PAGE", 64)
     model, tokens = make(LAYERS), make_tokens(1, 250)
-    engine = Engine(model, capacity=280, chunk=48, tier=tier)
-    np.testing.assert_array_equal(engine.generate(tokens, 20), greedy(model, tokens, 20))
+    expected = greedy(model, tokens, 20)
+    engine, directory = Engine(model, capacity=280, chunk=48, tier=tier), tmp_path / "cache"
+    cache = engine.prefill(tokens[:, :240])
+    CacheDirectory(directory, {}).save(engine, cache, tokens[0])
+    for each in (cache, CacheDirectory(directory, {}).load(engine)):
+        np.testing.assert_array_equal(engine.answer(each, tokens[:, 240:], 20), expected)
 
 
 def test_refused():
