@@ -1,5 +1,6 @@
 """For all tests: the CPU unless told otherwise, compiled programs kept on disk, fixed examples."""
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -15,8 +16,13 @@ sys.path.append(str(pathlib.Path(sys.prefix) / "compiler"))
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "sparsex" / "tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most programs run once or twice: optimizing them took longer than they do.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import jax  # noqa: E402  (after what it looks at when it is imported)
+
+from pallas_kernels import ahead_of_time  # noqa: E402
 
 hypothesis.settings.register_profile(
     "sparsex",
@@ -33,6 +39,37 @@ def let_programs_go():
     """After a module its compiled programs go: a worker had 4 GiB of them, and crashed twice."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_fully_for_accelerators():
+    """What is compiled for them is compiled as for use."""
+    compile_as_always = ahead_of_time._compile
+
+    def compile_fully(*args, **kwargs):
+        with _optimized():
+            return compile_as_always(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ahead_of_time, "_compile", compile_fully)
+        yield
+
+
+@contextlib.contextmanager
+def _optimized():
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def optimized():
+    """For a test whose programs work for long, or that looks at what the compiler makes of them."""
+    with _optimized():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,8 @@ def make_inputs(config, tokens, *, batch=1, heads=4, kv_heads=2, dim=8, seed=0, 
 
 
 def attend(config, inputs, **options):
-    return sparse_attention(**inputs, config=config, **options)
+    """The op as one program: its steps one by one would be hundreds, each compiled."""
+    return jax.jit(lambda inputs: sparse_attention(**inputs, config=config, **options))(inputs)
 
 
 def reference(config, inputs, segment_ids=None):

@@ -17,7 +17,7 @@ from sparsex_jax.config import AttentionConfig, ConfigError
 from sparsex_jax.scoring import BlockIndex, Blocks, node_features, pool_blocks, rms_normalize
 from sparsex_jax.selection_loss import selection_loss
 from tests.cache.test_engine import greedy
-from tests.modules.test_transformer import TINY, make, make_tokens
+from tests.modules.test_transformer import TINY, make, make_tokens, predict
 from tests.test_attention import SMALL, SOFTMAX, attend, make_inputs, reference
 
 NODES = {"search_node_size": 8, "search_beam": 1}  # a node has 64 tokens
@@ -30,12 +30,11 @@ TOKENS = 277
 def test_equals_its_definition(config, documents):
     inputs = make_inputs(config, TOKENS)
     ids = np.repeat([3, 1], (72, TOKENS - 72))[None] if documents else None
-    found = jax.jit(lambda inputs: attend(config, inputs, segment_ids=ids))(inputs)
+    found = attend(config, inputs, segment_ids=ids)
     np.testing.assert_allclose(found, reference(config, inputs, ids), rtol=2e-5, atol=2e-5)
     flat = dataclasses.replace(config, search_node_size=0)
     del inputs["block_mass"]
-    all_searched = jax.jit(lambda inputs: attend(flat, inputs, segment_ids=ids))(inputs)
-    assert np.abs(found - all_searched).max() > 0.1  # it misses blocks
+    assert np.abs(found - attend(flat, inputs, segment_ids=ids)).max() > 0.1  # it misses blocks
 
 
 def test_a_beam_of_all_nodes_searches_all_blocks():
@@ -136,10 +135,9 @@ def test_the_model_learns_to_pool_nodes():
 
 def test_any_chunking_equals_the_forward_pass():
     model, tokens = make(LAYERS), make_tokens(2, TOKENS)
-    step, forward = nnx.jit(extend), nnx.jit(lambda model, tokens: model.logits(model(tokens)))
-    expected = forward(model, tokens)
+    step, expected = nnx.jit(extend), predict(model, tokens)
     flat = make(dataclasses.replace(LAYERS, attention=TINY.attention))
-    assert np.abs(expected - forward(flat, tokens)).max() > 1e-2
+    assert np.abs(expected - predict(flat, tokens)).max() > 1e-2
     layers, read = empty_layers(model.config, TOKENS, 2, TOKENS), 0
     for chunk in (1,) * 3 + (53,) * 5 + (1,) * 2:
         part = tokens[:, read : read + chunk]

@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from sparsex_jax.cache import Engine
 from sparsex_jax.cache.explain import attention_of_answer
@@ -25,6 +26,7 @@ def test_config_is_the_presets():
     assert load(SHIPPED_MODEL)[0].config.attention == preset.model.attention
 
 
+@pytest.mark.usefixtures("optimized")
 def test_finds_needles_and_attends_to_them():
     model, tokenizer, _ = load(SHIPPED_MODEL)
     haystack, _ = read_haystack(None, tokenizer, 100_000)

@@ -233,7 +233,8 @@ def _write(work: Workload, settled: bool, remote: DeviceRemote, queries: Queries
         keys = KeySide(k, k, k[..., 0].astype(jnp.float32), feature, k[..., 0])
         # Two, of which the second one is of no block yet, as the cache makes them.
         features = jnp.concatenate((feature, feature), axis=1)[:, : touched(1, size)]
-        remote = remote.append(keys, features, first + n, jnp.int32(1), config, settled)
+        blocks = Blocks(features, None)
+        remote = remote.append(keys, blocks, first + n, jnp.int32(1), config, settled)
         return remote, near.write(k, k, first + n, config)
 
     def write_block(n, state):

@@ -11,7 +11,7 @@ from flax import nnx
 from sparsex_jax.cache import Engine, Sampling
 from sparsex_jax.cache.layer import empty_layers
 from sparsex_jax.cache.model import attending_tokens, extend, tokens_to_go_on
-from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens
+from tests.modules.test_transformer import ATTENTION, TINY, make, make_tokens, predict
 
 CONFIGS = {
     "default": TINY,
@@ -27,7 +27,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_losses_are_those_of_the_forward_pass(name):
     model, tokens = make(CONFIGS[name]), make_tokens(2, 150)
-    logits = np.asarray(model.logits(model(tokens[:, :-1])), np.float64)
+    logits = np.asarray(predict(model, tokens[:, :-1]), np.float64)
     chosen = np.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     expected = np.log(np.exp(logits).sum(-1)) - chosen
     read = []
@@ -41,7 +41,7 @@ def test_losses_are_those_of_the_forward_pass(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_any_chunking_equals_the_forward_pass(name):
     model, tokens = make(CONFIGS[name]), make_tokens(2, 150)
-    expected = np.asarray(model.logits(model(tokens)))
+    expected = predict(model, tokens)
     step = nnx.jit(extend)
     chunkings = ((1,) * 3 + (29,) * 5 + (1,) * 2,)
     if name in ("sparse twice", "local last"):
@@ -57,7 +57,7 @@ def test_any_chunking_equals_the_forward_pass(name):
 
 def test_padding_of_a_chunk_is_forgotten():
     model, tokens = make(), make_tokens(1, 120)
-    expected = np.asarray(model.logits(model(tokens)))[:, -1]
+    expected = predict(model, tokens)[:, -1]
     layers, read, step = empty_layers(model.config, 120, 1, 32), 0, nnx.jit(extend)
     for valid in (32, 7, 32, 1, 19, 29):
         chunk = np.full((1, 32), 63, np.int32)
@@ -69,10 +69,9 @@ def test_padding_of_a_chunk_is_forgotten():
 
 def greedy(model, tokens, count):
     """Greedy continuation by the one-shot forward pass, which sees nothing of what is behind."""
-    forward = nnx.jit(lambda model, tokens: model.logits(model(tokens)))
     tokens = np.pad(tokens, ((0, 0), (0, count)))
     for place in range(tokens.shape[1] - count, tokens.shape[1]):
-        tokens[:, place] = np.argmax(np.asarray(forward(model, tokens))[:, place - 1], axis=-1)
+        tokens[:, place] = np.argmax(np.asarray(predict(model, tokens))[:, place - 1], axis=-1)
     return tokens[:, -count:]
 
 
@@ -190,7 +189,7 @@ def test_large_chunks_attend_in_parts(monkeypatch):
 
     monkeypatch.setattr(layer, "CHUNK", 16)
     model, tokens = make(dataclasses.replace(TINY, layers="sl")), make_tokens(1, 124)
-    expected = nnx.jit(lambda model, tokens: model.logits(model(tokens)))(model, tokens)
+    expected = predict(model, tokens)
     layers, step = empty_layers(model.config, 124, 1, 62), nnx.jit(extend)
     for read in (0, 62):  # four parts, the last of which is not full
         part = tokens[:, read : read + 62]

@@ -13,3 +13,8 @@ def hopper(request):
         return
     with interpret():
         yield
+
+
+@pytest.fixture(autouse=True)
+def optimized_kernels(optimized):
+    """Without optimizations an interpreted kernel was not the same to the bit twice."""

@@ -145,6 +145,8 @@ def test_reading_in_chunks_equals_the_forward_pass_of_a_split_sequence():
 @on_devices
 def test_a_context_that_devices_share_leaves_what_one_would_remember():
     config, tokens = dataclasses.replace(model_for(2), layers="ls"), make_batch()["tokens"][:2]
+    in_nodes = dataclasses.replace(config.attention, search_node_size=8, search_beam=1)
+    config = dataclasses.replace(config, attention=in_nodes)
     skeleton, params = make_model(config)
     found = {}
     for shape in (None, (2, 1, 2, 2)):
@@ -162,10 +164,12 @@ def test_a_context_that_devices_share_leaves_what_one_would_remember():
     assert logits.shape == (2, 32) and local.k.shape == (2, 16, 2, 8)
     for remembered, layer in zip((local, sparse), cache, strict=True):
         np.testing.assert_allclose(remembered.history, layer.recent.history, rtol=2e-4, atol=2e-5)
-    for name in ("k", "v", "salience", "features"):
-        kept = np.asarray(getattr(remote, name))
-        wanted = getattr(sparse, name)
-        np.testing.assert_allclose(kept[:, : wanted.shape[1]], wanted, rtol=2e-4, atol=2e-5)
+    for kept, wanted in (
+        *((getattr(remote, name), getattr(sparse, name)) for name in ("k", "v", "salience")),
+        *zip(remote.blocks, sparse.blocks, strict=True),
+    ):
+        part = np.asarray(kept)[:, : wanted.shape[1]]
+        np.testing.assert_allclose(part, wanted, rtol=2e-4, atol=2e-5)
 
 
 def test_baselines_are_not_prefilled_on_a_mesh():
