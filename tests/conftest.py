@@ -57,7 +57,7 @@ def compile_fully_for_accelerators():
 
 @contextlib.contextmanager
 def _optimized():
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         yield
