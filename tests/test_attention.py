@@ -178,12 +178,12 @@ def test_queries_of_the_last_tokens_get_what_they_get_among_all(config, lengths,
     last = inputs | {name: inputs[name][:, -count:] for name in of_queries}
 
     def results(inputs):
-        def f(inputs):
-            return attend(config, inputs, segment_ids=segment_ids)
+        @jax.jit
+        def both(inputs, bar):
+            out, pull_back = jax.vjp(lambda x: attend(config, x, segment_ids=segment_ids), inputs)
+            return out, pull_back(bar)[0]
 
-        return jax.jit(lambda inputs, bar: (f(inputs), jax.vjp(f, inputs)[1](bar)[0]))(
-            inputs, cotangent[:, -inputs["q"].shape[1] :]
-        )
+        return both(inputs, cotangent[:, -inputs["q"].shape[1] :])
 
     out, bars = results(inputs)
     expected = out[:, -count:], bars | {name: bars[name][:, -count:] for name in of_queries}
