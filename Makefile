@@ -38,7 +38,7 @@ test-meshes: $(STAMP)
 	$(BIN)/pytest -m meshes
 
 test-compile: $(COMPILER)
-	$(BIN)/pytest -m long_compile
+	$(BIN)/pytest -m "long_compile and not gpu"
 
 test-gpu: $(CUDA)
 	JAX_PLATFORMS=cuda $(BIN)/pytest -m gpu
