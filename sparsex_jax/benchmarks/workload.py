@@ -111,8 +111,8 @@ class Workload:
 
         Args:
           names: of `spec`. q, k, v and outputs of branches are normally distributed; features have
-            RMS 1 (times 1 / sqrt(d_s) for queries), those of nodes are the mean of their blocks';
-            gates lie in [0, 2). index and score are what the features select.
+            RMS 1 (times 1 / sqrt(d_s) for queries), and those of nodes have the direction of their
+            blocks' mean; gates lie in [0, 2). index and score are what the features select.
         """
         made = {}
         for name in names:

@@ -285,7 +285,9 @@ def _restored(
         valid = min(chunk, end - first)
         rows = [_filled(x[first - begin :], valid, chunk) for x in tokens]
         block, most = first // size - begin // size, touched(chunk, size)
-        new = jax.tree.map(lambda x: _filled(x[block:], len(x) - block, most), blocks)  # noqa: B023
+        new = Blocks(
+            *(None if x is None else _filled(x[block:], len(x) - block, most) for x in blocks)
+        )
         remote = _append(
             remote, *rows, new, jnp.int32(first), jnp.int32(valid),
             config=engine.config.attention,

@@ -45,9 +45,8 @@ class AttentionArguments:
     The op is everything from q, k, v, salience, features and gates to the output. Scoring finds the
     best block only, selection the best 16, so scoring is within selection. Selection in nodes is
     another way to select, in two levels, that may miss blocks: its rows say how many it finds
-    (recall), of random ones, which are the hardest. Nothing gets a time
-    whose outputs or gradients differ from a reference, computed for some rows; the command
-    then exits with 1.
+    (recall), of random ones. Nothing gets a time whose outputs or gradients differ from a
+    reference, computed for some rows; the command then exits with 1.
 
     With a target everything is compiled for TPUs that need not be here, and nothing runs: rows have
     status "compiled", the memory of a chip, the roofline's time and a modelled one. Each chip has

@@ -107,7 +107,7 @@ def needle(arguments: Arguments, command: str) -> None:
         for name in ("search_node_size", "search_beam")
         if (value := getattr(arguments, name)) is not None
     }
-    model, tokenizer, description = load(arguments.checkpoint, changes=search)
+    model, tokenizer, description = load(arguments.checkpoint, attention_changes=search)
     if search:
         _check_search(arguments, model.config)
     console.print(f"model: {description}", markup=False, soft_wrap=True)

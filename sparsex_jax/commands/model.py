@@ -40,7 +40,7 @@ def fitting_batch_size(length: int, samples: int) -> int:
 def load(
     checkpoint: Path,
     tokenizer: Tokenizer | None = None,
-    changes: Mapping[str, Any] | None = None,
+    attention_changes: Mapping[str, Any] | None = None,
 ) -> tuple[Transformer, Tokenizer, str]:
     """A model in the type that suits the device, its tokenizer, and the model in words.
 
@@ -48,7 +48,7 @@ def load(
       checkpoint: directory of the model.
       tokenizer: that it must have been trained with; None means its own or, if it has none, the one
         in the package.
-      changes: as `attention` of `load_model`.
+      attention_changes: as in `load_model`.
 
     Raises:
       CheckpointError: missing, damaged, or made with another tokenizer.
@@ -63,7 +63,7 @@ def load(
     dtype: Literal["bfloat16", "float32"] = "float32" if on_cpu() else "bfloat16"
     config, model = load_model(
         checkpoint, dtype, compute_dtype=dtype, tokenizer_fingerprint=tokenizer.fingerprint,
-        attention=changes,
+        attention_changes=attention_changes,
     )  # fmt: skip
     assert isinstance(model, Transformer)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -151,7 +151,7 @@ def load_model(
     tokenizer_fingerprint: str | None = None,
     config: ModelConfig | None = None,
     compute_dtype: Literal["bfloat16", "float32"] | None = None,
-    attention: Mapping[str, Any] | None = None,
+    attention_changes: Mapping[str, Any] | None = None,
     model_class: Callable[..., nnx.Module] | None = None,
 ) -> tuple[ModelConfig, nnx.Module]:
     """Reads what `save_model` wrote.
@@ -162,8 +162,8 @@ def load_model(
       tokenizer_fingerprint: of the tokenizer in use, to be compared.
       config: what the model must be, if it must be something.
       compute_dtype: of the arithmetic; None takes the saved config's.
-      attention: fields of the attention's config to have instead of the saved ones, which no
-        parameter depends on: how blocks are searched, say.
+      attention_changes: fields of the attention's config to have instead of the saved ones, which
+        no parameter depends on: how blocks are searched, say.
       model_class: None takes `Transformer`.
 
     Returns:
@@ -171,7 +171,7 @@ def load_model(
 
     Raises:
       CheckpointError: missing, damaged, of another model or with another tokenizer.
-      ConfigError: `attention` has a value that its rule forbids.
+      ConfigError: `attention_changes` has a value that its rule forbids.
     """
     if model_class is None:
         from sparsex_jax.modules.transformer import Transformer
@@ -186,9 +186,9 @@ def load_model(
     config = saved
     if compute_dtype is not None:
         config = dataclasses.replace(config, dtype=compute_dtype)
-    if attention:
-        changed = dataclasses.replace(config.attention, **attention)
-        config = dataclasses.replace(config, attention=changed)
+    if attention_changes:
+        attention = dataclasses.replace(config.attention, **attention_changes)
+        config = dataclasses.replace(config, attention=attention)
     skeleton, params = split_model(model_class(config, rngs=nnx.Rngs(0)))
     arrays = _checked_arrays(path, description, params)
     return config, skeleton.build({

@@ -44,9 +44,8 @@ def test_any_chunking_equals_the_forward_pass(name):
     expected = predict(model, tokens)
     step = nnx.jit(extend)
     chunkings = ((1,) * 3 + (29,) * 5 + (1,) * 2,)
-    more = {"sparse twice": (150,), "local last": (64, 64, 22)}
-    if name in more:
-        chunkings += (more[name],)
+    if name in ("sparse twice", "local last"):
+        chunkings += (150,), (64, 64, 22)
     for chunks in chunkings:
         layers, read = empty_layers(model.config, 150, 2, 150), 0
         for chunk in chunks:
