@@ -13,6 +13,7 @@ from sparsex_jax.commands.model import read_haystack
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.modules import Transformer
 from sparsex_jax.tasks import load
+from sparsex_jax.tasks.corpus import Corpus
 from sparsex_jax.training import load_model, model_crc32, save_model
 from tests.test_cli import fail, model, text
 
@@ -67,6 +68,19 @@ def test_other_errors_of_the_device_are_not_hidden(model, text, tmp_path, monkey
 def test_haystack_is_not_claimed_to_be_new_to_every_model():
     description = read_haystack(None, load(), count=100)[1]
     assert "held-out split" in description and "never" not in description
+
+
+def test_of_a_folder_what_training_on_it_leaves_out_is_read(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"text number {number}\n" * 9)
+    tokenizer = load()
+    everything, _ = read_haystack(tmp_path, tokenizer)
+    left_out, description = read_haystack(tmp_path, tokenizer, held_out=True)
+    trained = Corpus(tmp_path, tokenizer=tokenizer, split="train").all_tokens()
+    assert description.endswith("the held-out split") and 0 < len(left_out) < len(everything) / 2
+    assert len(left_out) + len(trained) == len(everything)
+    lines = [set(tokenizer.decode(x).splitlines()) for x in (left_out, trained)]
+    assert not lines[0] & lines[1]
 
 
 @pytest.fixture(scope="module")

@@ -276,8 +276,8 @@ class Engine:
         for row, more in zip(rows, np.broadcast_to(used, self.batch_size), strict=True):
             if not np.issubdtype(row.dtype, np.integer):
                 raise ValueError(f"tokens have dtype {row.dtype}: use an integer type")
-            wrong = row[(row < 0) | (row >= self.vocab_size)]
-            if wrong.size:
+            if row.size and not 0 <= row.min() <= row.max() < self.vocab_size:
+                wrong = row[(row < 0) | (row >= self.vocab_size)]
                 raise ValueError(
                     f"tokens hold {wrong[0]} but must lie within the vocabulary: use 0 to"
                     f" {self.vocab_size - 1}"
@@ -287,7 +287,7 @@ class Engine:
                     f"{len(row) + more} tokens are more than capacity={self.capacity}:"
                     " use a larger capacity"
                 )
-        return [row.astype(np.int32) for row in rows]
+        return [row.astype(np.int32, copy=False) for row in rows]
 
     def _checked_seeds(self, seeds: Sequence[int] | int) -> np.ndarray:
         given = np.asarray(seeds)

@@ -56,6 +56,8 @@ class Arguments:
       max_seconds: a sample that would take longer makes its row "too_slow".
       haystack: folder of text files; by default the held-out split of the sources of Python's
         standard library.
+      held_out: of the haystack takes only the files, one in ten, that training on it
+        (--data.haystack) leaves out.
       search_node_size: blocks of a node, for a search in two levels instead of the model's own; 0
         searches all blocks.
       search_beam: nodes that such a search looks into.
@@ -77,6 +79,7 @@ class Arguments:
     chunk: str = "auto"
     max_seconds: float = 600.0
     haystack: Path | None = None
+    held_out: bool = False
     search_node_size: int | None = None
     search_beam: int | None = None
     diagnose: bool = False
@@ -111,7 +114,9 @@ def needle(arguments: Arguments, command: str) -> None:
     if search:
         _check_search(arguments, model.config)
     console.print(f"model: {description}", markup=False, soft_wrap=True)
-    haystack, description = read_haystack(arguments.haystack, tokenizer)
+    haystack, description = read_haystack(
+        arguments.haystack, tokenizer, held_out=arguments.held_out
+    )
     console.print(f"haystack: {description}", markup=False, soft_wrap=True)
     for tier in arguments.tiers:
         if (reason := why_not_in(tier, model.config)) is not None:

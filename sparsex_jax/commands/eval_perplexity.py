@@ -26,9 +26,12 @@ class Arguments:
       checkpoints: directories of models; the others are compared with the first. By default the
         one that comes with sparsex.
       lengths: tokens of a sequence; 4096, 4K and 1M are understood.
-      sequences: at most so many, two or more; by default all that the text has.
+      sequences: at most so many, two or more, evenly spread over the text; by default all that it
+        has.
       haystack: folder of text files; by default the held-out split of the sources of Python's
         standard library.
+      held_out: of the haystack takes only the files, one in ten, that training on it
+        (--data.haystack) leaves out.
       out: results file (JSON); by default results/HARDWARE/perplexity.json (cpu, h200, ...).
     """
 
@@ -36,6 +39,7 @@ class Arguments:
     lengths: tuple[str, ...] = ("4K", "32K")
     sequences: int | None = None
     haystack: Path | None = None
+    held_out: bool = False
     out: Path | None = None
 
 
@@ -64,7 +68,9 @@ def perplexity(arguments: Arguments, command: str) -> None:
     check_writable(path)
     console = make_console()
     tokenizer = load_tokenizer()
-    stream, description = read_haystack(arguments.haystack, tokenizer)
+    stream, description = read_haystack(
+        arguments.haystack, tokenizer, held_out=arguments.held_out
+    )
     texts = {length: cut(stream, length, arguments.sequences) for length in lengths}
     console.print(f"text: {description}", markup=False, soft_wrap=True)
     config: dict[str, Any] = {

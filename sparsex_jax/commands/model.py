@@ -106,7 +106,12 @@ def describe_run(
 
 
 def read_haystack(
-    folder: Path | None, tokenizer: Tokenizer, count: int | None = None, seed: int = 0
+    folder: Path | None,
+    tokenizer: Tokenizer,
+    count: int | None = None,
+    seed: int = 0,
+    *,
+    held_out: bool = False,
 ) -> tuple[np.ndarray, str]:
     """Tokens of text to hide needles in, int [N], and where they come from in words.
 
@@ -115,14 +120,17 @@ def read_haystack(
       tokenizer: of the model.
       count: tokens, of files in a random order; a shorter corpus repeats. None takes all.
       seed: decides that order.
+      held_out: of the folder, too, only the files that training on it leaves out.
 
     Raises:
       FileNotFoundError: the folder cannot be read.
       ValueError: it holds no text.
     """
-    corpus = Corpus(folder, tokenizer=tokenizer, split="held_out" if folder is None else None)
+    held_out = held_out or folder is None
+    corpus = Corpus(folder, tokenizer=tokenizer, split="held_out" if held_out else None)
     if folder is not None:
         description = f"{len(corpus.files)} files in {folder}"
+        description += ", the held-out split" if held_out else ""
     else:
         version = ".".join(map(str, sys.version_info[:3]))
         description = (

@@ -25,7 +25,7 @@ class Arguments:
       out: folder for the pictures, one in it for each hardware; by default
         RESULTS/HARDWARE/plots.
       readme: a text in which what stands between a line `<!-- results:needles HARDWARE -->` and the
-        next `<!-- /results -->` is replaced by the table of all systems.
+        next `<!-- /results -->` is replaced by the table of all systems, in the tier device.
     """
 
     results: Path = Path("results")
@@ -83,28 +83,36 @@ def report(arguments: Arguments) -> None:
 
 
 def needle_rows(files: Files) -> list[dict[str, Any]]:
-    """Rows of all needle files by task; a system of several models or tiers gets a longer name.
+    """Rows of all needle files by task; a system of several models, or a tier, gets a longer name.
 
-    What one model answered may stand in several files.
+    What one model answered may stand in several files; of rows of the same the one with the most
+    samples is taken.
     """
     chosen = [(path, x) for path, x in files if x["benchmark"] == "needle"]
     models = {path: (x.get("config") or {}).get("model_crc32", path.stem) for path, x in chosen}
-    kinds = {
-        (models[path], row["system"], row.get("tier")) for path, x in chosen for row in x["rows"]
-    }  # fmt: skip
+    kinds = {(models[path], row["system"]) for path, x in chosen for row in x["rows"]}
 
     def name(path: Path, row: dict[str, Any]) -> str:
-        same = [(model, tier) for model, system, tier in kinds if system == row["system"]]
         details = []
-        if len({model for model, _ in same}) > 1:
+        if sum(system == row["system"] for _, system in kinds) > 1:
             details.append(next(p.stem for p in models if models[p] == models[path]))
-        if len({tier for _, tier in same}) > 1:
-            details.append(f"tier {row.get('tier') or 'device'}")
+        if not _on_device(row):
+            details.append(f"tier {row['tier']}")
         return row["system"] + (f" ({', '.join(details)})" if details else "")
 
-    rows = [row | {"system": name(path, row)} for path, x in chosen for row in x["rows"]]
+    found: dict[tuple, dict[str, Any]] = {}
+    for path, x in chosen:
+        for row in x["rows"]:
+            key = name(path, row), row["task"], row["tokens"], row.get("depth")
+            if key not in found or found[key]["samples"] < row["samples"]:
+                found[key] = row | {"system": key[0]}
     order = {task: number for number, task in enumerate(get_args(Task))}
-    return sorted(rows, key=lambda row: order.get(row["task"], len(order)))
+    return sorted(found.values(), key=lambda row: order.get(row["task"], len(order)))
+
+
+def _on_device(row: dict[str, Any]) -> bool:
+    """Whether the cache was in the tier "device", which is exact."""
+    return row.get("tier") in (None, "device")
 
 
 def _write_readme(path: Path, found: dict[str, Files]) -> None:
@@ -113,7 +121,7 @@ def _write_readme(path: Path, found: dict[str, Files]) -> None:
     marks = list(re.finditer(r"^<!-- results:needles (\S+) -->\n", text, re.M))
     for mark in reversed(marks):
         end = text.find("<!-- /results -->", mark.end())
-        rows = needle_rows(found.get(mark[1], []))
+        rows = [row for row in needle_rows(found.get(mark[1], [])) if _on_device(row)]
         if end < 0 or not rows:
             raise ConfigError(
                 f"{path}: {mark[0].strip()} needs a line <!-- /results --> below it, and results of"

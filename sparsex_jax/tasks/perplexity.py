@@ -13,7 +13,10 @@ from sparsex_jax.tasks.evaluation import mean_interval
 
 
 def cut(stream: np.ndarray, length: int, most: int | None = None) -> np.ndarray:
-    """Sequences one after another, int32 [sequences, length + 1]; each begins with the last's end.
+    """Sequences one after another, int32 [sequences, length + 1].
+
+    All that fit, each of which begins with the last token of the one before, or fewer of them,
+    evenly spread over the text.
 
     Args:
       stream: int [N], text as tokens.
@@ -29,8 +32,9 @@ def cut(stream: np.ndarray, length: int, most: int | None = None) -> np.ndarray:
             f"the text has {len(stream)} tokens: lengths must be at most {(len(stream) - 1) // 2}"
             f" for two sequences, not {length}, or use more text"
         )
-    count = count if most is None else min(count, most)
-    place = np.arange(count)[:, None] * length + np.arange(length + 1)
+    wanted = count if most is None else min(count, most)
+    number = np.arange(wanted) * count // wanted
+    place = number[:, None] * length + np.arange(length + 1)
     return stream[place].astype(np.int32)
 
 

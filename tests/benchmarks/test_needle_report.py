@@ -32,7 +32,9 @@ def results(tmp_path):
         "dense", "single_2", 1 << 20, [], "too_slow", seconds=700, note="700 s a sample"
     )
     rows = [*rows_of("dense", 5)[:3], slow | {"tier": "device", "depth": None}]
-    write(folder / "needle.json", "needle", rows_of("sparsex", 4, "vt") + rows_of("sparsex", 9))
+    forgot = [row | {"tier": "compressed"} for row in rows_of("sparsex", 1)]
+    ours = rows_of("sparsex", 4, "vt") + rows_of("sparsex", 9) + forgot
+    write(folder / "needle.json", "needle", ours)
     write(folder / "needle_dense.json", "needle", rows)
     return tmp_path / "results"
 
@@ -45,6 +47,7 @@ def test_one_table_of_all_systems(results, capsys):
         "### h200: needles, all systems",
         "| task | system | 16K | 1M |",
         f"| single_2 | sparsex | 90.0 % ({low} to {high}) | 90.0 % ({low} to {high}) |",
+        "| single_2 | sparsex (tier compressed) | 10.0 % (2.8 to 30.1) | 10.0 % (2.8 to 30.1) |",
         "| single_2 | dense | 50.0 % (29.9 to 70.1) | too slow [1] |",
         "| vt | sparsex | 40.0 % (21.9 to 61.3) | 40.0 % (21.9 to 61.3) |",
         "[1] 700 s a sample",
@@ -55,6 +58,7 @@ def test_one_table_of_all_systems(results, capsys):
     pictures = {path.name for path in (results / "h200" / "plots").iterdir()}
     assert pictures == {
         "needle-accuracy.png", "needle-depth-sparsex.png", "needle-depth-dense.png",
+        "needle-depth-sparsex--tier-compressed.png",
     }  # fmt: skip
     assert all(f"plots/{name})" in shown for name in pictures)
 
@@ -91,12 +95,21 @@ def test_equal_systems_are_told_apart(tmp_path):
         (tmp_path / "other.json", {"benchmark": "prefill", "rows": rows}),
     ]  # fmt: skip
     assert [row["system"] for row in needle_rows(files)] == [
-        "sparsex (needle, tier device)", "sparsex (needle_k4, tier device)",
-        "sparsex (needle_k4, tier compressed)", "dense",
+        "sparsex (needle)", "sparsex (needle_k4)", "sparsex (needle_k4, tier compressed)", "dense",
     ]  # fmt: skip
     same = [(path, x | {"config": {"model_crc32": 7}}) for path, x in files[:2]]
     names = [row["system"] for row in needle_rows(same)]
-    assert names == ["sparsex (tier device)"] * 2 + ["sparsex (tier compressed)"]
+    assert names == ["sparsex", "sparsex (tier compressed)"]
+
+
+def test_of_rows_of_the_same_the_one_with_the_most_samples_is_shown(tmp_path):
+    few, many = (rows_of("sparsex", right)[0] | {"samples": n} for right, n in ((1, 10), (9, 20)))
+    files = [
+        (tmp_path / f"{number}.json", {
+            "benchmark": "needle", "rows": [row], "config": {"model_crc32": 7}})
+        for number, row in enumerate((few, many, few))
+    ]  # fmt: skip
+    assert needle_rows(files) == [many]
 
 
 def test_the_readme_gets_the_table(results, tmp_path, fail, capsys):
@@ -113,4 +126,5 @@ def test_the_readme_gets_the_table(results, tmp_path, fail, capsys):
         assert report(*command[1:]) == 0
         text = readme.read_text()
         assert text.startswith("a\n<!-- results:needles h200 -->\n| task | system | 16K | 1M |\n")
-        assert text.endswith("Wilson.\n<!-- /results -->\nb\n") and "old" not in text
+        assert text.endswith("Wilson.\n<!-- /results -->\nb\n")
+        assert "old" not in text and "compressed" not in text

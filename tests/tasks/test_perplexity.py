@@ -24,7 +24,9 @@ def test_every_token_but_the_first_is_predicted_once():
     sequences = cut(np.arange(100), 30)
     assert sequences.shape == (3, 31)
     np.testing.assert_array_equal(sequences[:, 1:].ravel(), np.arange(1, 91))
-    assert len(cut(np.arange(100), 30, most=2)) == 2
+    spread = cut(np.arange(1000), 30, most=4)
+    np.testing.assert_array_equal(spread[:, 0], [0, 8 * 30, 16 * 30, 24 * 30])
+    assert len(cut(np.arange(100), 30, most=7)) == 3
     assert len(cut(np.arange(61), 30)) == 2
     with pytest.raises(ValueError, match="has 60 tokens: lengths must be at most 29 .* not 30"):
         cut(np.arange(60), 30)
