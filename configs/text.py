@@ -1,9 +1,10 @@
-"""A language model of source text, to compare attention by perplexity.
+r"""A language model of source text, to compare attention by perplexity.
 
     S=$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")    # any large folder
     sparsex train configs/text.py --data.haystack $S --run-dir runs/text
     sparsex train configs/text.py --data.haystack $S --run-dir runs/text-dense --model.layers lldl
-    sparsex eval perplexity --haystack $S --held-out --checkpoints runs/text-dense/model runs/text/model
+    sparsex eval perplexity --haystack $S --held-out --sequences 200 \
+        --checkpoints runs/text-dense/model runs/text/model
 
 Hardware: meant for one H200. Not trained yet: model and rates are those of configs/needle.py.
 """

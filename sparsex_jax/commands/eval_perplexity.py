@@ -68,9 +68,7 @@ def perplexity(arguments: Arguments, command: str) -> None:
     check_writable(path)
     console = make_console()
     tokenizer = load_tokenizer()
-    stream, description = read_haystack(
-        arguments.haystack, tokenizer, held_out=arguments.held_out
-    )
+    stream, description = read_haystack(arguments.haystack, tokenizer, held_out=arguments.held_out)
     texts = {length: cut(stream, length, arguments.sequences) for length in lengths}
     console.print(f"text: {description}", markup=False, soft_wrap=True)
     config: dict[str, Any] = {
