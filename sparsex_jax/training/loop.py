@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -242,11 +242,13 @@ class Trainer:
                 self.config.model.vocab_size, self.restored_data, batch_share(self.mesh),
             )  # fmt: skip
             self.restored_data = None
-        with distributed.waiting_for(f"the batch of step {self.step + 1}"):
+        what = f"the batch of step {self.step + 1}"
+        with distributed.waiting_for(what), self._timed(what):
             rows = self.stream.next()
         batch = place_batch(rows, self.config.accumulation, self.mesh)
         try:
-            step = self.compiler.prepare(stage, batch).result()
+            with self._timed(f"the step of stage {number} to be compiled"):
+                step = self.compiler.prepare(stage, batch).result()
         except jax.errors.JaxRuntimeError:
             # A signal to all processes of a job reaches those of the compiler (ptxas), too.
             if stop.reason is None:
@@ -261,6 +263,10 @@ class Trainer:
         self._log(keep=STEPS_AHEAD)
         return True
 
+    def _timed(self, what: str) -> AbstractContextManager:
+        """Tells the user what a step waits for long."""
+        return nullcontext() if self.progress is None else self.progress.waiting(what)
+
     def _make_step(self, stage: StageConfig) -> jax.stages.Wrapped:
         return make_step(
             self.skeleton, self.optimizer, self.schedule, stage.top_k, self.mesh,
@@ -271,7 +277,8 @@ class Trainer:
         """Fetches metrics of all but the last `keep` steps; writes the rows they complete."""
         while len(self.pending) > keep:
             step, metrics, finite = self.pending.popleft()
-            with distributed.waiting_for(f"the result of step {step}"):
+            what = f"the result of step {step}"
+            with distributed.waiting_for(what), self._timed(what):
                 self.window.append(np.asarray(metrics).tolist())
             loss = self.window[-1][0]
             if not (math.isfinite(loss) and finite):

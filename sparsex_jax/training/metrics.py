@@ -1,9 +1,11 @@
 """Metrics of a run: rows in metrics.jsonl, TensorBoard events, a progress line."""
 
+import contextlib
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import rich.console
@@ -16,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 # Fields of a row that depend on the clock; all others are the same however often a run stops.
 TIME_FIELDS = ("tokens_per_second", "seconds")
+_LONG = 10  # seconds that a step may wait before the user is told what for
 
 
 def truncate_rows(path: Path, last_step: int) -> None:
@@ -128,6 +131,15 @@ class Progress:
     def say(self, text: str) -> None:
         """Prints a line above the progress."""
         self._console.print(text, soft_wrap=True, markup=False)
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Says how long a step had to wait for something, where that was long."""
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        if seconds > _LONG:
+            self.say(f"waited {seconds:.0f} s for {what}")
 
     def close(self) -> None:
         """Ends the live line."""

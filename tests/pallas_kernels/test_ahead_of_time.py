@@ -41,6 +41,26 @@ def test_slices(target):
     assert changed <= {"TPU_SKIP_MDS_QUERY"}  # which JAX sets when it finds libtpu
 
 
+@pytest.mark.parametrize(("target", "platform"), [("h200", "cuda"), ("v5e:2x2", "tpu")])
+def test_a_program_is_the_same_whatever_was_lowered_before(target, platform):
+    """JAX's compilation cache knows it by its text."""
+
+    def lowered(tokens):
+        x = jax.ShapeDtypeStruct((1, tokens, 2, 64), jnp.bfloat16)
+        bounds = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+        mesh = target_mesh(target, 1)
+        with dispatch.targeting(mesh.devices.flat[0]), jax.set_mesh(mesh):
+            traced = jax.jit(lambda *x: range_attention(*x)[0]).trace(x, x, x, bounds, bounds)
+            program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "range_forward" in program
+        return program
+
+    first = lowered(256)
+    lowered(512)
+    jax.clear_caches()
+    assert lowered(256) == first
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="target='h300' must be one of h100, h200"):
         compile_for("h300", jnp.sin)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from sparsex_jax.config import StageConfig
-from sparsex_jax.training import loop
+from sparsex_jax.training import loop, metrics
 from sparsex_jax.training.compilation import StepCompiler
 from tests.training import tiny
 
@@ -48,6 +48,17 @@ def test_steps_of_later_stages_are_compiled_while_the_first_trains(tmp_path, mon
     assert tiny.run(tmp_path).status == "finished"
     # The second stage's, of (1, 2, 32), before the second step.
     assert prepared[:3] == [(2, (1, 4, 16)), (None, (1, 2, 32)), (2, (1, 4, 16))]
+
+
+def test_what_steps_wait_for_long_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "_LONG", -1)
+    assert tiny.run(tmp_path).status == "finished"
+    shown = capsys.readouterr().err
+    for what in ("the batch of step 1", "the step of stage 0 to be compiled", "the result of step"):
+        assert f"s for {what}" in shown
+    monkeypatch.setattr(metrics, "_LONG", 1000)
+    assert tiny.run(tmp_path / "silent").status == "finished"
+    assert "waited" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stops", [True, False])
