@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import dispatch, tpu_schedule
+from pallas_kernels import dispatch, kernel_counts, tpu_schedule
 
 _GPUS = ("h100", "h200")
 _SLICES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of TPU v5e, as they are rented
@@ -220,7 +220,8 @@ def compile_for(
     with dispatch.targeting(mesh.devices.flat[0]), jax.set_mesh(mesh):
         jitted = jax.jit(lambda *args: f(*args), donate_argnums=donate_argnums)
         traced = jitted.trace(*jax.tree.map(place, abstract_args))
-        lowered = traced.lower(lowering_platforms=(platform,))
+        with kernel_counts.counting():  # XLA reports on no kernel that it has compiled before
+            lowered = traced.lower(lowering_platforms=(platform,))
     if platform == "tpu":
         tpu_schedule.forget()
     try:

@@ -19,10 +19,10 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, nvvm, vector
 
-from pallas_kernels import compilation_cache
+from pallas_kernels import kernel_counts
 from pallas_kernels.mesh_axes import vary_over, varying
 
-compilation_cache.leave_out_counts()
+kernel_counts.leave_out()
 
 HALF = 64  # rows of a tile that one compute warpgroup owns: of one wgmma
 ROWS = 2 * HALF

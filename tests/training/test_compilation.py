@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,27 @@ def test_step_is_compiled_once_for_each_shape():
     assert compiler.prepare(stage, batch(2, 4)).result()(jnp.ones(()), batch(2, 4)) == 25
     assert compiler.prepare(part, batch(1, 4)).result()(jnp.ones(()), batch(1, 4)) == 13
     assert made == [stage, stage, part]
+    compiler.close()
+
+
+@pytest.mark.parametrize(("cores", "processes", "together"), [(8, 1, 2), (8, 2, 1), (2, 1, 1)])
+def test_steps_are_compiled_together_where_there_are_cores(cores, processes, together, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    running, most, all_run = 0, [], threading.Barrier(together)
+
+    def make(stage):
+        nonlocal running
+        running += 1
+        all_run.wait(60)
+        most.append(running)
+        running -= 1
+        return jax.jit(lambda state, batch: state)
+
+    compiler = StepCompiler(make, jnp.zeros(()))
+    stage = StageConfig(steps=1, length=4, batch_size=1)
+    found = [compiler.prepare(stage, batch(1, size)) for size in (4, 8)]
+    assert all(x.result() for x in found) and max(most) == together
     compiler.close()
 
 
