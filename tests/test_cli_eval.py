@@ -9,7 +9,7 @@ from flax import nnx
 from sparsex_jax import cli
 from sparsex_jax.cache import Engine
 from sparsex_jax.commands import answering, eval_needle
-from sparsex_jax.commands.model import read_haystack
+from sparsex_jax.commands.model import open_haystack
 from sparsex_jax.config import AttentionConfig, ModelConfig
 from sparsex_jax.modules import Transformer
 from sparsex_jax.tasks import load
@@ -66,7 +66,7 @@ def test_other_errors_of_the_device_are_not_hidden(model, text, tmp_path, monkey
 
 
 def test_haystack_is_not_claimed_to_be_new_to_every_model():
-    description = read_haystack(None, load(), count=100)[1]
+    description = open_haystack(None, load())[1]
     assert "held-out split" in description and "never" not in description
 
 
@@ -74,8 +74,9 @@ def test_of_a_folder_what_training_on_it_leaves_out_is_read(tmp_path):
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"text number {number}\n" * 9)
     tokenizer = load()
-    everything, _ = read_haystack(tmp_path, tokenizer)
-    left_out, description = read_haystack(tmp_path, tokenizer, held_out=True)
+    everything = open_haystack(tmp_path, tokenizer)[0].all_tokens()
+    corpus, description = open_haystack(tmp_path, tokenizer, held_out=True)
+    left_out = corpus.all_tokens()
     trained = Corpus(tmp_path, tokenizer=tokenizer, split="train").all_tokens()
     assert description.endswith("the held-out split") and 0 < len(left_out) < len(everything) / 2
     assert len(left_out) + len(trained) == len(everything)
@@ -207,7 +208,9 @@ def test_depths_have_rows_and_answers_are_kept(model, text, tmp_path, fail, monk
     asked.clear()
     assert [row["samples"] for row in run("--samples", 9, "--resume")] == [9, 3, 3, 3, 9]
     assert asked == [2, 2] * 2
-    message = fail(*command, "--samples", 6, "--resume", "--seed", 1)
+    with monkeypatch.context() as patch:  # which is told before any text is read
+        patch.setattr(Corpus, "all_tokens", lambda _: pytest.fail("the text was read"))
+        message = fail(*command, "--samples", 6, "--resume", "--seed", 1)
     assert "are of another run (config.seed is 0 there and 1 here)" in message
     assert "samples=7 must be a multiple of depths=3: use 9" in fail(*command, "--samples", 7)
     log.write_text("nonsense\n")

@@ -9,7 +9,7 @@ import pytest
 from sparsex_jax.cache import Engine
 from sparsex_jax.cache.explain import attention_of_answer
 from sparsex_jax.commands.arguments import SHIPPED_MODEL
-from sparsex_jax.commands.model import load, read_haystack
+from sparsex_jax.commands.model import load, open_haystack
 from sparsex_jax.tasks import make_haystack_with_needles
 
 PROJECT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def test_config_is_the_presets():
 @pytest.mark.usefixtures("optimized")
 def test_finds_needles_and_attends_to_them():
     model, tokenizer, _ = load(SHIPPED_MODEL)
-    haystack, _ = read_haystack(None, tokenizer, 100_000)
+    haystack = open_haystack(None, tokenizer)[0].tokens(100_000, seed=0)
     context = make_haystack_with_needles(
         8192, np.linspace(0, 100, 10).tolist(), rng=np.random.default_rng(0),
         tokenizer=tokenizer, haystack=haystack,

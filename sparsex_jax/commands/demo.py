@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
 def demo(arguments: Arguments, command: str) -> None:
     """Runs the command, which is quoted in what it writes."""
     from sparsex_jax.benchmarks.results import write_results
-    from sparsex_jax.commands.model import chunk_size, describe_run, load, read_haystack
+    from sparsex_jax.commands.model import chunk_size, describe_run, load, open_haystack
     from sparsex_jax.demo import draw_heat_map, find_needles
     from sparsex_jax.training import model_crc32
 
@@ -63,10 +63,9 @@ def demo(arguments: Arguments, command: str) -> None:
     model, tokenizer, description = load(arguments.checkpoint)
     crc32 = model_crc32(arguments.checkpoint)
     console.print(f"model: {description}", markup=False, soft_wrap=True)
-    haystack, description = read_haystack(
-        arguments.haystack, tokenizer, max(lengths), arguments.seed
-    )
+    corpus, description = open_haystack(arguments.haystack, tokenizer)
     console.print(f"haystack: {description}", markup=False, soft_wrap=True)
+    haystack = corpus.tokens(max(lengths), arguments.seed)
     # Made before the work, so that a wrong name does not spoil it.
     arguments.out.mkdir(parents=True, exist_ok=True)
 

@@ -98,7 +98,7 @@ def needle(arguments: Arguments, command: str) -> None:
     from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
     from sparsex_jax.cache.tiers import why_not_in
     from sparsex_jax.commands.answering import open_log
-    from sparsex_jax.commands.model import chunk_size, describe_run, load, read_haystack
+    from sparsex_jax.commands.model import chunk_size, describe_run, load, open_haystack
     from sparsex_jax.training import model_crc32
 
     lengths = _checked_lengths(arguments)
@@ -114,7 +114,7 @@ def needle(arguments: Arguments, command: str) -> None:
     if search:
         _check_search(arguments, model.config)
     console.print(f"model: {description}", markup=False, soft_wrap=True)
-    haystack, description = read_haystack(
+    haystack, description = open_haystack(
         arguments.haystack, tokenizer, held_out=arguments.held_out
     )
     console.print(f"haystack: {description}", markup=False, soft_wrap=True)
@@ -272,7 +272,7 @@ class _Questions:
 
             return diagnose(self.model, self.single, sample, generated)
 
-        there = self.log.answers(cell)
+        there, haystack = self.log.answers(cell), self.haystack.all_tokens()
         told, total = time.monotonic(), arguments.samples
         with make_progress(console) as bar:
             shown = bar.add_task(name, total=total, completed=len(there))
@@ -290,7 +290,7 @@ class _Questions:
             try:
                 evaluate(
                     generate, task, self.length, total, tokenizer=self.tokenizer,
-                    haystack=self.haystack, batch_size=self.batch_size, seed=arguments.seed,
+                    haystack=haystack, batch_size=self.batch_size, seed=arguments.seed,
                     depths=depths, on_batch=keep, diagnose=why if arguments.diagnose else None,
                     answered=tuple(there),
                 )  # fmt: skip

@@ -53,7 +53,7 @@ def perplexity(arguments: Arguments, command: str) -> None:
     from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
     from sparsex_jax.benchmarks.tables.quality import perplexity_table
     from sparsex_jax.commands.answering import why_missing
-    from sparsex_jax.commands.model import load, name_of, read_haystack
+    from sparsex_jax.commands.model import load, name_of, open_haystack
     from sparsex_jax.tasks import load as load_tokenizer
     from sparsex_jax.tasks.perplexity import cut, make_row, sequence_losses
     from sparsex_jax.training import model_crc32
@@ -68,7 +68,8 @@ def perplexity(arguments: Arguments, command: str) -> None:
     check_writable(path)
     console = make_console()
     tokenizer = load_tokenizer()
-    stream, description = read_haystack(arguments.haystack, tokenizer, held_out=arguments.held_out)
+    corpus, description = open_haystack(arguments.haystack, tokenizer, held_out=arguments.held_out)
+    stream = corpus.all_tokens()
     texts = {length: cut(stream, length, arguments.sequences) for length in lengths}
     console.print(f"text: {description}", markup=False, soft_wrap=True)
     config: dict[str, Any] = {

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from flax import nnx
 
 from sparsex_jax.commands.arguments import SHIPPED_MODEL
@@ -105,37 +104,24 @@ def describe_run(
     }
 
 
-def read_haystack(
-    folder: Path | None,
-    tokenizer: Tokenizer,
-    count: int | None = None,
-    seed: int = 0,
-    *,
-    held_out: bool = False,
-) -> tuple[np.ndarray, str]:
-    """Tokens of text to hide needles in, int [N], and where they come from in words.
+def open_haystack(
+    folder: Path | None, tokenizer: Tokenizer, *, held_out: bool = False
+) -> tuple[Corpus, str]:
+    """Text to hide needles in, which is not read yet, and where it comes from in words.
 
     Args:
       folder: of text files; None takes the held-out split of the standard library's sources.
       tokenizer: of the model.
-      count: tokens, of files in a random order; a shorter corpus repeats. None takes all.
-      seed: decides that order.
       held_out: of the folder, too, only the files that training on it leaves out.
 
     Raises:
       FileNotFoundError: the folder cannot be read.
-      ValueError: it holds no text.
+      ValueError: it holds no file.
     """
     held_out = held_out or folder is None
     corpus = Corpus(folder, tokenizer=tokenizer, split="held_out" if held_out else None)
+    version = ".".join(map(str, sys.version_info[:3]))
+    name = f"source files of Python {version}'s standard library"
     if folder is not None:
-        description = f"{len(corpus.files)} files in {folder}"
-        description += ", the held-out split" if held_out else ""
-    else:
-        version = ".".join(map(str, sys.version_info[:3]))
-        description = (
-            f"{len(corpus.files)} source files of Python {version}'s standard library, the"
-            " held-out split"
-        )
-    tokens = corpus.all_tokens() if count is None else corpus.tokens(count, seed)
-    return tokens, description
+        name = f"files in {folder}"
+    return corpus, f"{len(corpus.files)} {name}{', the held-out split' if held_out else ''}"
