@@ -1,18 +1,23 @@
 """Trains variants of the needle model, each with something left out, and asks them all the same.
 
-    python scripts/ablate_needles.py --names full no_landmarks --seeds 0 1 \
+    python scripts/ablate_needles.py --names full no_landmarks --seeds 0 1 --gpus 0 1 2 3 \
         --run-dir runs/ablations --out results/h200/ablations.json
 
-Each run is a shorter configs/needle.py. Runs that are complete are not made again, and several
-processes, each with a GPU and names of its own, may share the folder: whoever ends last writes the
-results of all.
+Each run is a shorter configs/needle.py. What is complete is not made again, and the same command
+goes on with what was stopped. With --gpus each of them takes the next run, in a process of its own
+that writes to RUN_DIR/NAME-SEED.log; whichever ends last writes the results of all.
 """
 
 import argparse
 import dataclasses
+import itertools
+import os
+import queue
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sparsex_jax.benchmarks.results import check_writable, read_results, write_results
@@ -90,9 +95,9 @@ VARIANTS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
 }
 
 
-def variant(name: str, seed: int, share: float) -> TrainConfig:
+def variant(name: str, seed: int, share: float, path: Path = PRESET) -> TrainConfig:
     """The config of a run, with a share of the preset's steps in its last two stages."""
-    preset = load_preset(PRESET)
+    preset = load_preset(path)
     last = tuple(dataclasses.replace(x, steps=int(x.steps * share)) for x in preset.stages[-2:])
     return VARIANTS[name](
         dataclasses.replace(preset, stages=(*preset.stages[:-2], *last), seed=seed)
@@ -109,35 +114,79 @@ def collect(run_dir: Path) -> list[dict]:
     return rows
 
 
+def run(arguments: argparse.Namespace, name: str, seed: int) -> None:
+    """Trains a variant and asks it, as far as that was not done before; writes all results."""
+    folder = arguments.run_dir / f"{name}-{seed}"
+    result = train(variant(name, seed, arguments.share, arguments.preset), folder)
+    if result.status != "finished":
+        sys.exit(result.message)
+    if not (folder / "needle.json").exists():
+        asked = eval_needle.Arguments(
+            checkpoint=folder / "model", tasks=tuple(arguments.tasks),
+            lengths=tuple(arguments.lengths), samples=arguments.samples, chunk=arguments.chunk,
+            diagnose=True, resume=True, out=folder / "partial" / "needle.json",
+        )  # fmt: skip
+        eval_needle.needle(asked, shlex.join(sys.argv))
+        (folder / "partial" / "needle.json").rename(folder / "needle.json")
+    config = to_json(variant("full", seed, arguments.share, arguments.preset))
+    rows = collect(arguments.run_dir)
+    write_results(arguments.out, "ablations", shlex.join(sys.argv), config, rows)
+
+
+def run_on(gpus: list[str], run_dir: Path, runs: list[tuple[str, int]]) -> None:
+    """Runs this script once for each run, on the next GPU that is free; exits if one fails."""
+    free: queue.Queue[str] = queue.Queue()
+    for gpu in gpus:
+        free.put(gpu)
+    at = sys.argv.index("--gpus")
+    rest = [*sys.argv[1:at], *sys.argv[at + 1 + len(gpus) :]]
+
+    def start(one: tuple[str, int]) -> int:
+        name, seed = one
+        # The last of an option that is given twice counts.
+        command = [sys.executable, *sys.argv[:1], *rest, "--names", name, "--seeds", str(seed)]
+        gpu = free.get()
+        try:
+            with open(run_dir / f"{name}-{seed}.log", "a") as log:
+                environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+                return subprocess.run(
+                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+                ).returncode
+        finally:
+            free.put(gpu)
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        statuses = list(pool.map(start, runs))
+    failed = [
+        f"{name}-{seed}" for (name, seed), status in zip(runs, statuses, strict=True) if status
+    ]
+    if failed:
+        sys.exit(f"not complete: {', '.join(failed)}: their logs in {run_dir} say why")
+
+
 def main() -> None:
     """Runs the script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--names", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--gpus", nargs="+", default=[], help="numbers, as CUDA counts them")
+    parser.add_argument("--preset", type=Path, default=PRESET)
     parser.add_argument("--share", type=float, default=0.5, help="of the long stages' steps")
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--lengths", nargs="+", default=["128K"])
     parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--chunk", default="16K", help="tokens that are read at a time")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="results file (JSON)")
     arguments = parser.parse_args()
     check_writable(arguments.out)
-    for seed in arguments.seeds:
-        for name in arguments.names:
-            folder = arguments.run_dir / f"{name}-{seed}"
-            result = train(variant(name, seed, arguments.share), folder)
-            if result.status != "finished":
-                sys.exit(result.message)
-            if not (folder / "needle.json").exists():
-                asked = eval_needle.Arguments(
-                    checkpoint=folder / "model", tasks=TASKS, lengths=tuple(arguments.lengths),
-                    samples=arguments.samples, chunk="16K", diagnose=True,
-                    out=folder / "partial" / "needle.json",
-                )  # fmt: skip
-                eval_needle.needle(asked, shlex.join(sys.argv))
-                (folder / "partial" / "needle.json").rename(folder / "needle.json")
-            config = to_json(variant("full", seed, arguments.share))
-            rows = collect(arguments.run_dir)
-            write_results(arguments.out, "ablations", shlex.join(sys.argv), config, rows)
+    runs = [(name, seed) for seed, name in itertools.product(arguments.seeds, arguments.names)]
+    if arguments.gpus:
+        run_on(arguments.gpus, arguments.run_dir, runs)
+        return
+    for name, seed in runs:
+        run(arguments, name, seed)
 
 
 if __name__ == "__main__":

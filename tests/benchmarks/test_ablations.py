@@ -1,7 +1,10 @@
 """Variants of the needle model, and the table of what they answer."""
 
 import importlib.util
+import sys
 from pathlib import Path
+
+import pytest
 
 from sparsex_jax.benchmarks.results import write_results
 from sparsex_jax.benchmarks.tables.quality import ablations_table
@@ -43,3 +46,29 @@ def test_table_has_means_over_seeds(tmp_path):
     table = ablations_table(rows, format_length).splitlines()
     assert table[0] == "| ablation | vt |"
     assert table[2:] == ["| full | 62.5 (50.0 to 75.0) |", "| no_landmarks |  |"]
+
+
+FAKE = """
+import os, pathlib, sys, time
+_, folder, *rest = sys.argv
+name, gpu = rest[-3], os.environ["CUDA_VISIBLE_DEVICES"]
+print(*rest)
+pathlib.Path(folder, f"{name} on {gpu}").touch()
+time.sleep(1)
+sys.exit(name == "k_4")
+"""
+
+
+def test_each_gpu_takes_the_next_run(tmp_path, monkeypatch):
+    fake, folder = tmp_path / "fake.py", tmp_path / "runs"
+    fake.write_text(FAKE)
+    names = ["--names", "full", "k_4", "k_16"]
+    monkeypatch.setattr(sys, "argv", [str(fake), str(folder), *names, "--gpus", "3", "5", "--a"])
+    runs = [("full", 0), ("k_4", 0), ("k_16", 1)]
+    with pytest.raises(SystemExit, match="not complete: k_4-0: their logs in .*runs say why"):
+        script.run_on(["3", "5"], folder, runs)
+    log = (folder / "k_16-1.log").read_text().strip()
+    assert log == "--names full k_4 k_16 --a --names k_16 --seeds 1"
+    done = [path.name.split(" on ") for path in folder.glob("* on *")]
+    assert {name for name, _ in done} == {"full", "k_4", "k_16"}
+    assert {gpu for _, gpu in done} == {"3", "5"}
