@@ -9,9 +9,10 @@ from typing import Any, get_args
 
 from sparsex_jax.benchmarks.names import DIRECTIONS
 from sparsex_jax.benchmarks.tables import devices, quality, speed
+from sparsex_jax.benchmarks.tables.cells import place
 from sparsex_jax.commands.arguments import format_length, parse
 from sparsex_jax.commands.eval_needle import Task
-from sparsex_jax.config import ConfigError
+from sparsex_jax.config import LAYERS, ConfigError
 
 Files = list[tuple[Path, dict[str, Any]]]  # results files and what is in them
 
@@ -83,7 +84,7 @@ def report(arguments: Arguments) -> None:
 
 
 def needle_rows(files: Files) -> list[dict[str, Any]]:
-    """Rows of all needle files by task; a system of several models, or a tier, gets a longer name.
+    """Rows of all needle files by task and system; several models and tiers have longer names.
 
     What one model answered may stand in several files; of rows of the same the one with the most
     samples is taken.
@@ -106,8 +107,12 @@ def needle_rows(files: Files) -> list[dict[str, Any]]:
             key = name(path, row), row["task"], row["tokens"], row.get("depth")
             if key not in found or found[key]["samples"] < row["samples"]:
                 found[key] = row | {"system": key[0]}
-    order = {task: number for number, task in enumerate(get_args(Task))}
-    return sorted(found.values(), key=lambda row: order.get(row["task"], len(order)))
+
+    def order(row: dict[str, Any]) -> tuple[int, int]:
+        kind = re.split(r"\W", row["system"])[0]
+        return place(get_args(Task), row["task"]), place(tuple(LAYERS.values()), kind)
+
+    return sorted(found.values(), key=order)
 
 
 def _on_device(row: dict[str, Any]) -> bool:
