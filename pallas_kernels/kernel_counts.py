@@ -15,8 +15,8 @@ def leave_out() -> None:
 
     JAX 0.11.2 writes into each Mosaic GPU kernel what its dumps would be called: its name, and how
     many kernels the process had lowered before. So a program has another key in the cache in every
-    process that did something else first; a training that is resumed, say, compiles for a minute
-    what it had compiled already. Where dumps are asked for (MOSAIC_GPU_DUMP_...), nothing changes.
+    process that did something else first: a training that is resumed, say, compiles again what it
+    had compiled already. Where dumps are asked for (MOSAIC_GPU_DUMP_...), nothing changes.
     """
     count = getattr(mosaic_gpu, _NAME, None)
     if count is None or any(name.startswith("MOSAIC_GPU_DUMP_") for name in os.environ):

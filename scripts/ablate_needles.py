@@ -5,7 +5,7 @@
 
 Each run is a shorter configs/needle.py. What is complete is not made again, and the same command
 goes on with what was stopped. With --gpus each of them takes the next run, in a process of its own
-that writes to RUN_DIR/NAME-SEED.log; whichever ends last writes the results of all.
+that writes to RUN_DIR/NAME-SEED.log.
 """
 
 import argparse
@@ -14,16 +14,19 @@ import itertools
 import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 from sparsex_jax.benchmarks.results import check_writable, read_results, write_results
 from sparsex_jax.commands import eval_needle
+from sparsex_jax.commands.arguments import parse_length, parse_lengths
 from sparsex_jax.commands.train import load_preset
-from sparsex_jax.config import StageConfig, TrainConfig
+from sparsex_jax.config import ConfigError, StageConfig, TrainConfig
 from sparsex_jax.training import train
 from sparsex_jax.training.checkpoints import to_json
 
@@ -115,7 +118,7 @@ def collect(run_dir: Path) -> list[dict]:
 
 
 def run(arguments: argparse.Namespace, name: str, seed: int) -> None:
-    """Trains a variant and asks it, as far as that was not done before; writes all results."""
+    """Trains a variant and asks it, as far as that was not done before."""
     folder = arguments.run_dir / f"{name}-{seed}"
     result = train(variant(name, seed, arguments.share, arguments.preset), folder)
     if result.status != "finished":
@@ -128,65 +131,98 @@ def run(arguments: argparse.Namespace, name: str, seed: int) -> None:
         )  # fmt: skip
         eval_needle.needle(asked, shlex.join(sys.argv))
         (folder / "partial" / "needle.json").rename(folder / "needle.json")
-    config = to_json(variant("full", seed, arguments.share, arguments.preset))
-    rows = collect(arguments.run_dir)
-    write_results(arguments.out, "ablations", shlex.join(sys.argv), config, rows)
 
 
-def run_on(gpus: list[str], run_dir: Path, runs: list[tuple[str, int]]) -> None:
-    """Runs this script once for each run, on the next GPU that is free; exits if one fails."""
-    free: queue.Queue[str] = queue.Queue()
+def write(arguments: argparse.Namespace) -> None:
+    """Writes what all runs of the folder answered so far."""
+    config = to_json(variant("full", arguments.seeds[0], arguments.share, arguments.preset))
+    if rows := collect(arguments.run_dir):
+        write_results(arguments.out, "ablations", shlex.join(sys.argv), config, rows)
+
+
+def run_on(gpus: list[int], run_dir: Path, runs: list[tuple[str, int]]) -> list[str]:
+    """Runs this script once for each run, on the next GPU that is free.
+
+    A signal to stop is passed on to the runs, once, and no other begins.
+
+    Returns:
+      The names of those that are not complete.
+    """
+    free: queue.Queue[int] = queue.Queue()
     for gpu in gpus:
         free.put(gpu)
-    at = sys.argv.index("--gpus")
-    rest = [*sys.argv[1:at], *sys.argv[at + 1 + len(gpus) :]]
+    started: list[subprocess.Popen] = []
 
-    def start(one: tuple[str, int]) -> int:
-        name, seed = one
+    def start(name: str, seed: int) -> int:
         # The last of an option that is given twice counts.
-        command = [sys.executable, *sys.argv[:1], *rest, "--names", name, "--seeds", str(seed)]
+        command = [sys.executable, *sys.argv, "--names", name, "--seeds", str(seed), "--gpus"]
         gpu = free.get()
+        # On the wrong number JAX would take the CPU.
+        chosen = {"CUDA_VISIBLE_DEVICES": str(gpu), "JAX_PLATFORMS": "cuda"}
         try:
             with open(run_dir / f"{name}-{seed}.log", "a") as log:
-                environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
-                return subprocess.run(
-                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
-                ).returncode
+                process = subprocess.Popen(
+                    command, env=os.environ | chosen, stdout=log, stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )  # fmt: skip
+                started.append(process)
+                return process.wait()
         finally:
             free.put(gpu)
 
     run_dir.mkdir(parents=True, exist_ok=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with ThreadPoolExecutor(len(gpus)) as pool:
-        statuses = list(pool.map(start, runs))
-    failed = [
-        f"{name}-{seed}" for (name, seed), status in zip(runs, statuses, strict=True) if status
-    ]
-    if failed:
-        sys.exit(f"not complete: {', '.join(failed)}: their logs in {run_dir} say why")
+        statuses = [pool.submit(start, *each) for each in runs]
+        try:
+            failed = [bool(status.result()) for status in statuses]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.terminate()
+            raise
+    return [f"{name}-{seed}" for (name, seed), bad in zip(runs, failed, strict=True) if bad]
 
 
 def main() -> None:
     """Runs the script."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--names", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--gpus", nargs="+", default=[], help="numbers, as CUDA counts them")
+    parser.add_argument("--gpus", nargs="*", type=int, default=[], help="as CUDA counts them")
     parser.add_argument("--preset", type=Path, default=PRESET)
     parser.add_argument("--share", type=float, default=0.5, help="of the long stages' steps")
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=get_args(eval_needle.Task), default=TASKS)
     parser.add_argument("--lengths", nargs="+", default=["128K"])
     parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--chunk", default="16K", help="tokens that are read at a time")
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="results file (JSON)")
     arguments = parser.parse_args()
-    check_writable(arguments.out)
     runs = [(name, seed) for seed, name in itertools.product(arguments.seeds, arguments.names)]
-    if arguments.gpus:
-        run_on(arguments.gpus, arguments.run_dir, runs)
+    try:
+        check_writable(arguments.out)
+        parse_lengths(arguments.lengths)
+        parse_length(arguments.chunk, "chunk")
+        if arguments.run_dir.exists() and not arguments.run_dir.is_dir():
+            raise ConfigError(f"run_dir='{arguments.run_dir}' must be a folder: use another")
+        if arguments.samples < 1:
+            raise ConfigError(f"samples={arguments.samples} must be positive: use 100, say")
+        for each in runs:
+            variant(*each, arguments.share, arguments.preset)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if not arguments.gpus:
+        for each in runs:
+            run(arguments, *each)
+            write(arguments)
         return
-    for name, seed in runs:
-        run(arguments, name, seed)
+    failed = run_on(arguments.gpus, arguments.run_dir, runs)
+    write(arguments)
+    if failed:
+        where = arguments.run_dir
+        sys.exit(f"not complete: {', '.join(failed)}: their logs in {where} say why")
 
 
 if __name__ == "__main__":

@@ -277,8 +277,7 @@ class Trainer:
         """Fetches metrics of all but the last `keep` steps; writes the rows they complete."""
         while len(self.pending) > keep:
             step, metrics, finite = self.pending.popleft()
-            what = f"the result of step {step}"
-            with distributed.waiting_for(what), self._timed(what):
+            with distributed.waiting_for(f"the result of step {step}"):
                 self.window.append(np.asarray(metrics).tolist())
             loss = self.window[-1][0]
             if not (math.isfinite(loss) and finite):

@@ -1,7 +1,11 @@
 """Variants of the needle model, and the table of what they answer."""
 
 import importlib.util
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -51,24 +55,77 @@ def test_table_has_means_over_seeds(tmp_path):
 FAKE = """
 import os, pathlib, sys, time
 _, folder, *rest = sys.argv
-name, gpu = rest[-3], os.environ["CUDA_VISIBLE_DEVICES"]
+name, gpu = rest[-4], os.environ["CUDA_VISIBLE_DEVICES"]
 print(*rest)
 pathlib.Path(folder, f"{name} on {gpu}").touch()
-time.sleep(1)
+time.sleep(60 if "--slow" in rest else 1)
 sys.exit(name == "k_4")
 """
+RUNS = [("full", 0), ("k_4", 0), ("k_16", 1)]
 
 
-def test_each_gpu_takes_the_next_run(tmp_path, monkeypatch):
+@pytest.fixture
+def run_on(tmp_path, monkeypatch):
+    """Runs a script in the place of the real one on GPUs 3 and 5; the folder, and what it says."""
     fake, folder = tmp_path / "fake.py", tmp_path / "runs"
     fake.write_text(FAKE)
-    names = ["--names", "full", "k_4", "k_16"]
-    monkeypatch.setattr(sys, "argv", [str(fake), str(folder), *names, "--gpus", "3", "5", "--a"])
-    runs = [("full", 0), ("k_4", 0), ("k_16", 1)]
-    with pytest.raises(SystemExit, match="not complete: k_4-0: their logs in .*runs say why"):
-        script.run_on(["3", "5"], folder, runs)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run_on(*more):
+        given = ["--names", "full", "k_4", "k_16", "--gpus", "3", "5", *more]
+        monkeypatch.setattr(sys, "argv", [str(fake), str(folder), *given])
+        return script.run_on([3, 5], folder, RUNS)
+
+    yield folder, run_on
+    for each in handlers.items():
+        signal.signal(*each)
+
+
+def test_each_gpu_takes_the_next_run(run_on):
+    folder, run_on = run_on
+    assert run_on() == ["k_4-0"]
     log = (folder / "k_16-1.log").read_text().strip()
-    assert log == "--names full k_4 k_16 --a --names k_16 --seeds 1"
+    assert log == "--names full k_4 k_16 --gpus 3 5 --names k_16 --seeds 1 --gpus"
     done = [path.name.split(" on ") for path in folder.glob("* on *")]
     assert {name for name, _ in done} == {"full", "k_4", "k_16"}
     assert {gpu for _, gpu in done} == {"3", "5"}
+
+
+def test_a_signal_ends_the_runs_and_no_other_begins(run_on):
+    folder, run_on = run_on
+
+    def stop():
+        while len(list(folder.glob("* on *"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    began = time.monotonic()
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit) as stopped:
+        run_on("--slow")
+    assert stopped.value.code == 143 and time.monotonic() - began < 30
+    assert {path.name.split(" on ")[0] for path in folder.glob("* on *")} == {"full", "k_4"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--names", "k_5"), "invalid choice: 'k_5'"),
+        (("--seeds", "x"), "invalid int value: 'x'"),
+        (("--gpus", "x"), "invalid int value: 'x'"),
+        (("--preset", "nowhere.py"), "preset nowhere.py is not a file"),
+        (("--share", "0"), "steps=0"),
+        (("--tasks", "single_9"), "invalid choice: 'single_9'"),
+        (("--lengths", "1X"), "1X"),
+        (("--samples", "0"), "samples=0 must be positive"),
+        (("--chunk", "x"), "chunk='x'"),
+        (("--run-dir", str(SCRIPT)), "must be a folder: use another"),
+        (("--out", str(SCRIPT / "a.json")), "use a file"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(arguments, problem, tmp_path, monkeypatch, capsys):
+    command = ["ablate_needles.py", "--run-dir", str(tmp_path), "--out", str(tmp_path / "a.json")]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 2 and problem in capsys.readouterr().err

@@ -76,7 +76,7 @@ def test_what_steps_wait_for_long_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "_LONG", -1)
     assert tiny.run(tmp_path).status == "finished"
     shown = capsys.readouterr().err
-    for what in ("the batch of step 1", "the step of stage 0 to be compiled", "the result of step"):
+    for what in ("the batch of step 1", "the step of stage 0 to be compiled"):
         assert f"s for {what}" in shown
     monkeypatch.setattr(metrics, "_LONG", 1000)
     assert tiny.run(tmp_path / "silent").status == "finished"
