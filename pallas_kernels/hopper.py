@@ -59,6 +59,14 @@ def crossed_tile(shape, dtype=jnp.float32):
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 8)),))
 
 
+def row_tile(shape, dtype):
+    """Shared memory for a matrix whose rows lie one after the other, as in device memory.
+
+    Without transforms Mosaic would choose others, and copies would go by fewer bytes at a time.
+    """
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, shape[-1])),))
+
+
 def shared_memory(scratch, *, reduces: bool) -> int:
     """Bytes of shared memory that a kernel takes.
 

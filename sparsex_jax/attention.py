@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention import add_up, adds_up
+from pallas_kernels.block_sparse_attention import add_up, adds_up, value_scales
 from pallas_kernels.mesh_axes import vary_with
 from pallas_kernels.range_attention import range_attention
 from pallas_kernels.shapes import batchable, differentiated_as
@@ -22,9 +22,10 @@ from sparsex_jax.scoring import BlockIndex, Blocks
 from sparsex_jax.spans import check_segment_ids, document_starts, pasts
 from sparsex_jax.token_chunks import even_size, map_chunks, update_by_chunks
 
-# Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys.
+# Long sequences are taken in chunks of so many tokens, or more: with gradients each costs a pass
+# over all keys, without them only launches.
 _CHUNK = 2**15
-_MAX_CHUNKS = 8
+_MAX_CHUNKS = {"differentiable": 8, "in_place": 16}
 
 
 def sparse_attention(
@@ -84,7 +85,7 @@ def sparse_attention(
 def _adds_up(q, k, v, config: AttentionConfig, implementation: str | None) -> bool:
     """Whether without gradients the dynamic branch can add up all branches in place."""
     tokens = q.shape[1]
-    size = min(tokens, chunk_size(tokens, config.block_size))
+    size = min(tokens, chunk_size(tokens, config.block_size, in_place=True))
     if tokens <= config.window or not config.top_k or config.fusion != "sum" or tokens % size:
         return False
     if tokens < k.shape[1]:  # queries of a part of the tokens
@@ -165,7 +166,7 @@ def _attend(
             added.append((landmarks[0], landmark_gate))
         return add_up(
             out, q, k, v, pattern, first,
-            gate=dynamic_gate, added=added, block_size=config.block_size,
+            gate=dynamic_gate, added=added, value_scales=scales, block_size=config.block_size,
         )  # fmt: skip
 
     keys = _Keys(k, turned_k, v, blocks, marks)
@@ -174,18 +175,20 @@ def _attend(
         q, query_features, landmark_gate, dynamic_gate,
         *jax.tree.map(lambda x: x[:, before:], of_tokens),
     )  # fmt: skip
-    size = chunk_size(q.shape[1], config.block_size)
+    size = chunk_size(q.shape[1], config.block_size, in_place=in_place)
     if in_place:
         queries = queries._replace(landmark_gate=None, dynamic_gate=None)  # not by chunks
+        scales = value_scales(v, block_size=config.block_size)
         out = update_by_chunks(write, queries, jax.lax.empty(q.shape, q.dtype), size=size)
         return vary_with(q, out)
     saved = "block_sparse_attention", "block_selection"
     return map_chunks(attend, queries, keys, size=size, saved=saved)
 
 
-def chunk_size(tokens: int, block_size: int) -> int:
+def chunk_size(tokens: int, block_size: int, *, in_place: bool = False) -> int:
     """Tokens of a chunk, a multiple of the block size."""
-    chunks = min(_MAX_CHUNKS, -(-tokens // _CHUNK)) or 1
+    most = _MAX_CHUNKS["in_place" if in_place else "differentiable"]
+    chunks = min(most, -(-tokens // _CHUNK)) or 1
     return even_size(tokens, chunks, block_size)
 
 

@@ -119,6 +119,19 @@ def adds_up(q, k, v, *, tokens: int, capacity: int, block_size: int, implementat
     return dispatch.deferred(f"{__name__}.mosaic_gpu", "adds_up")(q, k, tokens, capacity)
 
 
+def value_scales(v, *, block_size: int):
+    """What `add_up` has to know of all values, for whatever tokens it is called.
+
+    Args:
+      v: [B, N, Hkv, D].
+      block_size: S.
+
+    Returns:
+      f32 [B, Nb, Hkv], a power of two above the values of each block.
+    """
+    return dispatch.deferred(f"{__name__}.mosaic_gpu", "value_scales")(v, block_size)
+
+
 def add_up(
     out,
     q,
@@ -129,6 +142,7 @@ def add_up(
     *,
     gate,
     added,
+    value_scales,
     block_size: int,
     scale: float | None = None,
 ):
@@ -146,6 +160,7 @@ def add_up(
       first: the first of these, int32, a multiple of 8.
       gate: f32 [B, T, Hq], what the attention to the blocks is multiplied with; None for 1.
       added: pairs of rows [B, T', Hq, D] to add, and what they are multiplied with, as `gate`.
+      value_scales: of all values, from the function of that name.
       block_size: as in `block_sparse_attention`.
       scale: likewise.
 
@@ -154,8 +169,8 @@ def add_up(
     """
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     first = jnp.asarray(first, jnp.int32)
-    operands = vary_alike(q, k, v, blocks, first, gate, tuple(added))
+    operands = vary_alike(q, k, v, blocks, first, gate, tuple(added), value_scales)
     return dispatch.deferred(f"{__name__}.mosaic_gpu", "add_up")(out, *operands, block_size, scale)
 
 
-__all__ = ["BlockCSR", "add_up", "adds_up", "block_sparse_attention"]
+__all__ = ["BlockCSR", "add_up", "adds_up", "block_sparse_attention", "value_scales"]

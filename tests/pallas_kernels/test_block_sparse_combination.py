@@ -15,15 +15,24 @@ from pallas_kernels.block_sparse_attention import (
     adds_up,
     block_sparse_attention,
     mosaic_gpu,
+    value_scales,
 )
 from pallas_kernels.block_sparse_attention.entries import Sizes
+from pallas_kernels.block_sparse_attention.mosaic_gpu import packing
 from pallas_kernels.block_sparse_attention.mosaic_gpu.combination import (
     Added,
     CombineConfig,
     combine_config_for,
     combine_entries,
 )
-from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Chunk, by_token, entry_place
+from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
+    DESCRIPTION,
+    SCALE,
+    Chunk,
+    by_token,
+    entry_place,
+)
+from pallas_kernels.hopper import HALF
 from tests.pallas_kernels.accuracy import assert_accurate, assert_same_bits
 from tests.pallas_kernels.hopper_interpreter import cut_small, interpret
 from tests.pallas_kernels.test_block_sparse_attention import random_selection
@@ -37,7 +46,7 @@ def make_sizes(batch, heads, groups, dim, chunk, capacity):
 
 
 def make_entries(sizes, rng, *, holes=True):
-    """Results in f64 by token, and as the kernel gets them: NaN where an entry is empty."""
+    """Results in f64 by token, and as the kernel gets them: anything where an entry is empty."""
     shape = sizes.batch, sizes.chunk, sizes.heads, sizes.capacity
     filled = rng.random(shape) < 0.7
     filled[:, :2] = False  # tokens without any
@@ -57,11 +66,20 @@ def make_entries(sizes, rng, *, holes=True):
         found[np.asarray(entry_place(np.arange(sizes.entries), sizes))] = x
         return found
 
+    # A tile for each matrix of 64 rows, with a scale of its own.
+    number = np.arange(sizes.entries, dtype=np.int32)
+    slot = np.where(placed(np.ones(shape, np.int32), 0), number, -1)
+    tiles = rng.integers(-9, 9, size=(sizes.entries * sizes.groups // HALF, DESCRIPTION))
+    scale = 2.0 ** rng.integers(3, 5, size=len(tiles)).astype(np.float32)
+    tiles[:, SCALE] = scale.view(np.int32)
     chunk = Chunk(
-        None, jnp.asarray(placed(value, 0)), jnp.asarray(placed(np.zeros(shape, np.int32), -1)),
-        None, None, None,
+        None, jnp.asarray(placed(value, 0)), jnp.asarray(slot), jnp.asarray(tiles, jnp.int32),
+        jnp.zeros(4, jnp.int32), None,
     )  # fmt: skip
-    operands = jnp.asarray(placed(parts, np.nan), jnp.bfloat16), jnp.asarray(placed(lse, np.nan))
+    scale = np.repeat(scale, HALF // sizes.groups)[:, None, None]
+    words = np.array(packing.pack(jnp.asarray(placed(parts, 0) * packing.packing_factor(scale))))
+    words[slot < 0] = rng.integers(-(2**31), 2**31, size=words[slot < 0].shape)
+    operands = jnp.asarray(words), jnp.asarray(placed(lse, np.nan))
     return (parts, lse + value[..., None].astype(np.float64), filled), operands, chunk
 
 
@@ -193,7 +211,8 @@ class TestAddUp:
             added = [(branches[0], None), (branches[1], gates[1])]
             return add_up(
                 jnp.full(q.shape, 7, q.dtype), q, k, v, blocks, first,
-                gate=gates[0], added=added, block_size=64,
+                gate=gates[0], added=added,
+                value_scales=value_scales(v, block_size=64), block_size=64,
             )  # fmt: skip
 
         found = run(whole_q, k, v, blocks, 8, branches, whole_gates)
@@ -228,9 +247,9 @@ class TestCompiled:
         rows, numbers = (1, 8192, 2 * groups, dim), (1, 8192, 2 * groups)
         half, wide = jnp.bfloat16, jnp.float32
 
-        def run(parts, lse, value, slot, span, rows, numbers):
-            chunk = Chunk(None, value, slot, None, span, None)
-            step = functools.partial(combine_entries, parts, lse, chunk, sizes=sizes, config=config)
+        def run(words, lse, value, slot, tiles, span, rows, numbers):
+            chunk = Chunk(None, value, slot, tiles, span, None)
+            step = functools.partial(combine_entries, words, lse, chunk, sizes=sizes, config=config)
             added = Added(rows, None), Added(rows, numbers)
             return (
                 step(results=(rows + 1, numbers + 1)),
@@ -239,9 +258,10 @@ class TestCompiled:
 
         entries = sizes.entries
         compilation = compile_for(
-            target, run, shape((entries, groups, dim), half), shape((entries, groups), wide),
-            shape((entries,), wide), shape((entries,), jnp.int32), shape((4,), jnp.int32),
-            shape(rows, half), shape(numbers, wide),
+            target, run, shape((entries, groups, packing.width(dim)), jnp.int32),
+            shape((entries, groups), wide), shape((entries,), wide), shape((entries,), jnp.int32),
+            shape((entries, DESCRIPTION), jnp.int32), shape((4,), jnp.int32), shape(rows, half),
+            shape(numbers, wide),
         )  # fmt: skip
         assert len(compilation.kernels) == 2
         for kernel in compilation.kernels:
@@ -256,7 +276,10 @@ class TestCompiled:
         def run(q, k, v, blocks, branch, gate):
             added = [(branch, None), (branch, gate)]
             out = jax.lax.empty(q.shape, q.dtype)
-            return add_up(out, q, k, v, blocks, 0, gate=gate, added=added, block_size=64)
+            scales = value_scales(v, block_size=64)
+            return add_up(
+                out, q, k, v, blocks, 0, gate=gate, added=added, value_scales=scales, block_size=64
+            )
 
         compilation = compile_for("h200", run, q, k, v, blocks, q, gates)
         assert compilation.temporary_bytes < q.size * 2
@@ -270,6 +293,6 @@ class TestCompiled:
         for dim in (64, 128):
             for capacity in (1, 16, 64):
                 config = combine_config_for(make_sizes(1, 2, 8, dim, 4096, capacity))
-                assert config is not None and config.stages >= 3
-                in_flight = config.computing * config.stages * 64 * dim * 2
+                assert config is not None and config.stages >= 2
+                in_flight = config.computing * config.stages * 64 * packing.width(dim) * 4
                 assert 40 * 1024 <= in_flight < shared.SHARED_MEMORY

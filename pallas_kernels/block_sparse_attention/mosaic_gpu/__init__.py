@@ -2,9 +2,9 @@
 
 Key-major: the entries of a chunk of queries are sorted by block, and a tile gathers, by TMA, the
 query rows of entries that chose the same block, so that a block's keys are read once for all of
-its tiles (MoBA, arXiv:2502.13189; FSA, arXiv:2508.18224). Results per entry are written in bf16
-and combined per query. dK and dV are summed block by block. No atomics: two runs agree bit for
-bit. What a query gets depends on its own entries only.
+its tiles (MoBA, arXiv:2502.13189; FSA, arXiv:2508.18224). Results per entry are written in 12
+bits a number (`packing`) and combined per query. dK and dV are summed block by block. No atomics:
+two runs agree bit for bit. What a query gets depends on its own entries only.
 
 Copies of whole entries need 8 or 16 query heads per KV head; other numbers are padded to these.
 """
@@ -25,6 +25,7 @@ from pallas_kernels.block_sparse_attention.entries import (
     find_entries,
     loop,
 )
+from pallas_kernels.block_sparse_attention.mosaic_gpu import packing
 from pallas_kernels.block_sparse_attention.mosaic_gpu.block_walk import key_gradients
 from pallas_kernels.block_sparse_attention.mosaic_gpu.combination import (
     TOGETHER,
@@ -44,7 +45,7 @@ from pallas_kernels.mesh_axes import vary_with
 
 # Entries of a chunk of queries. Partial results are held of all of them, so there should be few,
 # but enough for whole tiles of a block's entries, and not so few that launches dominate.
-_ENTRIES_PER_BLOCK = {"forward": 28, "query_gradient": 16}
+_ENTRIES_PER_BLOCK = {"forward": 64, "query_gradient": 16}
 _MIN_ENTRIES = 2**17
 # Of what is planned at once, and of a chunk for dK and dV, which have no partial results.
 _MAX_ENTRIES = 2**27
@@ -68,7 +69,7 @@ def _whole(tokens: int) -> int:
     return -(-tokens // TOGETHER) * TOGETHER
 
 
-def _for_chunks(chunks: int, pattern, sizes: Sizes, tokens: int, step, results, origin=0):
+def _for_chunks(chunks: int, pattern, sizes: Sizes, tokens: int, step, results, **options):
     """Runs `step(chunk, results)` chunk after chunk; returns the last results.
 
     The last chunk ends with the sequence: what it shares with others is computed again.
@@ -80,7 +81,7 @@ def _for_chunks(chunks: int, pattern, sizes: Sizes, tokens: int, step, results, 
       tokens: of the pattern, a multiple of 8 or more.
       step: what to do.
       results: to begin with.
-      origin: the token that is the pattern's first.
+      options: of `plan_chunks`.
     """
     plans = -(-chunks * sizes.entries // _MAX_ENTRIES)
     each = -(-chunks // plans)
@@ -88,7 +89,7 @@ def _for_chunks(chunks: int, pattern, sizes: Sizes, tokens: int, step, results, 
     first = jnp.minimum(number * sizes.chunk, tokens - sizes.chunk)
 
     def of_plan(n, results):
-        plan = plan_chunks(first[n], *pattern, sizes, origin)
+        plan = plan_chunks(first[n], *pattern, sizes, **options)
 
         def of_chunk(i, results):
             return step(plan.chunk(i), results)
@@ -111,9 +112,10 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
     config, combine_config = config_for("forward", sizes.head_dim), combine_config_for(sizes)
 
     def attend(chunk, results):
-        parts, lse = forward(q, k, v, chunk, sizes, config)
+        words, lse = forward(q, k, v, chunk, sizes, config)
         if combine_config is not None:
-            return combine_entries(parts, lse, chunk, results, sizes, combine_config)
+            return combine_entries(words, lse, chunk, results, sizes, combine_config)
+        parts = packing.unpack_entries(words, chunk.scale(sizes))
         operands = chunk.value[:, None], chunk.filled[:, None], parts, lse
         found = combine_by_token(*(by_token(x, sizes) for x in operands))
         return tuple(_put(x, y, chunk) for x, y in zip(results, found, strict=True))
@@ -122,7 +124,8 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
     if combine_config is None:  # else it must not vary, see `hopper.launch`
         empty = vary_with(q, empty)
     pattern = indptr, indices, values
-    results = _for_chunks(chunks, pattern, sizes, shape[1], attend, empty)
+    scales = packing.scales(v, sizes.block_size)
+    results = _for_chunks(chunks, pattern, sizes, shape[1], attend, empty, scales=scales)
     return tuple(x[:, :tokens] for x in vary_with(q, results))
 
 
@@ -257,7 +260,7 @@ def adds_up(q, k, tokens: int, capacity: int) -> bool:
     return combine_config_for(sizes) is not None
 
 
-def add_up(out, q, k, v, blocks: BlockCSR, first, gate, added, block_size, scale):
+def add_up(out, q, k, v, blocks: BlockCSR, first, gate, added, value_scales, block_size, scale):
     """See `pallas_kernels.block_sparse_attention.add_up`."""
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads, tokens = k.shape[2], blocks.indptr.shape[2] - 1
@@ -270,13 +273,17 @@ def add_up(out, q, k, v, blocks: BlockCSR, first, gate, added, block_size, scale
     added = tuple(Added(*each) for each in added)
 
     def attend(chunk, out):
-        parts, lse = forward(q, k, v, chunk, sizes, config)
+        words, lse = forward(q, k, v, chunk, sizes, config)
         return combine_entries(
-            parts, lse, chunk, (out, None), sizes, combine_config, gate=gate, added=added
+            words, lse, chunk, (out, None), sizes, combine_config, gate=gate, added=added
         )[0]
 
     pattern = blocks.indptr, blocks.indices, blocks.values
-    return _for_chunks(chunks, pattern, sizes, tokens, attend, out, origin=first)
+    return _for_chunks(
+        chunks, pattern, sizes, tokens, attend, out, origin=first, scales=value_scales
+    )
 
 
-__all__ = ["KERNELS", "add_up", "adds_up", "block_sparse_attention"]
+value_scales = packing.scales
+
+__all__ = ["KERNELS", "add_up", "adds_up", "block_sparse_attention", "value_scales"]

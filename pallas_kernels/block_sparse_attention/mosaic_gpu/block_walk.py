@@ -22,6 +22,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.loading import (
     for_tiles,
     load_block,
     load_entries,
+    lookup_scratch,
     turn_of,
 )
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
@@ -69,6 +70,7 @@ class BlockWalk:
             "bar_tile": hopper.operand_tile((2, rows, sizes.head_dim)),
             "q_ring": Ring.barriers(config.stages, 2 * HALF // sizes.groups + 1),
             "k_ring": Ring.barriers(config.key_stages, 2),
+            **lookup_scratch(),
         }
 
     def turn(self, i):
@@ -87,7 +89,7 @@ class BlockWalk:
             load_entries(at.q, at.q_tile.at[slot], ready, tile, groups)
             load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, groups)
 
-        for_tiles(at.tiles, self.begin, self.count, self.width, load_tile)
+        for_tiles(at, self.begin, self.count, self.width, load_tile)
 
     def keys(self, block):
         """The keys of a block."""

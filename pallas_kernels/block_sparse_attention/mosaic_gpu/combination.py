@@ -21,6 +21,7 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention.entries import Sizes
+from pallas_kernels.block_sparse_attention.mosaic_gpu import packing
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Chunk
 from pallas_kernels.hopper import HALF, LOG2E, Ring
 
@@ -33,19 +34,21 @@ class CombineConfig:
     """How the kernel is cut.
 
     Attributes:
-      stages: copies in shared memory at a time, for each computing warpgroup.
+      stages: copies of entries in shared memory at a time, for each computing warpgroup.
       matrices: of 64 rows in a copy, where the number of a query's entries is a multiple of it.
+      added_stages: likewise of what is added.
       computing: warpgroups that add, a tile each.
       programs: thread blocks.
     """
 
     stages: int
     matrices: int = 1
+    added_stages: int = 1
     computing: int = 2
     programs: int = hopper.MULTIPROCESSORS
 
 
-_DEFAULTS = {64: CombineConfig(10), 128: CombineConfig(5)}
+_DEFAULTS = {64: CombineConfig(10, added_stages=2), 128: CombineConfig(5)}
 
 
 def combine_config_for(sizes: Sizes) -> CombineConfig | None:
@@ -64,6 +67,11 @@ def combine_config_for(sizes: Sizes) -> CombineConfig | None:
     return config if fits(config) else None
 
 
+def _padded_factors(sizes: Sizes) -> int:
+    """Of a tile, rounded up to the multiples of 128 bytes that TMA copies to."""
+    return -(-sizes.capacity * HALF // sizes.groups // 32) * 32
+
+
 class Added(NamedTuple):
     """Rows to add to the result.
 
@@ -80,9 +88,9 @@ class _Combination:
     """A thread block that takes every `programs`-th tile.
 
     Its computing warpgroups take tiles in turns, each with slots of its own, which the loader fills
-    alternately. `at` has the references: parts, logits, span, out, lse and, by their number, rows0,
-    gate0, ... in device memory; slab, logits_tile, gates_tile, out_tile and lse_tile in
-    shared memory; and the rings' barriers.
+    alternately. `at` has the references: words, logits, factors, span, out, lse and, by their
+    number, rows0, gate0, ... in device memory; words_tile, logits_tile, factors_tile, gates_tile,
+    added_tile, out_tile and lse_tile in shared memory; and the rings' barriers.
     """
 
     def __init__(self, sizes: Sizes, config: CombineConfig, gates: tuple[bool, ...], at):
@@ -90,8 +98,7 @@ class _Combination:
         self.across = sizes.chunk * sizes.heads * sizes.groups // HALF  # tiles of a sequence
         self.own = hopper.share(sizes.batch * self.across, at)
         self.steps = sizes.capacity // config.matrices
-        # A turn is a copy; those of rows that are added come after those of the entries.
-        self.turns = self.steps + max(len(gates) - 1, 0)
+        self.added = max(len(gates) - 1, 0)  # arrays
         self.gated = [n for n, gated in enumerate(gates) if gated]
         # Of the chunk's first token, in `out` and the gates, and in what is added.
         self.row, self.added_row = (
@@ -102,24 +109,35 @@ class _Combination:
     @staticmethod
     def scratch(sizes: Sizes, config: CombineConfig, gates: tuple[bool, ...]):
         """What it needs in shared memory."""
-        computing, gated = config.computing, sum(gates)
-        slots, places = computing * config.stages, computing * _PLACES
+        computing, gated, adds = config.computing, sum(gates), len(gates) > 1
+        slots, added_slots, places = (
+            computing * each for each in (config.stages, config.added_stages, _PLACES)
+        )
+        rows = HALF, sizes.head_dim
         return {
-            "slab": hopper.operand_tile((slots, config.matrices * HALF, sizes.head_dim)),
+            "words_tile": packing.tile(slots, config.matrices * HALF, sizes.head_dim),
             "logits_tile": plgpu.SMEM((places, sizes.capacity, HALF), jnp.float32),
+            "factors_tile": plgpu.SMEM((places, _padded_factors(sizes)), jnp.float32),
             "gates_tile": plgpu.SMEM((places, gated, HALF), jnp.float32) if gated else None,
-            "out_tile": hopper.operand_tile((computing, HALF, sizes.head_dim)),
+            "added_tile": hopper.operand_tile((added_slots, *rows)) if adds else None,
+            "out_tile": hopper.operand_tile((computing, *rows)),
             "lse_tile": None if gates else plgpu.SMEM((computing, HALF), jnp.float32),
-            "ring": Ring.barriers(slots, 1, consumers=1),
-            "number_ring": Ring.barriers(places, 1 + gated, consumers=1),
+            "words_ring": Ring.barriers(slots, 1, consumers=1),
+            "added_ring": Ring.barriers(added_slots, 1, consumers=1),
+            "number_ring": Ring.barriers(places, 2 + gated, consumers=1),
         }
 
+    def ring(self, name: str, size: int, warpgroup):
+        """The ring of that name that a computing warpgroup has."""
+        return Ring(size, *getattr(self.at, name), first=warpgroup * size)
+
     def rings(self, warpgroup):
-        """Of what is added, and of the tiles' numbers, of a computing warpgroup."""
-        stages = self.config.stages
+        """Of entries, of what is added, and of the tiles' numbers, of a computing warpgroup."""
+        config = self.config
         return (
-            Ring(stages, *self.at.ring, first=warpgroup * stages),
-            Ring(_PLACES, *self.at.number_ring, first=warpgroup * _PLACES),
+            self.ring("words_ring", config.stages, warpgroup),
+            self.ring("added_ring", config.added_stages, warpgroup),
+            self.ring("number_ring", _PLACES, warpgroup),
         )
 
     def tile(self, i):
@@ -144,33 +162,34 @@ class _Combination:
             def _(step):
                 for_each(n, functools.partial(self._load_entries, step))
 
-            for number in range(self.turns - self.steps):
+            for number in range(self.added):
                 for_each(n, functools.partial(self._load_added, number))
 
     def _load_numbers(self, warpgroup, n, tile, b, row):
         at = self.at
-        _, ring = self.rings(warpgroup)
+        _, _, ring = self.rings(warpgroup)
         place = ring.claim(n)
         ready = ring.ready.at[place]
         plgpu.copy_gmem_to_smem(at.logits.at[tile], at.logits_tile.at[place], ready)
+        plgpu.copy_gmem_to_smem(at.factors.at[tile], at.factors_tile.at[place], ready)
         for number, gate in enumerate(self.gated):
             source = getattr(at, f"gate{gate}").at[b, self.row + row]
             plgpu.copy_gmem_to_smem(source, at.gates_tile.at[place, number], ready)
 
     def _load_entries(self, step, warpgroup, n, tile, b, row):
         at, height = self.at, self.config.matrices * HALF
-        ring, _ = self.rings(warpgroup)
-        slot = ring.claim(n * self.turns + step)
+        ring, _, _ = self.rings(warpgroup)
+        slot = ring.claim(n * self.steps + step)
         rows = pl.ds(pl.multiple_of(step * height, height), height)
-        plgpu.copy_gmem_to_smem(at.parts.at[tile, rows], at.slab.at[slot], ring.ready.at[slot])
+        source, ready = at.words.at[tile, rows], ring.ready.at[slot]
+        plgpu.copy_gmem_to_smem(source, at.words_tile.at[slot], ready)
 
     def _load_added(self, number, warpgroup, n, tile, b, row):
         at = self.at
-        ring, _ = self.rings(warpgroup)
-        slot = ring.claim(n * self.turns + self.steps + number)
+        _, ring, _ = self.rings(warpgroup)
+        slot = ring.claim(n * self.added + number)
         source = getattr(at, f"rows{number}").at[b, self.added_row + row]
-        target = at.slab.at[slot, pl.ds(0, HALF)]
-        plgpu.copy_gmem_to_smem(source, target, ring.ready.at[slot])
+        plgpu.copy_gmem_to_smem(source, at.added_tile.at[slot], ring.ready.at[slot])
 
     def compute(self):
         """Combines tile after tile; results leave while the next tile is under way."""
@@ -181,9 +200,9 @@ class _Combination:
 
     def _combine(self, n, _):
         at, shape = self.at, (HALF, self.sizes.head_dim)
-        ring, number_ring = self.rings(at.warpgroup)
+        ring, added_ring, number_ring = self.rings(at.warpgroup)
         place = number_ring.receive(n)
-        begin = n * self.turns
+        begin = n * self.steps
 
         def logits(number):
             return plgpu.load(at.logits_tile.at[place, number], layout=hopper.ROW)
@@ -197,12 +216,13 @@ class _Combination:
             acc, total = carry
             slot = ring.receive(begin + step)
             for matrix in range(self.config.matrices):
-                logit = logits(step * self.config.matrices + matrix)
-                weights = jnp.exp2(logit - top)
-                rows = self._rows(slot, matrix)
-                # An empty entry's place may hold anything.
-                rows = jnp.where(hopper.along_rows(logit, shape) > -jnp.inf, rows, 0)
-                acc = acc + rows * hopper.along_rows(weights, shape)
+                number = step * self.config.matrices + matrix
+                weights = jnp.exp2(logits(number) - top)
+                factors = weights * self._factors(place, number)
+                words = at.words_tile.at[slot, pl.ds(matrix * HALF, HALF)]
+                words = plgpu.load(words, layout=plgpu.Layout.WGMMA)
+                # An empty entry's place may hold anything, which are numbers, though.
+                acc = acc + packing.unpack(words) * hopper.along_rows(factors, shape)
                 total = total + weights
             ring.release(begin + step)
             return acc, total
@@ -211,24 +231,32 @@ class _Combination:
         acc, total = lax.fori_loop(0, self.steps, add, zeros)
         some = total != 0
         total = jnp.where(some, total, 1.0)
-        factor = 1 / total
+        factor = packing.UNPACKED / total
         if self.gates and self.gates[0]:
             factor = factor * self._gate(place, 0)
         acc = acc * hopper.along_rows(factor, shape)
-        for number in range(self.turns - self.steps):
-            turn = begin + self.steps + number
-            rows = self._rows(ring.receive(turn), 0)
+        for number in range(self.added):
+            turn = n * self.added + number
+            rows = at.added_tile.at[added_ring.receive(turn)]
+            rows = plgpu.load(rows, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
             if self.gates[1 + number]:
                 rows = rows * hopper.along_rows(self._gate(place, 1 + number), shape)
             acc = acc + rows
-            ring.release(turn)
+            added_ring.release(turn)
         number_ring.release(n)
         lse = None if self.gates else top * (1 / LOG2E) + jnp.log(total)
         self._store(n, acc, None if lse is None else jnp.where(some, lse, -jnp.inf))
 
-    def _rows(self, slot, matrix: int):
-        rows = self.at.slab.at[slot, pl.ds(matrix * HALF, HALF)]
-        return plgpu.load(rows, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+    def _factors(self, place, number):
+        """Of each row, the factor of the entry that a matrix has for it."""
+        width = HALF // self.sizes.groups
+        entry = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=hopper.ROW)
+        entry = lax.div(entry, jnp.int32(self.sizes.groups))
+        found = hopper.full((HALF,), 0, hopper.ROW)
+        for n in range(width):
+            factor = self.at.factors_tile[place, number * width + n]
+            found = jnp.where(entry == n, factor, found)
+        return found
 
     def _gate(self, place, number: int):
         tile = self.at.gates_tile.at[place, self.gated.index(number)]
@@ -251,7 +279,7 @@ class _Combination:
 
 @functools.partial(jax.jit, static_argnames=("sizes", "config"))
 def combine_entries(
-    parts,
+    words,
     lse,
     chunk: Chunk,
     results: tuple[jax.Array, jax.Array | None],
@@ -264,10 +292,10 @@ def combine_entries(
     """Combines the results of a chunk's entries, which replaces the chunk's rows in `results`.
 
     Args:
-      parts: results of entries, normalised, [entries, groups, D], each at its place; those of
-        empty entries may be anything.
+      words: results of entries, normalised and packed (`packing`), int32
+        [entries, groups, 3 D / 8], each at its place; those of empty entries may be anything.
       lse: f32 [entries, groups], likewise, without the entries' values.
-      chunk: the entries.
+      chunk: the entries, planned with the scales that they are packed with.
       results: out [B, T, Hkv * groups, D], and lse f32 [B, T, Hkv * groups], or None where there is
         a gate or something is added; T and the chunk's first tokens are multiples of 8.
       sizes: of the call; the chunk is a multiple of 8.
@@ -287,6 +315,9 @@ def combine_entries(
     # In units of log 2.
     logits = (lse + chunk.value[:, None]) * LOG2E
     logits = jnp.where(jnp.broadcast_to(chunk.slot[:, None], logits.shape) >= 0, logits, -jnp.inf)
+    factors = packing.unpacking_factor(jnp.where(chunk.filled, chunk.scale(sizes), 1))
+    factors = factors.reshape(tiles, -1)
+    factors = jnp.pad(factors, [(0, 0), (0, _padded_factors(sizes) - factors.shape[1])])
 
     def by_tile(x, *rest):
         return x if x is None else x.reshape(len(x), -1, HALF, *rest)
@@ -295,8 +326,9 @@ def combine_entries(
         return x if x is None else by_tile(x.astype(jnp.float32))
 
     operands = {
-        "parts": parts.reshape(tiles, sizes.capacity * HALF, sizes.head_dim),
+        "words": words.reshape(tiles, sizes.capacity * HALF, -1),
         "logits": logits.reshape(tiles, sizes.capacity, HALF),
+        "factors": factors,
         "span": chunk.span,
         "gate0": gate_by_tile(gate),
     }

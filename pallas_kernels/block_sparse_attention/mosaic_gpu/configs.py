@@ -18,7 +18,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Config
 # forward and dQ would wait for ever.
 _GRIDS = {
     ("forward", 64): ((6, 12), (2, 3, 4), (2, 3)),
-    ("forward", 128): ((4, 6), (2, 3), (2, 3)),
+    ("forward", 128): ((4, 6, 8), (2, 3), (2, 3)),
     ("query_gradient", 64): ((6, 12), (2, 3, 4), (2, 3)),
     ("query_gradient", 128): ((4,), (2,), (2,)),
     ("key_gradients", 64): ((2, 4, 6, 8), (2, 4), (2,)),
@@ -26,7 +26,7 @@ _GRIDS = {
 }
 _DEFAULTS = {
     ("forward", 64): Config(12, 3, computing=3),
-    ("forward", 128): Config(6, 3, computing=3),
+    ("forward", 128): Config(6, 2, computing=3),
     ("query_gradient", 64): Config(6, 3, computing=3),
     ("query_gradient", 128): Config(4, 2),
     ("key_gradients", 64): Config(6),

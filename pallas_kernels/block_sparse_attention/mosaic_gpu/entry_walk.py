@@ -10,11 +10,13 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention.entries import Sizes
+from pallas_kernels.block_sparse_attention.mosaic_gpu import packing
 from pallas_kernels.block_sparse_attention.mosaic_gpu.loading import (
     Tile,
     for_tiles,
     load_block,
     load_entries,
+    lookup_scratch,
     turn_of,
 )
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
@@ -23,6 +25,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     DESCRIPTION,
     HEAD,
     HEADER,
+    SCALE,
     Chunk,
     Config,
     most_tiles,
@@ -65,6 +68,7 @@ class EntryWalk:
             "v_tile": keys,
             "q_ring": Ring.barriers(config.stages, arrays * (width + 1), consumers=1),
             "k_ring": Ring.barriers(config.key_stages, 2, consumers=config.computing),
+            **lookup_scratch(),
         }
 
     def turn(self, i):
@@ -79,7 +83,7 @@ class EntryWalk:
             slot = self.q_ring.claim(i)
             self.load_tile(slot, self.q_ring.ready.at[slot], i, tile)
 
-        for_tiles(self.at.tiles, self.begin, self.count, self.width, load_tile)
+        for_tiles(self.at, self.begin, self.count, self.width, load_tile)
 
     def load_tile(self, slot, ready, i, tile: Tile):
         """Starts the copies that make own tile i."""
@@ -114,7 +118,7 @@ class EntryWalk:
             slot = self.q_ring.receive(i)
             key_slot = lax.rem(turn, self.config.key_stages)
             meanwhile = functools.partial(pl.when(n > 0), lambda: self.finish_store(i - own))
-            self.compute_tile(self.first + i, slot, key_slot, meanwhile)
+            self.compute_tile(i, slot, key_slot, meanwhile)
             plgpu.commit_smem_to_gmem_group()
             return turn, next_turn
 
@@ -139,32 +143,37 @@ class EntryWalk:
         keys = self.sizes.num_keys - self.at.info_tile[slot, BLOCK] * self.sizes.block_size
         return functools.partial(hopper.keep, axis=1, below=keys)
 
-    def store_entries(self, tile, slot, matrix, numbers):
-        """Starts the copies of a tile's results.
+    def store(self, i, slot, matrix, numbers):
+        """Starts the copies of own tile i's results.
 
         Args:
-          tile: of the chunk's tiles.
-          slot: of its place in shared memory.
-          matrix: (place, array): a row per row of the tile, goes to an array of entries.
+          i: tile.
+          slot: of its description.
+          matrix: (place, array): an equal part for each of its entries, goes to an array of them.
           numbers: (place, array): a number per row, goes to an array of tiles.
         """
-        tile_ref, array = numbers
-        plgpu.copy_smem_to_gmem(tile_ref.at[slot], array.at[tile], commit_group=False)
-        tile_ref, array = matrix
-        groups = self.sizes.groups
+        place, array = numbers
+        plgpu.copy_smem_to_gmem(place, array.at[self.first + i], commit_group=False)
+        place, array = matrix
+        height = place.shape[0] // self.width
         for n in range(self.width):
             entry = self.at.info_tile[slot, HEADER + self.width + n]
 
             @pl.when(entry >= 0)
             def _(n=n, entry=entry):
-                source = tile_ref.at[slot, pl.ds(n * groups, groups)]
+                source = place.at[pl.ds(n * height, height)]
                 plgpu.copy_smem_to_gmem(source, array.at[entry], commit_group=False)
 
 
 class _Forward(EntryWalk):
-    def compute_tile(self, tile, slot, key_slot, meanwhile):
+    """Results are packed, and have a place for each computing warpgroup: `words_tile`, `lse_tile`.
+
+    So a slot is given back as soon as its tile is computed.
+    """
+
+    def compute_tile(self, i, slot, key_slot, meanwhile):
         """Attention within the block."""
-        at = self.at
+        at, own = self.at, self.at.warpgroup
         queries = at.q_tile.at[slot]
         logits = hopper.scores(
             queries,
@@ -179,10 +188,18 @@ class _Forward(EntryWalk):
         total = weights.sum(axis=1)
         shape = (HALF, self.sizes.head_dim)
         acc = hopper.multiply(weights.astype(at.v.dtype), at.v_tile.at[key_slot], shape)
-        at.q_tile[slot] = (acc * hopper.along_rows(1 / total, shape)).astype(at.q.dtype)
-        at.lse_tile[slot] = top * (1 / LOG2E) + jnp.log(total)
+        bits = plgpu.layout_cast(jnp.full(HALF, at.info_tile[slot, SCALE]), hopper.ROW)
+        factor = packing.packing_factor(lax.bitcast_convert_type(bits, jnp.float32)) / total
+        at.words_tile[own] = packing.pack(acc * hopper.along_rows(factor, shape))
+        at.lse_tile[own] = top * (1 / LOG2E) + jnp.log(total)
         plgpu.commit_smem()
-        self.store_entries(tile, slot, (at.q_tile, at.out), (at.lse_tile, at.lse))
+        places = at.words_tile.at[own], at.lse_tile.at[own]
+        self.store(i, slot, (places[0], at.words), (places[1], at.lse))
+        self.q_ring.release(i)
+
+    def finish_store(self, i):
+        """Waits until tile i's results have left."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 class _QueryGradient(EntryWalk):
@@ -192,7 +209,7 @@ class _QueryGradient(EntryWalk):
         load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, self.sizes.groups)
         plgpu.copy_gmem_to_smem(at.sums.at[self.begin + i], at.sums_tile.at[slot], ready)
 
-    def compute_tile(self, tile, slot, key_slot, meanwhile):
+    def compute_tile(self, i, slot, key_slot, meanwhile):
         """What the block contributes to dQ, and to the gradient of each row's bias."""
         at, sums = self.at, self.at.sums_tile
         keys, values = at.k_tile.at[key_slot], at.v_tile.at[key_slot]
@@ -209,13 +226,16 @@ class _QueryGradient(EntryWalk):
         acc = hopper.multiply(narrow, keys, (HALF, self.sizes.head_dim))
         at.q_tile[slot] = acc.astype(at.q.dtype)
         plgpu.commit_smem()
-        self.store_entries(tile, slot, (at.q_tile, at.q_bar), (at.bias_tile, at.bias_bar))
+        places = at.q_tile.at[slot], at.bias_tile.at[slot]
+        self.store(i, slot, (places[0], at.q_bar), (places[1], at.bias_bar))
 
 
 def forward_scratch(sizes: Sizes, config: Config):
     """What `forward` needs in shared memory."""
-    scratch = EntryWalk.scratch(sizes, config, arrays=1)
-    return scratch | {"lse_tile": plgpu.SMEM((config.stages, HALF), jnp.float32)}
+    return EntryWalk.scratch(sizes, config, arrays=1) | {
+        "words_tile": packing.tile(config.computing, HALF, sizes.head_dim),
+        "lse_tile": plgpu.SMEM((config.computing, HALF), jnp.float32),
+    }
 
 
 def query_gradient_scratch(sizes: Sizes, config: Config):
@@ -230,18 +250,23 @@ def query_gradient_scratch(sizes: Sizes, config: Config):
 
 @functools.partial(jax.jit, static_argnames=("sizes", "config"))
 def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
-    """(out, lse) of each entry on its own: [entries, groups, D], f32 [entries, groups].
+    """(words, lse) of each entry on its own: [entries, groups, 3 D / 8], f32 [entries, groups].
 
-    Each entry has its place in them, which holds anything where it is empty.
+    Each entry has its place in them, which holds anything where it is empty. Words are those of
+    `packing`, int32, with the scales that the chunk was planned with.
     """
+    words = sizes.entries, sizes.groups, packing.width(sizes.head_dim)
     results = hopper.launch(
         "block_sparse_forward",
         **_team(_Forward, sizes, config),
         operands={"q": q, "k": k, "v": v, "tiles": chunk.tiles, "span": chunk.span},
-        outputs=_results(chunk, sizes, q.dtype, "out", "lse"),
+        outputs={
+            "words": jax.ShapeDtypeStruct(words, jnp.int32),
+            "lse": _numbers_of_tiles(sizes),
+        },
         scratch=forward_scratch(sizes, config),
     )
-    return results["out"], by_place(results["lse"], chunk, sizes)
+    return results["words"], by_place(results["lse"], chunk, sizes)
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "config"))
@@ -264,7 +289,10 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
         "block_sparse_query_gradient",
         **_team(_QueryGradient, sizes, config),
         operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
-        outputs=_results(chunk, sizes, q.dtype, "q_bar", "bias_bar"),
+        outputs={
+            "q_bar": jax.ShapeDtypeStruct((sizes.entries, sizes.groups, sizes.head_dim), q.dtype),
+            "bias_bar": _numbers_of_tiles(sizes),
+        },
         scratch=query_gradient_scratch(sizes, config),
     )
     return results["q_bar"], by_place(results["bias_bar"], chunk, sizes)
@@ -281,12 +309,8 @@ def _team(walk: type[EntryWalk], sizes: Sizes, config: Config):
     }
 
 
-def _results(chunk: Chunk, sizes: Sizes, dtype, matrix: str, numbers: str):
-    entries = sizes.entries, sizes.groups, sizes.head_dim
-    return {
-        matrix: jax.ShapeDtypeStruct(entries, dtype),
-        numbers: jax.ShapeDtypeStruct((most_tiles(sizes), HALF), jnp.float32),
-    }
+def _numbers_of_tiles(sizes: Sizes):
+    return jax.ShapeDtypeStruct((most_tiles(sizes), HALF), jnp.float32)
 
 
 def by_place(x, chunk: Chunk, sizes: Sizes):

@@ -1,5 +1,6 @@
 """What the loaders of all walks share: a thread block's tiles, and the copies that fill them."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,11 +13,14 @@ from jax import lax
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     BATCH,
     BLOCK,
+    DESCRIPTION,
     HEAD,
     HEADER,
     TURN,
 )
 from pallas_kernels.hopper import Ring
+
+_LOOKED_UP = 8  # tiles whose descriptions are copied at a time
 
 
 class Tile(NamedTuple):
@@ -34,34 +38,64 @@ def turn_of(tiles, first, i):
     return tiles[first + i, TURN] - tiles[first, TURN]
 
 
-def for_tiles(tiles, first, count, width, visit: Callable):
+def lookup_scratch():
+    """What `for_tiles` needs in shared memory."""
+    return {
+        "lookup_tile": plgpu.SMEM((2, _LOOKED_UP, DESCRIPTION), jnp.int32),
+        "lookup_ready": plgpu.Barrier(num_arrivals=1, num_barriers=2),
+    }
+
+
+def for_tiles(at, first, count, width, visit: Callable):
     """Calls `visit(i, turns, tile)` for `count` tiles.
 
-    A tile is looked up in device memory while the one before is visited, for that takes long.
+    Descriptions come from device memory some tiles at a time, while those before are visited.
 
     Args:
-      tiles: reference to the descriptions.
+      at: has the references `tiles`, in device memory, and those of `lookup_scratch`.
       first: tile.
       count: of tiles.
       width: entries of a tile.
       visit: `turns` is how many blocks have been visited before.
     """
+    most = at.tiles.shape[0]
+    together = min(_LOOKED_UP, most)
+    first_turn = at.tiles[jnp.minimum(first, most - 1), TURN]
 
-    def look_up(i):
-        i = jnp.minimum(i, count - 1)
-        batch, head, block = (tiles[first + i, n] for n in (BATCH, HEAD, BLOCK))
-        tokens = tuple(tiles[first + i, HEADER + n] for n in range(width))
-        return Tile(batch, head, block, turn_of(tiles, first, i), tokens)
+    def begin(group):
+        """A group's first tile, or one before: no copy may reach past the last."""
+        return jnp.minimum(first + group * together, most - together)
 
-    def step(i, state):
-        turns, tile = state
-        following = look_up(i + 1)
-        visit(i, turns, tile)
-        return tile.turn + 1, following
+    def copy(group):
+        slot = lax.rem(group, 2)
+        source = at.tiles.at[pl.ds(begin(group), together)]
+        target = at.lookup_tile.at[slot, pl.ds(0, together)]
+        plgpu.copy_gmem_to_smem(source, target, at.lookup_ready.at[slot])
+
+    def visit_group(group, turns):
+        # All warps have read the group before, in whose place the next one goes.
+        plgpu.commit_smem()
+        pl.when((group + 1) * together < count)(functools.partial(copy, group + 1))
+        slot = lax.rem(group, 2)
+        plgpu.barrier_wait(at.lookup_ready.at[slot])
+
+        def visit_tile(i, turns):
+            def number(n):
+                return at.lookup_tile[slot, first + i - begin(group), n]
+
+            tokens = tuple(number(HEADER + n) for n in range(width))
+            turn = number(TURN) - first_turn
+            visit(i, turns, Tile(number(BATCH), number(HEAD), number(BLOCK), turn, tokens))
+            return turn + 1
+
+        return lax.fori_loop(
+            group * together, jnp.minimum((group + 1) * together, count), visit_tile, turns
+        )
 
     @pl.when(count > 0)
     def _():
-        lax.fori_loop(0, count, step, (jnp.int32(0), look_up(0)))
+        copy(0)
+        lax.fori_loop(0, lax.div(count + together - 1, together), visit_group, jnp.int32(0))
 
 
 def load_block(at, ring: Ring, turns, tile: Tile, block_size: int):

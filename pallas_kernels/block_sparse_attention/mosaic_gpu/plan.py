@@ -15,7 +15,7 @@ from pallas_kernels.segments import cut_runs
 
 DESCRIPTION = 32  # numbers for each tile: TMA copies to multiples of 128 bytes in shared memory
 HEADER = 8  # of them come before those of its entries
-BATCH, HEAD, BLOCK, TURN, FIRST, LAST = range(6)  # their places
+BATCH, HEAD, BLOCK, TURN, FIRST, LAST, SCALE = range(7)  # their places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,9 @@ class Chunk(NamedTuple):
       value: f32 [entries]: the score bias; 0 if empty.
       slot: int32 [entries]: where each entry is among those of all tiles, R a tile; -1 if empty.
       tiles: int32 [tiles, DESCRIPTION]: batch element, KV head, block, the block's number among
-        those that have entries, the block's first and last tile; then the tokens of the
-        tile's R = 64 / groups entries, then the entries' own places, or -1 for none.
+        those that have entries, the block's first and last tile, and the bits of the
+        block's scale (`packing`); then the tokens of the tile's R = 64 / groups entries, then
+        the entries' own places, or -1 for none.
       span: int32 [4]: of the tiles the first and how many there are; the first token, and its
         number among those of the pattern.
       used: bool [columns]: whether a block has entries.
@@ -88,6 +89,11 @@ class Chunk(NamedTuple):
     def filled(self) -> jax.Array:
         """Whether an entry is not empty, bool [entries]."""
         return self.slot >= 0
+
+    def scale(self, sizes: Sizes) -> jax.Array:
+        """The scale of each entry's block, f32 [entries]; anything where it is empty."""
+        tile = self.span[0] + jnp.maximum(self.slot, 0) // (HALF // sizes.groups)
+        return lax.bitcast_convert_type(self.tiles[tile, SCALE], jnp.float32)
 
     def alone(self, sizes: Sizes) -> "Chunk":
         """The chunk with few tiles but its own, where there are many."""
@@ -126,7 +132,7 @@ def most_tiles(sizes: Sizes) -> int:
 
 
 @functools.partial(jax.named_call, name="plan_chunks")
-def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0) -> Plan:
+def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0, scales=None) -> Plan:
     """Plans all chunks of queries at once, since a plan is many small launches.
 
     Args:
@@ -136,6 +142,7 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0) -> Plan:
       values: f32 [B, Hkv, E].
       sizes: of the call.
       origin: the token that is the pattern's first, int32.
+      scales: f32 [B, Nb, Hkv], of the blocks (`packing`), where results are to be packed.
     """
     chunks, width = len(first), HALF // sizes.groups
     entries = sort_entries(first, indptr, indices, values, sizes)
@@ -149,14 +156,17 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0) -> Plan:
     chunk = tiles.run // sizes.columns
     token = entry // sizes.capacity % sizes.chunk + (origin + first)[chunk][:, None]
     row, block = tiles.run % sizes.columns // sizes.num_blocks, tiles.run % sizes.num_blocks
+    batch, head = row // sizes.heads, row % sizes.heads
     numbers = [
-        row // sizes.heads,
-        row % sizes.heads,
+        batch,
+        head,
         block,
         turns[tiles.run],
         tiles.starts[tiles.run] - bounds[chunk],
         tiles.starts[tiles.run + 1] - 1 - bounds[chunk],
     ]
+    if scales is not None:
+        numbers.append(lax.bitcast_convert_type(scales[batch, block, head], jnp.int32))
     header = jnp.pad(jnp.stack(numbers, axis=1), [(0, 0), (0, HEADER - len(numbers))])
     own = entry_place(entry % sizes.entries, sizes)
     number = jnp.where(tiles.inside, own, -1)
