@@ -5,19 +5,15 @@ tiles into rings in shared memory by TMA, the others compute, on 64 rows each.
 """
 
 import dataclasses
-import functools
 import math
 import types
 from collections.abc import Callable
 
 import jax
-import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm, vector
 
 from pallas_kernels import kernel_counts
 from pallas_kernels.mesh_axes import vary_over, varying
@@ -28,9 +24,7 @@ HALF = 64  # rows of a tile that one compute warpgroup owns: of one wgmma
 ROWS = 2 * HALF
 LOG2E = math.log2(math.e)
 LOWEST = float(jnp.finfo(jnp.float32).min)
-_BOOL = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT(()))
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number per row of a product
-_NUMBERS = plgpu.ShapeDtypeStruct((HALF,), jnp.float32, ROW)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 SHARED_MEMORY = 227 * 1024  # bytes that a thread block may use
 # Of each thread at launch, by the number of computing warpgroups beside the loading one. Who asks
@@ -118,86 +112,6 @@ def multiply_add(acc, a, b):
 def transposed(ref):
     """The transpose of a matrix in shared memory."""
     return ref.transpose((1, 0))
-
-
-def any_of_warp(marks):
-    """Whether any of a warp's 16 rows is marked, bool; warps need not meet for it.
-
-    So it differs between the warps of a warpgroup: what depends on it must not need all of them.
-
-    Args:
-      marks: bool [64], one number per row.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=_BOOL)
-    def vote(_, x):
-        own = functools.reduce(arith.ori, x.registers.flat)
-        own = vector.extract(own, dynamic_position=[], static_position=[0])
-        found = nvvm.vote_sync(_everyone(), own, "any")
-        return mgpu.FragmentedArray.splat(found, (), is_signed=False)
-
-    return vote(marks)
-
-
-def largest_of_warp(x):
-    """The largest number of each warp's 16 rows, f32 [64], once for each row.
-
-    Args:
-      x: f32 [64, N].
-    """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_NUMBERS)
-    def largest(_, x):
-        own = _of_registers(arith.maximumf, x)
-        most = mgpu.utils.redux(_ordered(own), _everyone(), nvvm.ReductionKind.MAX)
-        return _for_rows(arith.bitcast(own.type, _ordered(most)))
-
-    return largest(x)
-
-
-def lowest_of_warp(x):
-    """The lowest number of each warp's 16 rows, f32 [64], once for each row.
-
-    Args:
-      x: f32 [64, N], not negative.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_NUMBERS)
-    def lowest(_, x):
-        own = _of_registers(arith.minimumf, x)
-        bits = arith.bitcast(ir.IntegerType.get_signless(32), own)
-        least = mgpu.utils.redux(bits, _everyone(), nvvm.ReductionKind.MIN)
-        return _for_rows(arith.bitcast(own.type, least))
-
-    return lowest(x)
-
-
-def _everyone():
-    """The mask of all threads of a warp."""
-    return arith.constant(ir.IntegerType.get_signless(32), -1)
-
-
-def _of_registers(op, x):
-    """What op makes of all numbers that a thread has of an array."""
-    both = functools.reduce(op, x.registers.flat)
-    each = (
-        vector.extract(both, dynamic_position=[], static_position=[n])
-        for n in range(both.type.shape[0])
-    )
-    return functools.reduce(op, each)
-
-
-def _ordered(x):
-    """Bits of f32 as integers of the same order, or back: negative ones run the other way."""
-    integer = ir.IntegerType.get_signless(32)
-    bits = x if x.type == integer else arith.bitcast(integer, x)
-    sign = arith.shrsi(bits, arith.constant(integer, 31))
-    return arith.xori(bits, arith.andi(sign, arith.constant(integer, 2**31 - 1)))
-
-
-def _for_rows(number):
-    """A thread's number, for all of its rows."""
-    return mgpu.FragmentedArray.splat(number, (HALF,), mgpu.WGMMA_ROW_LAYOUT)
 
 
 def half_of(warpgroup):

@@ -12,7 +12,7 @@ from pallas_kernels.block_selection import mosaic_gpu as selection
 from pallas_kernels.block_selection import select_blocks
 from pallas_kernels.block_sparse_attention import block_sparse_attention
 from pallas_kernels.block_sparse_attention.entries import Sizes, combine_by_token
-from pallas_kernels.block_sparse_attention.mosaic_gpu import block_walk, entry_walk
+from pallas_kernels.block_sparse_attention.mosaic_gpu import block_walk, entry_walk, packing
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Chunk, by_token, plan_chunks
 from pallas_kernels.csr import BlockCSR
 from pallas_kernels.range_attention import range_attention
@@ -116,13 +116,14 @@ def _range_attention(function: str, work: Workload) -> KernelCase:
 
 
 @functools.partial(jax.jit, static_argnames="sizes")
-def _plan(blocks: BlockCSR, sizes: Sizes):
+def _plan(blocks: BlockCSR, scales, sizes: Sizes):
     pattern = blocks.indptr, blocks.indices, blocks.values
-    return plan_chunks(jnp.zeros(1, jnp.int32), *pattern, sizes).chunk(0)
+    return plan_chunks(jnp.zeros(1, jnp.int32), *pattern, sizes, scales=scales).chunk(0)
 
 
 @functools.partial(jax.jit, static_argnames="sizes")
-def _combine(out, lse, chunk: Chunk, sizes: Sizes):
+def _combine(words, lse, chunk: Chunk, sizes: Sizes):
+    out = packing.unpack_entries(words, chunk.scale(sizes))
     operands = chunk.value[:, None], chunk.filled[:, None], out, lse
     return combine_by_token(*(by_token(x, sizes) for x in operands))
 
@@ -138,7 +139,7 @@ def _block_sparse_attention(function: str, work: Workload) -> KernelCase:
         1, work.kv_heads, work.groups, work.head_dim, work.tokens, block_size, work.blocks, count,
         queries, work.head_dim**-0.5,
     )  # fmt: skip
-    chunk = _plan(blocks, sizes)
+    chunk = _plan(blocks, packing.scales(v, block_size), sizes)
 
     def attend(q, k, v, values):
         pattern = BlockCSR(blocks.indptr, blocks.indices, values, work.blocks, count)

@@ -4,6 +4,7 @@ JAX's interpreter has a thread per warpgroup, and simulates shared memory, barri
 is NaN before it is written, reads out of bounds raise (TMA fills with zeros). For JAX 0.11.2 this
 adds what the kernels need besides:
 
+  * what `pallas_kernels.hopper_lanes` has of Mosaic's own
   * `pl.run_state`, so that `plgpu.ACC.init(value)` works
   * `plgpu.wgmma` with the left operand in registers
   * what wgmma reads of shared memory, in race detection
@@ -24,6 +25,7 @@ import functools
 import types
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax._src import callback, source_info_util
@@ -35,7 +37,8 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax._src.state import discharge, indexing
 from jax._src.state import types as state_types
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, hopper_lanes
+from pallas_kernels.hopper import HALF
 
 # What the kernels are chosen for.
 HOPPER = types.SimpleNamespace(
@@ -157,8 +160,10 @@ def _of_warp(op, x):
     return jnp.repeat(op(x.reshape(4, -1), axis=1), 16)
 
 
-# The code of Mosaic's own, in `hopper`, by name; a vote is of all warps of a warpgroup at once.
+# What `hopper_lanes` computes, by name; a vote is of all warps of a warpgroup at once.
 _INLINE = {
+    "narrow": hopper_lanes.plain_narrow,
+    "widen": hopper_lanes.plain_widen,
     "vote": jnp.any,
     "largest": functools.partial(_of_warp, jnp.max),
     "lowest": functools.partial(_of_warp, jnp.min),
@@ -263,6 +268,33 @@ def _store(src, dst, *args, **kwargs):
 _stock_load, _stock_store = plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem
 
 
+# What `hopper_lanes` does with references, warpgroup by warpgroup.
+
+
+def _spread(ref):
+    return jnp.repeat(ref[...], HALF // ref.shape[0])
+
+
+def _send_entries(tile, array, places):
+    rows = array.shape[1]
+    for first in range(0, HALF, rows):
+
+        @pl.when(places[first] >= 0)
+        def _(first=first):
+            source = tile.at[pl.ds(first, rows)]
+            # Not by TMA's tensor copies, so less alignment is enough.
+            _stock_store(source, array.at[places[first]], commit_group=False)
+
+
+_LANES = {"spread": _spread, "send_entries": _send_entries}
+_stock_lanes = {name: getattr(hopper_lanes, name) for name in _LANES}
+
+
+def _replace(module, functions):
+    for name, function in functions.items():
+        setattr(module, name, function)
+
+
 @contextlib.contextmanager
 def interpret(*, detect_races=False):
     """Runs the Mosaic GPU kernels that are traced in this context on the CPU.
@@ -274,6 +306,7 @@ def interpret(*, detect_races=False):
     gpu_callbacks._barrier_arrive = _arrive
     memory.Barrier.deallocate = _deallocate
     plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem = _load, _store
+    _replace(hopper_lanes, _LANES)
     try:
         with plgpu.force_gpu_interpret_mode(params), dispatch.targeting(HOPPER):
             yield
@@ -285,6 +318,7 @@ def interpret(*, detect_races=False):
         gpu_callbacks._barrier_arrive = _stock_arrive
         memory.Barrier.deallocate = _stock_deallocate
         plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem = _stock_load, _stock_store
+        _replace(hopper_lanes, _stock_lanes)
 
 
 def races_found():

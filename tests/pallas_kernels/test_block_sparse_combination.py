@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper as shared
+from pallas_kernels import hopper_lanes
 from pallas_kernels.ahead_of_time import compile_for
 from pallas_kernels.block_sparse_attention import (
     add_up,
@@ -77,7 +78,9 @@ def make_entries(sizes, rng, *, holes=True):
         jnp.zeros(4, jnp.int32), None,
     )  # fmt: skip
     scale = np.repeat(scale, HALF // sizes.groups)[:, None, None]
-    words = np.array(packing.pack(jnp.asarray(placed(parts, 0) * packing.packing_factor(scale))))
+    total = 2.0**-packing.SHIFT
+    sums = jnp.asarray(placed(parts, 0) * total * packing.packing_factor(scale, total))
+    words = np.array(packing.pack_pairs(hopper_lanes.plain_narrow(sums)))
     words[slot < 0] = rng.integers(-(2**31), 2**31, size=words[slot < 0].shape)
     operands = jnp.asarray(words), jnp.asarray(placed(lse, np.nan))
     return (parts, lse + value[..., None].astype(np.float64), filled), operands, chunk

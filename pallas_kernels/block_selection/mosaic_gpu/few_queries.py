@@ -14,7 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper, shapes
+from pallas_kernels import hopper, hopper_lanes, shapes
 from pallas_kernels.block_selection.mosaic_gpu.lists import NOTHING
 from pallas_kernels.hopper import HALF, along_columns, along_rows
 
@@ -40,9 +40,9 @@ def _lists(scores, numbers, count: int):
 
     def take(n, state):
         scores, to_score, to_number = state
-        top = hopper.largest_of_warp(scores)
+        top = hopper_lanes.largest_of_warp(scores)
         best = scores == along_rows(top, scores.shape)
-        first = hopper.lowest_of_warp(jnp.where(best, numbers, NOTHING))
+        first = hopper_lanes.lowest_of_warp(jnp.where(best, numbers, NOTHING))
         to_score = jnp.where(place == n, top, to_score)
         to_number = jnp.where(place == n, first, to_number)
         taken = numbers == along_rows(first, scores.shape)

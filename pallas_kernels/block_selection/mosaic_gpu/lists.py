@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, hopper_lanes
 from pallas_kernels.hopper import HALF, along_rows
 
 NOTHING = 2.0**25  # beyond every number
@@ -66,7 +66,7 @@ def take_best(scores, numbers, origin, best: Best) -> Best:
 
     def goes_on(state):
         _, top, best = state
-        return hopper.any_of_warp(top > best.worst)
+        return hopper_lanes.any_of_warp(top > best.worst)
 
     def take(state):
         scores, top, best = state
@@ -111,7 +111,7 @@ def add(scores, numbers, waiting: Waiting, best: Best) -> tuple[Waiting, Best]:
 
     def goes_on(state):
         _, _, top, best = state
-        return hopper.any_of_warp(top > best.worst)
+        return hopper_lanes.any_of_warp(top > best.worst)
 
     def take(state):
         (score, number), (other, other_number), _, best = state

@@ -19,7 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, hopper_lanes
 from pallas_kernels.block_sparse_attention.entries import Sizes
 from pallas_kernels.block_sparse_attention.mosaic_gpu import packing
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Chunk
@@ -67,8 +67,8 @@ def combine_config_for(sizes: Sizes) -> CombineConfig | None:
     return config if fits(config) else None
 
 
-def _padded_factors(sizes: Sizes) -> int:
-    """Of a tile, rounded up to the multiples of 128 bytes that TMA copies to."""
+def _tile_entries(sizes: Sizes) -> int:
+    """Of a tile, rounded up to numbers of 128 bytes, to multiples of which TMA copies."""
     return -(-sizes.capacity * HALF // sizes.groups // 32) * 32
 
 
@@ -88,9 +88,10 @@ class _Combination:
     """A thread block that takes every `programs`-th tile.
 
     Its computing warpgroups take tiles in turns, each with slots of its own, which the loader fills
-    alternately. `at` has the references: words, logits, factors, span, out, lse and, by their
-    number, rows0, gate0, ... in device memory; words_tile, logits_tile, factors_tile, gates_tile,
-    added_tile, out_tile and lse_tile in shared memory; and the rings' barriers.
+    alternately. `at` has the references: words, sums (lse of entries), values, factors, span, out,
+    lse and, by their number, rows0, gate0, ... in device memory; words_tile, sums_tile,
+    values_tile, factors_tile, gates_tile, added_tile, out_tile and lse_tile in shared memory; and
+    the rings' barriers.
     """
 
     def __init__(self, sizes: Sizes, config: CombineConfig, gates: tuple[bool, ...], at):
@@ -116,15 +117,16 @@ class _Combination:
         rows = HALF, sizes.head_dim
         return {
             "words_tile": packing.tile(slots, config.matrices * HALF, sizes.head_dim),
-            "logits_tile": plgpu.SMEM((places, sizes.capacity, HALF), jnp.float32),
-            "factors_tile": plgpu.SMEM((places, _padded_factors(sizes)), jnp.float32),
+            "sums_tile": plgpu.SMEM((places, sizes.capacity, HALF), jnp.float32),
+            "values_tile": plgpu.SMEM((places, _tile_entries(sizes)), jnp.float32),
+            "factors_tile": plgpu.SMEM((places, _tile_entries(sizes)), jnp.float32),
             "gates_tile": plgpu.SMEM((places, gated, HALF), jnp.float32) if gated else None,
             "added_tile": hopper.operand_tile((added_slots, *rows)) if adds else None,
             "out_tile": hopper.operand_tile((computing, *rows)),
             "lse_tile": None if gates else plgpu.SMEM((computing, HALF), jnp.float32),
             "words_ring": Ring.barriers(slots, 1, consumers=1),
             "added_ring": Ring.barriers(added_slots, 1, consumers=1),
-            "number_ring": Ring.barriers(places, 2 + gated, consumers=1),
+            "number_ring": Ring.barriers(places, 3 + gated, consumers=1),
         }
 
     def ring(self, name: str, size: int, warpgroup):
@@ -170,8 +172,12 @@ class _Combination:
         _, _, ring = self.rings(warpgroup)
         place = ring.claim(n)
         ready = ring.ready.at[place]
-        plgpu.copy_gmem_to_smem(at.logits.at[tile], at.logits_tile.at[place], ready)
-        plgpu.copy_gmem_to_smem(at.factors.at[tile], at.factors_tile.at[place], ready)
+        for source, target in (
+            (at.sums, at.sums_tile),
+            (at.values, at.values_tile),
+            (at.factors, at.factors_tile),
+        ):
+            plgpu.copy_gmem_to_smem(source.at[tile], target.at[place], ready)
         for number, gate in enumerate(self.gated):
             source = getattr(at, f"gate{gate}").at[b, self.row + row]
             plgpu.copy_gmem_to_smem(source, at.gates_tile.at[place, number], ready)
@@ -205,7 +211,10 @@ class _Combination:
         begin = n * self.steps
 
         def logits(number):
-            return plgpu.load(at.logits_tile.at[place, number], layout=hopper.ROW)
+            value = self._of_entries(at.values_tile, place, number)
+            found = plgpu.load(at.sums_tile.at[place, number], layout=hopper.ROW) + value
+            # An empty entry's place may hold anything.
+            return jnp.where(value > -jnp.inf, found * LOG2E, -jnp.inf)
 
         top = lax.fori_loop(
             0, self.sizes.capacity, lambda number, top: jnp.maximum(top, logits(number)),
@@ -218,10 +227,10 @@ class _Combination:
             for matrix in range(self.config.matrices):
                 number = step * self.config.matrices + matrix
                 weights = jnp.exp2(logits(number) - top)
-                factors = weights * self._factors(place, number)
+                factors = weights * self._of_entries(at.factors_tile, place, number)
                 words = at.words_tile.at[slot, pl.ds(matrix * HALF, HALF)]
                 words = plgpu.load(words, layout=plgpu.Layout.WGMMA)
-                # An empty entry's place may hold anything, which are numbers, though.
+                # Whatever an empty entry's place holds, it is numbers when unpacked.
                 acc = acc + packing.unpack(words) * hopper.along_rows(factors, shape)
                 total = total + weights
             ring.release(begin + step)
@@ -247,16 +256,11 @@ class _Combination:
         lse = None if self.gates else top * (1 / LOG2E) + jnp.log(total)
         self._store(n, acc, None if lse is None else jnp.where(some, lse, -jnp.inf))
 
-    def _factors(self, place, number):
-        """Of each row, the factor of the entry that a matrix has for it."""
+    def _of_entries(self, numbers, place, matrix):
+        """Of each row, the number of the entry that a matrix has for it."""
         width = HALF // self.sizes.groups
-        entry = plgpu.broadcasted_iota(jnp.int32, (HALF,), 0, layout=hopper.ROW)
-        entry = lax.div(entry, jnp.int32(self.sizes.groups))
-        found = hopper.full((HALF,), 0, hopper.ROW)
-        for n in range(width):
-            factor = self.at.factors_tile[place, number * width + n]
-            found = jnp.where(entry == n, factor, found)
-        return found
+        own = pl.ds(pl.multiple_of(matrix * width, width), width)
+        return hopper_lanes.spread(numbers.at[place, own])
 
     def _gate(self, place, number: int):
         tile = self.at.gates_tile.at[place, self.gated.index(number)]
@@ -312,12 +316,12 @@ def combine_entries(
         gates = (gate is not None, *(each.gate is not None for each in added))
     tiles = sizes.batch * sizes.chunk * sizes.heads * sizes.groups // HALF
 
-    # In units of log 2.
-    logits = (lse + chunk.value[:, None]) * LOG2E
-    logits = jnp.where(jnp.broadcast_to(chunk.slot[:, None], logits.shape) >= 0, logits, -jnp.inf)
     factors = packing.unpacking_factor(jnp.where(chunk.filled, chunk.scale(sizes), 1))
-    factors = factors.reshape(tiles, -1)
-    factors = jnp.pad(factors, [(0, 0), (0, _padded_factors(sizes) - factors.shape[1])])
+    values = jnp.where(chunk.filled, chunk.value, -jnp.inf)
+
+    def entries_by_tile(x):
+        x = x.reshape(tiles, -1)
+        return jnp.pad(x, [(0, 0), (0, _tile_entries(sizes) - x.shape[1])])
 
     def by_tile(x, *rest):
         return x if x is None else x.reshape(len(x), -1, HALF, *rest)
@@ -327,8 +331,9 @@ def combine_entries(
 
     operands = {
         "words": words.reshape(tiles, sizes.capacity * HALF, -1),
-        "logits": logits.reshape(tiles, sizes.capacity, HALF),
-        "factors": factors,
+        "sums": lse.reshape(tiles, sizes.capacity, HALF),
+        "values": entries_by_tile(values),
+        "factors": entries_by_tile(factors),
         "span": chunk.span,
         "gate0": gate_by_tile(gate),
     }

@@ -8,7 +8,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, hopper_lanes
 from pallas_kernels.block_sparse_attention.entries import Sizes
 from pallas_kernels.block_sparse_attention.mosaic_gpu import packing
 from pallas_kernels.block_sparse_attention.mosaic_gpu.loading import (
@@ -143,38 +143,19 @@ class EntryWalk:
         keys = self.sizes.num_keys - self.at.info_tile[slot, BLOCK] * self.sizes.block_size
         return functools.partial(hopper.keep, axis=1, below=keys)
 
-    def store(self, i, slot, matrix, numbers):
-        """Starts the copies of own tile i's results.
-
-        Args:
-          i: tile.
-          slot: of its description.
-          matrix: (place, array): an equal part for each of its entries, goes to an array of them.
-          numbers: (place, array): a number per row, goes to an array of tiles.
-        """
-        place, array = numbers
-        plgpu.copy_smem_to_gmem(place, array.at[self.first + i], commit_group=False)
-        place, array = matrix
-        height = place.shape[0] // self.width
-        for n in range(self.width):
-            entry = self.at.info_tile[slot, HEADER + self.width + n]
-
-            @pl.when(entry >= 0)
-            def _(n=n, entry=entry):
-                source = place.at[pl.ds(n * height, height)]
-                plgpu.copy_smem_to_gmem(source, array.at[entry], commit_group=False)
-
 
 class _Forward(EntryWalk):
     """Results are packed, and have a place for each computing warpgroup: `words_tile`, `lse_tile`.
 
-    So a slot is given back as soon as its tile is computed.
+    So a slot is given back as soon as its tile is computed. Warps send what they have written
+    themselves; that a warp's copies have left, all its threads know when it multiplies next.
     """
 
     def compute_tile(self, i, slot, key_slot, meanwhile):
         """Attention within the block."""
         at, own = self.at, self.at.warpgroup
         queries = at.q_tile.at[slot]
+        places = hopper_lanes.spread(at.info_tile.at[slot, pl.ds(HEADER + self.width, self.width)])
         logits = hopper.scores(
             queries,
             at.k_tile.at[key_slot],
@@ -183,18 +164,19 @@ class _Forward(EntryWalk):
             scale=self.sizes.scale,
             meanwhile=meanwhile,
         )
-        top = logits.max(axis=1)
+        # Weights are 2^-SHIFT of what they would be.
+        top = logits.max(axis=1) + packing.SHIFT
         weights = jnp.exp2(logits - hopper.along_rows(top, logits.shape))
         total = weights.sum(axis=1)
         shape = (HALF, self.sizes.head_dim)
         acc = hopper.multiply(weights.astype(at.v.dtype), at.v_tile.at[key_slot], shape)
         bits = plgpu.layout_cast(jnp.full(HALF, at.info_tile[slot, SCALE]), hopper.ROW)
-        factor = packing.packing_factor(lax.bitcast_convert_type(bits, jnp.float32)) / total
+        factor = packing.packing_factor(lax.bitcast_convert_type(bits, jnp.float32), total)
         at.words_tile[own] = packing.pack(acc * hopper.along_rows(factor, shape))
         at.lse_tile[own] = top * (1 / LOG2E) + jnp.log(total)
         plgpu.commit_smem()
-        places = at.words_tile.at[own], at.lse_tile.at[own]
-        self.store(i, slot, (places[0], at.words), (places[1], at.lse))
+        hopper_lanes.send_entries(at.lse_tile.at[own], at.lse, places)
+        hopper_lanes.send_entries(at.words_tile.at[own], at.words, places)
         self.q_ring.release(i)
 
     def finish_store(self, i):
@@ -226,8 +208,20 @@ class _QueryGradient(EntryWalk):
         acc = hopper.multiply(narrow, keys, (HALF, self.sizes.head_dim))
         at.q_tile[slot] = acc.astype(at.q.dtype)
         plgpu.commit_smem()
-        places = at.q_tile.at[slot], at.bias_tile.at[slot]
-        self.store(i, slot, (places[0], at.q_bar), (places[1], at.bias_bar))
+        self._store(i, slot)
+
+    def _store(self, i, slot):
+        """Starts the copies of own tile i's results, which lie in its slot."""
+        at, groups = self.at, self.sizes.groups
+        target = at.bias_bar.at[self.first + i]
+        plgpu.copy_smem_to_gmem(at.bias_tile.at[slot], target, commit_group=False)
+        for n in range(self.width):
+            entry = at.info_tile[slot, HEADER + self.width + n]
+
+            @pl.when(entry >= 0)
+            def _(n=n, entry=entry):
+                source = at.q_tile.at[slot, pl.ds(n * groups, groups)]
+                plgpu.copy_smem_to_gmem(source, at.q_bar.at[entry], commit_group=False)
 
 
 def forward_scratch(sizes: Sizes, config: Config):
@@ -262,11 +256,11 @@ def forward(q, k, v, chunk: Chunk, sizes: Sizes, config: Config):
         operands={"q": q, "k": k, "v": v, "tiles": chunk.tiles, "span": chunk.span},
         outputs={
             "words": jax.ShapeDtypeStruct(words, jnp.int32),
-            "lse": _numbers_of_tiles(sizes),
+            "lse": jax.ShapeDtypeStruct((sizes.entries, sizes.groups), jnp.float32),
         },
         scratch=forward_scratch(sizes, config),
     )
-    return results["words"], by_place(results["lse"], chunk, sizes)
+    return results["words"], results["lse"]
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "config"))
@@ -291,11 +285,11 @@ def query_gradient(q, k, v, out_bar, lse, delta, chunk: Chunk, sizes: Sizes, con
         operands=gradient_operands(q, k, v, out_bar, lse, delta, chunk, sizes),
         outputs={
             "q_bar": jax.ShapeDtypeStruct((sizes.entries, sizes.groups, sizes.head_dim), q.dtype),
-            "bias_bar": _numbers_of_tiles(sizes),
+            "bias_bar": jax.ShapeDtypeStruct((most_tiles(sizes), HALF), jnp.float32),
         },
         scratch=query_gradient_scratch(sizes, config),
     )
-    return results["q_bar"], by_place(results["bias_bar"], chunk, sizes)
+    return results["q_bar"], _by_place(results["bias_bar"], chunk, sizes)
 
 
 def _team(walk: type[EntryWalk], sizes: Sizes, config: Config):
@@ -309,11 +303,7 @@ def _team(walk: type[EntryWalk], sizes: Sizes, config: Config):
     }
 
 
-def _numbers_of_tiles(sizes: Sizes):
-    return jax.ShapeDtypeStruct((most_tiles(sizes), HALF), jnp.float32)
-
-
-def by_place(x, chunk: Chunk, sizes: Sizes):
+def _by_place(x, chunk: Chunk, sizes: Sizes):
     """f32 [tiles, 64], a number for each row of a tile, -> [entries, groups], at their places.
 
     Anything where an entry is empty.

@@ -1,0 +1,272 @@
+"""What Pallas has no words for on Hopper GPUs: code in Mosaic's own terms, thread by thread.
+
+A warpgroup has four warps of 32 threads. Of a matrix of 64 rows in registers, as `wgmma` leaves it,
+a warp has 16 rows; of eight columns a thread has two neighbours in one row, and the same two in the
+row eight below.
+"""
+
+import functools
+import math
+
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
+
+from pallas_kernels.hopper import HALF, ROW
+
+_WARP_ROWS = 16
+_MATRIX = plgpu.Layout.WGMMA
+_BOOL = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT(()))
+_NUMBERS = plgpu.ShapeDtypeStruct((HALF,), jnp.float32, ROW)
+_SEND = "@$0 cp.async.bulk.global.shared::cta.bulk_group [$1], [$2], $3;"
+
+
+def any_of_warp(marks):
+    """Whether any of a warp's 16 rows is marked, bool; warps need not meet for it.
+
+    So it differs between the warps of a warpgroup: what depends on it must not need all of them.
+
+    Args:
+      marks: bool [64], one number per row.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=_BOOL)
+    def vote(_, x):
+        own = functools.reduce(arith.ori, x.registers.flat)
+        own = vector.extract(own, dynamic_position=[], static_position=[0])
+        found = nvvm.vote_sync(_everyone(), own, "any")
+        return mgpu.FragmentedArray.splat(found, (), is_signed=False)
+
+    return vote(marks)
+
+
+def largest_of_warp(x):
+    """The largest number of each warp's 16 rows, f32 [64], once for each row.
+
+    Args:
+      x: f32 [64, N].
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_NUMBERS)
+    def largest(_, x):
+        own = _of_registers(arith.maximumf, x)
+        most = mgpu.utils.redux(_ordered(own), _everyone(), nvvm.ReductionKind.MAX)
+        return _for_rows(arith.bitcast(own.type, _ordered(most)))
+
+    return largest(x)
+
+
+def lowest_of_warp(x):
+    """The lowest number of each warp's 16 rows, f32 [64], once for each row.
+
+    Args:
+      x: f32 [64, N], not negative.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_NUMBERS)
+    def lowest(_, x):
+        own = _of_registers(arith.minimumf, x)
+        bits = arith.bitcast(ir.IntegerType.get_signless(32), own)
+        least = mgpu.utils.redux(bits, _everyone(), nvvm.ReductionKind.MIN)
+        return _for_rows(arith.bitcast(own.type, least))
+
+    return lowest(x)
+
+
+def narrow(x):
+    """Pairs of numbers, rounded to bf16, as one: f32 [64, N] -> int32 [64, N / 2].
+
+    The first of a pair is in the low half. The pairs of 16 columns come in the order 0, 4, 1, 5, 2,
+    6, 3, 7, so that nothing moves between threads.
+    """
+    rows, columns = x.shape
+    result = plgpu.ShapeDtypeStruct((rows, columns // 2), jnp.int32, _MATRIX)
+
+    @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)
+    def narrow(_, x):
+        rounded, word = ir.VectorType.get((2,), ir.BF16Type.get()), _integer(32)
+        made = _registers(result, word)
+        for place in np.ndindex(made.shape):
+            pairs = [
+                llvm.bitcast(word, arith.truncf(rounded, x.registers[_tile(place, n)]))
+                for n in range(2)
+            ]
+            made[place] = vector.from_elements(ir.VectorType.get((2,), word), pairs)
+        return _matrix(made, is_signed=True)
+
+    return narrow(x)
+
+
+def widen(x):
+    """The numbers of the pairs that `narrow` made: int32 [64, N / 2] -> f32 [64, N]."""
+    rows, columns = x.shape
+    result = plgpu.ShapeDtypeStruct((rows, columns * 2), jnp.float32, _MATRIX)
+
+    @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)
+    def widen(_, x):
+        word, number = _integer(32), ir.F32Type.get()
+        made = _registers(result, number)
+        for place in np.ndindex(x.registers.shape):
+            for n in range(2):
+                pair = _element(x.registers[place], n)
+                halves = (
+                    arith.shli(pair, arith.constant(word, 16)),
+                    arith.andi(pair, arith.constant(word, -(2**16))),
+                )
+                numbers = [arith.bitcast(number, half) for half in halves]
+                made[_tile(place, n)] = vector.from_elements(
+                    ir.VectorType.get((2,), number), numbers
+                )
+        return _matrix(made, is_signed=None)
+
+    return widen(x)
+
+
+def plain_narrow(x):
+    """As `narrow`, outside of kernels: f32 [..., N]."""
+    x = x.reshape(*x.shape[:-1], -1, 2, 4, 2)
+    bits = lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    pairs = jnp.swapaxes(bits[..., 0] | bits[..., 1] << 16, -1, -2)
+    return lax.bitcast_convert_type(pairs, jnp.int32).reshape(*x.shape[:-4], -1)
+
+
+def plain_widen(x):
+    """As `widen`, outside of kernels: int32 [..., N / 2]."""
+    pairs = jnp.swapaxes(x.reshape(*x.shape[:-1], -1, 4, 2), -1, -2)
+    halves = jnp.stack([pairs << 16, pairs & -(2**16)], axis=-1)
+    return lax.bitcast_convert_type(halves, jnp.float32).reshape(*x.shape[:-1], -1)
+
+
+def spread(ref):
+    """For each of 64 rows that which its neighbours share with it, of n numbers in shared memory.
+
+    Args:
+      ref: [n], of 32 bits each, for 64 / n rows; n is 4 or 8.
+
+    Returns:
+      [64], a number per row.
+    """
+    result = plgpu.ShapeDtypeStruct((HALF,), ref.dtype, ROW)
+    shared = HALF // ref.shape[0]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
+    def spread(_, ref):
+        dtype = ir.MemRefType(ref.type).element_type
+        made = np.empty(mgpu.WGMMA_ROW_LAYOUT.registers_shape((HALF,)), object)
+        for half, place in enumerate(np.ndindex(made.shape)):
+            index = _first_row(half)
+            index = arith.divui(index, arith.constant(index.type, shared))
+            number = memref.load(ref, [arith.index_cast(ir.IndexType.get(), index)])
+            made[place] = vector.from_elements(ir.VectorType.get((1,), dtype), [number])
+        is_signed = True if isinstance(dtype, ir.IntegerType) else None
+        return mgpu.FragmentedArray(
+            _registers=made, _layout=mgpu.WGMMA_ROW_LAYOUT, _is_signed=is_signed
+        )
+
+    return spread(ref)
+
+
+def send_entries(tile, array, places):
+    """Each warp starts the copies of the entries whose rows it has written: of 8 or 16 rows each.
+
+    Its threads alone wait for them (`plgpu.wait_smem_to_gmem`).
+
+    Args:
+      tile: [64, W] or [64], of 32 bits each, in shared memory, rows one after the other.
+      array: [entries, rows, W] or [entries, rows] in device memory.
+      places: int32 [64]: of each row its entry there; -1 for none.
+    """
+    rows, words = array.shape[1], math.prod(array.shape[2:])
+    transforms = (plgpu.TilingTransform((8, words)),) if len(tile.shape) > 1 else ()
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.RefType(), ROW))
+    def send(_, tile, array, places):
+        size = arith.constant(_integer(32), rows * words * 4)
+        for half in range(_WARP_ROWS // rows):
+            place = _element(places.registers.flat[half], 0)
+            source = _at(tile, _first_row(half), words * 4)
+            target = _at(array, place, rows * words * 4)
+            filled = arith.cmpi(arith.CmpIPredicate.sge, place, arith.constant(place.type, 0))
+            _copy(arith.andi(_one_of_warp(), filled), target, source, size)
+
+    send(tile, array, places)
+
+
+def _everyone():
+    """The mask of all threads of a warp."""
+    return arith.constant(ir.IntegerType.get_signless(32), -1)
+
+
+def _of_registers(op, x):
+    """What op makes of all numbers that a thread has of an array."""
+    both = functools.reduce(op, x.registers.flat)
+    each = (
+        vector.extract(both, dynamic_position=[], static_position=[n])
+        for n in range(both.type.shape[0])
+    )
+    return functools.reduce(op, each)
+
+
+def _ordered(x):
+    """Bits of f32 as integers of the same order, or back: negative ones run the other way."""
+    integer = ir.IntegerType.get_signless(32)
+    bits = x if x.type == integer else arith.bitcast(integer, x)
+    sign = arith.shrsi(bits, arith.constant(integer, 31))
+    return arith.xori(bits, arith.andi(sign, arith.constant(integer, 2**31 - 1)))
+
+
+def _for_rows(number):
+    """A thread's number, for all of its rows."""
+    return mgpu.FragmentedArray.splat(number, (HALF,), mgpu.WGMMA_ROW_LAYOUT)
+
+
+def _integer(bits: int):
+    return ir.IntegerType.get_signless(bits)
+
+
+def _element(register, n: int):
+    """Number n of what a register holds."""
+    return vector.extract(register, dynamic_position=[], static_position=[n])
+
+
+def _registers(result, dtype):
+    """Room for the registers of a matrix."""
+    return np.empty(mgpu.WGMMA_LAYOUT.registers_shape(result.shape), object)
+
+
+def _matrix(registers, is_signed):
+    return mgpu.FragmentedArray(
+        _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=is_signed
+    )
+
+
+def _tile(place, n: int):
+    """Of two neighbouring tiles of eight columns the n-th, in an array of twice the width."""
+    return (place[0], 2 * place[1] + n, *place[2:])
+
+
+def _first_row(half: int):
+    """The first of the rows that a warp has, or of their second half."""
+    warp = arith.remui(mgpu.utils.warp_idx(), arith.constant(_integer(32), 4))
+    row = arith.muli(warp, arith.constant(warp.type, _WARP_ROWS))
+    return arith.addi(row, arith.constant(row.type, 8 * half))
+
+
+def _at(ref, index, size: int):
+    """The address of element `index` of so many bytes."""
+    wide = arith.extsi(_integer(64), index)
+    offset = arith.muli(wide, arith.constant(wide.type, size))
+    return mgpu.utils.getelementptr(mgpu.utils.memref_ptr(ref), [offset], _integer(8))
+
+
+def _one_of_warp():
+    return mgpu.utils.single_thread_predicate(mgpu.utils.ThreadSubset.WARP)
+
+
+def _copy(predicate, target, source, size):
+    operands = [predicate, target, source, size]
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, _SEND, "b,l,l,r", has_side_effects=True)

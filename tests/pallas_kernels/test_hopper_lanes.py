@@ -1,0 +1,117 @@
+"""Code in Mosaic's own terms: what it computes on a GPU, and what tests elsewhere take for it."""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper, hopper_lanes
+from pallas_kernels.ahead_of_time import compile_for
+from pallas_kernels.hopper import HALF
+
+
+def round_trip(x, numbers, places, rows: int):
+    """A kernel that does all of it with x [64, N].
+
+    Returns:
+      x rounded to bf16, times `numbers` (n of them, for 64 / n rows each); these numbers as
+      [entries, rows], and the packed pairs as [entries, rows, N / 2], of which `places` says
+      where they go.
+    """
+    width = x.shape[1] // 2
+
+    def run(at):
+        plgpu.copy_gmem_to_smem(at.x, at.x_tile, at.barrier)
+        plgpu.copy_gmem_to_smem(at.numbers, at.numbers_tile, at.barrier)
+        plgpu.copy_gmem_to_smem(at.places, at.places_tile, at.barrier)
+        plgpu.barrier_wait(at.barrier)
+        pairs = hopper_lanes.narrow(plgpu.load(at.x_tile, layout=plgpu.Layout.WGMMA))
+        factor = hopper_lanes.spread(at.numbers_tile.at[pl.ds(0, len(numbers))])
+        wide = hopper_lanes.widen(pairs) * hopper.along_rows(factor, x.shape)
+        own = hopper_lanes.spread(at.places_tile.at[pl.ds(0, HALF // rows)])
+        at.pairs_tile[...] = pairs
+        at.factor_tile[...] = factor
+        at.x_tile[...] = wide
+        plgpu.commit_smem()
+        hopper_lanes.send_entries(at.pairs_tile, at.pairs, own)
+        hopper_lanes.send_entries(at.factor_tile, at.factors, own)
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.copy_smem_to_gmem(at.x_tile, at.wide)
+        plgpu.wait_smem_to_gmem(0)
+
+    entries = HALF // rows + 1
+    found = hopper.launch(
+        "round_trip",
+        run,
+        programs=1,
+        operands={"x": x, "numbers": jnp.pad(numbers, (0, 32 - len(numbers))), "places": places},
+        updated={
+            "pairs": jnp.full((entries, rows, width), 7, jnp.int32),
+            "factors": jnp.full((entries, rows), 7, jnp.float32),
+        },
+        outputs={"wide": jax.ShapeDtypeStruct(x.shape, jnp.float32)},
+        scratch={
+            "x_tile": hopper.row_tile(x.shape, jnp.float32),
+            "numbers_tile": plgpu.SMEM((32,), jnp.float32),
+            "places_tile": plgpu.SMEM((32,), jnp.int32),
+            "pairs_tile": hopper.row_tile((HALF, width), jnp.int32),
+            "factor_tile": plgpu.SMEM((HALF,), jnp.float32),
+            "barrier": plgpu.Barrier(num_arrivals=3),
+        },
+        warpgroups=1,
+    )
+    return found["wide"], found["factors"], found["pairs"]
+
+
+ROWS, WIDTH = (8, 16), 48  # Mosaic stores no rows of 128 bytes and more without a swizzle
+
+
+def operands(rows: int):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(HALF, WIDTH)).astype(np.float32)
+    numbers = rng.normal(size=HALF // rows).astype(np.float32)
+    places = np.full(32, -1, np.int32)
+    places[: HALF // rows] = rng.permutation(HALF // rows)
+    places[1] = -1
+    return jnp.asarray(x), jnp.asarray(numbers), jnp.asarray(places)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_against_plain_numbers(hopper, rows):
+    x, numbers, places = operands(rows)
+    wide, factors, pairs = jax.jit(round_trip, static_argnames="rows")(
+        x, numbers, places, rows=rows
+    )
+    rounded = np.asarray(x.astype(jnp.bfloat16), np.float32)
+    each = np.repeat(np.asarray(numbers), rows)
+    np.testing.assert_array_equal(wide, rounded * each[:, None])
+    packed = np.asarray(hopper_lanes.plain_narrow(x)).reshape(-1, rows, WIDTH // 2)
+    for found, sent in ((pairs, packed), (factors, each.reshape(-1, rows))):
+        expected = np.full_like(found, 7)
+        for n, place in enumerate(np.asarray(places)[: HALF // rows]):
+            if place >= 0:
+                expected[place] = sent[n]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_pairs_come_back():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 48)), jnp.float32)
+    pairs = hopper_lanes.plain_narrow(x)
+    assert pairs.shape == (3, 24)
+    np.testing.assert_array_equal(hopper_lanes.plain_widen(pairs), x.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        pairs[:, 0] & 0xFFFF,
+        np.asarray(jax.lax.bitcast_convert_type(x[:, 0].astype(jnp.bfloat16), jnp.uint16)),
+    )
+    # Of the second pair that stands there the numbers were those of columns 8 and 9.
+    second = jax.lax.bitcast_convert_type(pairs[:, 1:2], jnp.bfloat16).reshape(3, 2)
+    np.testing.assert_array_equal(second, x[:, 8:10].astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_compiles(rows):
+    compilation = compile_for("h200", lambda *x: round_trip(*x, rows=rows), *operands(rows))
+    (kernel,) = compilation.kernels
+    assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0
