@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.extend
 import jax.numpy as jnp
 from jax import lax
 
@@ -22,6 +23,7 @@ kernel_counts.leave_out()
 
 HALF = 64  # rows of a tile that one compute warpgroup owns: of one wgmma
 ROWS = 2 * HALF
+WARPS = 4  # of a warpgroup; each has 16 rows
 LOG2E = math.log2(math.e)
 LOWEST = float(jnp.finfo(jnp.float32).min)
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one number per row of a product
@@ -112,6 +114,26 @@ def multiply_add(acc, a, b):
 def transposed(ref):
     """The transpose of a matrix in shared memory."""
     return ref.transpose((1, 0))
+
+
+def by_warp(count: int, visit: Callable[[int], None]):
+    """Calls `visit` for 0 to `count` - 1, each of a warpgroup's warps for its share of them.
+
+    For copies: to start one takes a warp dozens of instructions. What they need to know must have
+    been read from shared memory before, and what other warps have written is theirs only after
+    `commit_smem`. They arrive at barriers, and are awaited, as a warpgroup's are.
+    """
+
+    def share(own):
+        for warp in range(WARPS):
+            first, last = warp * count // WARPS, (warp + 1) * count // WARPS
+
+            @pl.when(own == warp)
+            def _(numbers=range(first, last)):
+                for n in numbers:
+                    visit(n)
+
+    plgpu.warp_map(share)
 
 
 def half_of(warpgroup):
@@ -249,7 +271,6 @@ def launch(
     given, changed = (
         {k: x for k, x in each.items() if x is not None} for each in (operands, updated)
     )
-    places = {name: jax.new_ref(x) for name, x in changed.items()}
 
     def kernel(*refs):
         run(
@@ -258,13 +279,13 @@ def launch(
                 programs=programs,
                 warpgroup=lax.axis_index("warpgroup"),
                 **dict.fromkeys((*operands, *updated))
-                | dict(zip((*given, *places, *outputs), refs[:-1], strict=True)),
+                | dict(zip((*given, *changed, *outputs), refs[:-1], strict=True)),
                 **refs[-1],
             )
         )
 
     kernel.__name__ = name
-    results = plgpu.kernel(
+    launched = plgpu.kernel(
         kernel,
         out_type=tuple(outputs.values()),
         grid=(programs,),
@@ -273,11 +294,21 @@ def launch(
         thread_name="warpgroup",
         scratch_types=[scratch],
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not meets),
-    )(*given.values(), *places.values())
-    # plgpu.kernel forgets over which axes of a mesh (shard_map) its results vary.
-    axes = frozenset().union(*map(varying, given.values()))
-    found = {name: vary_over(axes, x) for name, x in zip(outputs, results, strict=True)}
-    return {name: jax.freeze(x) for name, x in places.items()} | found
+    )
+
+    def call(*arrays):
+        places = [jax.new_ref(x) for x in arrays[len(given) :]]
+        results = launched(*arrays[: len(given)], *places)
+        return [*map(jax.freeze, places), *results]
+
+    arrays = *given.values(), *changed.values()
+    axes = frozenset().union(*map(varying, arrays))
+    if axes:  # of a mesh, in `jax.shard_map`: warps could not share what varies over them
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        call = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(call)(*shapes))
+    found = dict(zip((*changed, *outputs), call(*arrays), strict=True))
+    # And then nobody knows any more that the results vary.
+    return found | {name: vary_over(axes, found[name]) for name in outputs}
 
 
 def share(items: int, at):

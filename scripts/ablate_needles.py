@@ -4,8 +4,9 @@
         --run-dir runs/ablations --out results/h200/ablations.json
 
 Each run is a shorter configs/needle.py. What is complete is not made again, and the same command
-goes on with what was stopped. With --gpus each of them takes the next run, in a process of its own
-that writes to RUN_DIR/NAME-SEED.log.
+goes on with what was stopped. The results file keeps its rows of runs that are not in RUN_DIR.
+With --gpus each of them takes the next run, in a process of its own that writes to
+RUN_DIR/NAME-SEED.log.
 """
 
 import argparse
@@ -108,13 +109,31 @@ def variant(name: str, seed: int, share: float, path: Path = PRESET) -> TrainCon
 
 
 def collect(run_dir: Path) -> list[dict]:
-    """Rows of all runs of a folder that were evaluated."""
+    """Rows of all runs of a folder that were evaluated, and the commits that made them."""
     rows = []
     for path in sorted(run_dir.glob("*/needle.json")):
         name, _, seed = path.parent.name.rpartition("-")
-        common = {"ablation": name, "seed": int(seed)}
-        rows += [common | row for row in read_results(path)["rows"]]
+        results = read_results(path)
+        common = {"ablation": name, "seed": int(seed), "commit": results["commit"]}
+        rows += [common | row for row in results["rows"]]
     return rows
+
+
+def earlier(arguments: argparse.Namespace, config: dict) -> list[dict]:
+    """The rows that the results file has.
+
+    Raises:
+      ConfigError: they are of runs with another config.
+    """
+    if not arguments.out.exists():
+        return []
+    results = read_results(arguments.out)
+    if results["config"] != config:
+        raise ConfigError(
+            f"{arguments.out} has ablations of another config (another --share or preset): use"
+            " another --out"
+        )
+    return results["rows"]
 
 
 def run(arguments: argparse.Namespace, name: str, seed: int) -> None:
@@ -135,9 +154,18 @@ def run(arguments: argparse.Namespace, name: str, seed: int) -> None:
 
 def write(arguments: argparse.Namespace) -> None:
     """Writes what all runs of the folder answered so far."""
-    config = to_json(variant("full", arguments.seeds[0], arguments.share, arguments.preset))
-    if rows := collect(arguments.run_dir):
+    config = full_config(arguments)
+    rows = collect(arguments.run_dir)
+    made = {(row["ablation"], row["seed"]) for row in rows}
+    rows += [x for x in earlier(arguments, config) if (x["ablation"], x["seed"]) not in made]
+    if rows:
+        rows.sort(key=lambda row: (list(VARIANTS).index(row["ablation"]), row["seed"]))
         write_results(arguments.out, "ablations", shlex.join(sys.argv), config, rows)
+
+
+def full_config(arguments: argparse.Namespace) -> dict:
+    """The config that all runs are variants of, whatever their seed."""
+    return to_json(variant("full", 0, arguments.share, arguments.preset))
 
 
 def run_on(gpus: list[int], run_dir: Path, runs: list[tuple[str, int]]) -> list[str]:
@@ -211,6 +239,7 @@ def main() -> None:
             raise ConfigError(f"samples={arguments.samples} must be positive: use 100, say")
         for each in runs:
             variant(*each, arguments.share, arguments.preset)
+        earlier(arguments, full_config(arguments))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if not arguments.gpus:

@@ -49,6 +49,7 @@ class Entries(NamedTuple):
 
     Attributes:
       place: int32: of each entry in the pattern; out of bounds if empty.
+      block: int32: the key block of a filled entry; anything if empty.
       value: the score bias; 0 if empty.
       filled: bool.
       order: int32 [entries]: the entry of each sorted place; empty ones stand at the end.
@@ -56,6 +57,7 @@ class Entries(NamedTuple):
     """
 
     place: jax.Array
+    block: jax.Array
     value: jax.Array
     filled: jax.Array
     order: jax.Array
@@ -63,9 +65,7 @@ class Entries(NamedTuple):
 
 
 def find_entries(first, indptr, indices, values, sizes: Sizes):
-    """The entries of chunks, [C, B, Hkv, chunk, capacity]: (place, block, value, filled).
-
-    Place, value and filled are those of `Entries`, block is the key block of a filled one.
+    """(place, block, value, filled) of `Entries`.
 
     Args:
       first: the first token of each chunk, int32 [C]; tokens past the last have no entries.
@@ -114,7 +114,7 @@ def sort_entries(first, indptr, indices, values, sizes: Sizes) -> Entries:
     column = jnp.where(filled, column, columns).ravel()
     order = jnp.argsort(column, stable=True).astype(jnp.int32)
     starts = first_places(column[order], columns)
-    return Entries(place, value, filled, order, starts)
+    return Entries(place, block, value, filled, order, starts)
 
 
 def combine(value, filled, out, lse, sizes: Sizes):

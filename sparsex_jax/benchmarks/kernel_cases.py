@@ -123,7 +123,7 @@ def _plan(blocks: BlockCSR, scales, sizes: Sizes):
 
 @functools.partial(jax.jit, static_argnames="sizes")
 def _combine(words, lse, chunk: Chunk, sizes: Sizes):
-    out = packing.unpack_entries(words, chunk.scale(sizes))
+    out = packing.unpack_entries(words, chunk.scale)
     operands = chunk.value[:, None], chunk.filled[:, None], out, lse
     return combine_by_token(*(by_token(x, sizes) for x in operands))
 

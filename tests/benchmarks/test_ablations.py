@@ -1,5 +1,6 @@
 """Variants of the needle model, and the table of what they answer."""
 
+import argparse
 import importlib.util
 import os
 import signal
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsex_jax.benchmarks.results import write_results
+from sparsex_jax.benchmarks.results import read_results, write_results
 from sparsex_jax.benchmarks.tables.quality import ablations_table
 from sparsex_jax.commands.arguments import format_length
+from sparsex_jax.config import ConfigError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ablate_needles.py"
 spec = importlib.util.spec_from_file_location("ablate_needles", SCRIPT)
@@ -50,6 +52,27 @@ def test_table_has_means_over_seeds(tmp_path):
     table = ablations_table(rows, format_length).splitlines()
     assert table[0] == "| ablation | vt |"
     assert table[2:] == ["| full | 62.5 (50.0 to 75.0) |", "| no_landmarks |  |"]
+
+
+def test_rows_of_other_runs_are_kept(tmp_path):
+    def write(name, accuracy, share=0.5):
+        folder = tmp_path / name
+        row = {"task": "vt", "tokens": 131072, "accuracy": accuracy}
+        write_results(folder / name / "needle.json", "needle", "", {}, [row])
+        script.write(
+            argparse.Namespace(
+                run_dir=folder, out=tmp_path / "a.json", share=share, preset=script.PRESET
+            )
+        )
+        rows = read_results(tmp_path / "a.json")["rows"]
+        assert all(row["commit"] for row in rows)
+        return [(row["ablation"], row["seed"], row["accuracy"]) for row in rows]
+
+    assert write("k_4-0", 0.25) == [("k_4", 0, 0.25)]
+    assert write("full-1", 0.5) == [("full", 1, 0.5), ("k_4", 0, 0.25)]
+    assert write("k_4-0", 0.75) == [("full", 1, 0.5), ("k_4", 0, 0.75)]
+    with pytest.raises(ConfigError, match="another config"):
+        write("k_16-0", 1.0, share=0.25)
 
 
 FAKE = """

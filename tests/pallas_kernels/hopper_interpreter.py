@@ -37,7 +37,7 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax._src.state import discharge, indexing
 from jax._src.state import types as state_types
 
-from pallas_kernels import dispatch, hopper_lanes
+from pallas_kernels import dispatch, hopper, hopper_lanes
 from pallas_kernels.hopper import HALF
 
 # What the kernels are chosen for.
@@ -268,7 +268,7 @@ def _store(src, dst, *args, **kwargs):
 _stock_load, _stock_store = plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem
 
 
-# What `hopper_lanes` does with references, warpgroup by warpgroup.
+# What warps do each on their own, done by their warpgroup, which also waits for it.
 
 
 def _spread(ref):
@@ -286,13 +286,17 @@ def _send_entries(tile, array, places):
             _stock_store(source, array.at[places[first]], commit_group=False)
 
 
-_LANES = {"spread": _spread, "send_entries": _send_entries}
-_stock_lanes = {name: getattr(hopper_lanes, name) for name in _LANES}
+def _by_warp(count, visit):
+    for n in range(count):
+        visit(n)
 
 
-def _replace(module, functions):
-    for name, function in functions.items():
-        setattr(module, name, function)
+_OF_WARPS = (
+    (hopper_lanes, "spread", _spread),
+    (hopper_lanes, "send_entries", _send_entries),
+    (hopper, "by_warp", _by_warp),
+)
+_stock_of_warps = [(module, name, getattr(module, name)) for module, name, _ in _OF_WARPS]
 
 
 @contextlib.contextmanager
@@ -306,7 +310,8 @@ def interpret(*, detect_races=False):
     gpu_callbacks._barrier_arrive = _arrive
     memory.Barrier.deallocate = _deallocate
     plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem = _load, _store
-    _replace(hopper_lanes, _LANES)
+    for each in _OF_WARPS:
+        setattr(*each)
     try:
         with plgpu.force_gpu_interpret_mode(params), dispatch.targeting(HOPPER):
             yield
@@ -318,7 +323,8 @@ def interpret(*, detect_races=False):
         gpu_callbacks._barrier_arrive = _stock_arrive
         memory.Barrier.deallocate = _stock_deallocate
         plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem = _stock_load, _stock_store
-        _replace(hopper_lanes, _stock_lanes)
+        for each in _stock_of_warps:
+            setattr(*each)
 
 
 def races_found():

@@ -27,13 +27,10 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.combination import (
     combine_entries,
 )
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
-    DESCRIPTION,
-    SCALE,
     Chunk,
     by_token,
     entry_place,
 )
-from pallas_kernels.hopper import HALF
 from tests.pallas_kernels.accuracy import assert_accurate, assert_same_bits
 from tests.pallas_kernels.hopper_interpreter import cut_small, interpret
 from tests.pallas_kernels.test_block_sparse_attention import random_selection
@@ -67,21 +64,17 @@ def make_entries(sizes, rng, *, holes=True):
         found[np.asarray(entry_place(np.arange(sizes.entries), sizes))] = x
         return found
 
-    # A tile for each matrix of 64 rows, with a scale of its own.
-    number = np.arange(sizes.entries, dtype=np.int32)
-    slot = np.where(placed(np.ones(shape, np.int32), 0), number, -1)
-    tiles = rng.integers(-9, 9, size=(sizes.entries * sizes.groups // HALF, DESCRIPTION))
-    scale = 2.0 ** rng.integers(3, 5, size=len(tiles)).astype(np.float32)
-    tiles[:, SCALE] = scale.view(np.int32)
+    scale = 2.0 ** rng.integers(3, 5, size=sizes.entries).astype(np.float32)
+    filled_places = placed(np.ones(shape, bool), False)
     chunk = Chunk(
-        None, jnp.asarray(placed(value, 0)), jnp.asarray(slot), jnp.asarray(tiles, jnp.int32),
-        jnp.zeros(4, jnp.int32), None,
+        None, jnp.asarray(placed(value, 0)), jnp.asarray(filled_places),
+        jnp.asarray(np.where(filled_places, scale, 1)), None, None, jnp.zeros(4, jnp.int32), None,
     )  # fmt: skip
-    scale = np.repeat(scale, HALF // sizes.groups)[:, None, None]
+    scale = scale[:, None, None]
     total = 2.0**-packing.SHIFT
     sums = jnp.asarray(placed(parts, 0) * total * packing.packing_factor(scale, total))
     words = np.array(packing.pack_pairs(hopper_lanes.plain_narrow(sums)))
-    words[slot < 0] = rng.integers(-(2**31), 2**31, size=words[slot < 0].shape)
+    words[~filled_places] = rng.integers(-(2**31), 2**31, size=words[~filled_places].shape)
     operands = jnp.asarray(words), jnp.asarray(placed(lse, np.nan))
     return (parts, lse + value[..., None].astype(np.float64), filled), operands, chunk
 
@@ -250,8 +243,8 @@ class TestCompiled:
         rows, numbers = (1, 8192, 2 * groups, dim), (1, 8192, 2 * groups)
         half, wide = jnp.bfloat16, jnp.float32
 
-        def run(words, lse, value, slot, tiles, span, rows, numbers):
-            chunk = Chunk(None, value, slot, tiles, span, None)
+        def run(words, lse, value, filled, scale, span, rows, numbers):
+            chunk = Chunk(None, value, filled, scale, None, None, span, None)
             step = functools.partial(combine_entries, words, lse, chunk, sizes=sizes, config=config)
             added = Added(rows, None), Added(rows, numbers)
             return (
@@ -262,8 +255,8 @@ class TestCompiled:
         entries = sizes.entries
         compilation = compile_for(
             target, run, shape((entries, groups, packing.width(dim)), jnp.int32),
-            shape((entries, groups), wide), shape((entries,), wide), shape((entries,), jnp.int32),
-            shape((entries, DESCRIPTION), jnp.int32), shape((4,), jnp.int32), shape(rows, half),
+            shape((entries, groups), wide), shape((entries,), wide), shape((entries,), bool),
+            shape((entries,), wide), shape((4,), jnp.int32), shape(rows, half),
             shape(numbers, wide),
         )  # fmt: skip
         assert len(compilation.kernels) == 2

@@ -83,10 +83,13 @@ class _Walk:
                         at.group_tile[place, half * HALF + row, part * sizes.part + k]
                         for k in range(sizes.part)
                     ]
-                    for k, group in enumerate(groups):
+                    groups = [jnp.maximum(group, 0) for group in groups]
+
+                    def load(k, slot=slot, ready=ready, groups=groups):
                         rows = pl.ds(k * GROUP, GROUP)
-                        features = at.c.at[b, jnp.maximum(group, 0), :, h]
-                        copy(features, at.c_tile.at[slot, rows], ready)
+                        copy(at.c.at[b, groups[k], :, h], at.c_tile.at[slot, rows], ready)
+
+                    hopper.by_warp(sizes.part, load)
 
         lax.fori_loop(0, self.own_items, load_item, None)
 

@@ -115,7 +115,7 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
         words, lse = forward(q, k, v, chunk, sizes, config)
         if combine_config is not None:
             return combine_entries(words, lse, chunk, results, sizes, combine_config)
-        parts = packing.unpack_entries(words, chunk.scale(sizes))
+        parts = packing.unpack_entries(words, chunk.scale)
         operands = chunk.value[:, None], chunk.filled[:, None], parts, lse
         found = combine_by_token(*(by_token(x, sizes) for x in operands))
         return tuple(_put(x, y, chunk) for x, y in zip(results, found, strict=True))

@@ -86,8 +86,8 @@ class BlockWalk:
             slot = self.q_ring.claim(i)
             ready = self.q_ring.ready.at[slot]
             plgpu.copy_gmem_to_smem(at.sums.at[self.begin + i], at.sums_tile.at[slot], ready)
-            load_entries(at.q, at.q_tile.at[slot], ready, tile, groups)
-            load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, groups)
+            arrays = (at.q, at.q_tile.at[slot]), (at.out_bar, at.out_bar_tile.at[slot])
+            load_entries(arrays, ready, tile, groups)
 
         for_tiles(at, self.begin, self.count, self.width, load_tile)
 

@@ -316,7 +316,7 @@ def combine_entries(
         gates = (gate is not None, *(each.gate is not None for each in added))
     tiles = sizes.batch * sizes.chunk * sizes.heads * sizes.groups // HALF
 
-    factors = packing.unpacking_factor(jnp.where(chunk.filled, chunk.scale(sizes), 1))
+    factors = packing.unpacking_factor(chunk.scale)
     values = jnp.where(chunk.filled, chunk.value, -jnp.inf)
 
     def entries_by_tile(x):

@@ -89,7 +89,12 @@ class EntryWalk:
         """Starts the copies that make own tile i."""
         at = self.at
         plgpu.copy_gmem_to_smem(at.tiles.at[self.begin + i], at.info_tile.at[slot], ready)
-        load_entries(at.q, at.q_tile.at[slot], ready, tile, self.sizes.groups)
+        arrays = [(x, place.at[slot]) for x, place in self.rows()]
+        load_entries(arrays, ready, tile, self.sizes.groups)
+
+    def rows(self):
+        """The arrays of rows that make tiles, and their places."""
+        return [(self.at.q, self.at.q_tile)]
 
     def compute(self):
         """Computes tile after tile; results leave while the next tile is under way."""
@@ -188,8 +193,11 @@ class _QueryGradient(EntryWalk):
     def load_tile(self, slot, ready, i, tile):
         super().load_tile(slot, ready, i, tile)
         at = self.at
-        load_entries(at.out_bar, at.out_bar_tile.at[slot], ready, tile, self.sizes.groups)
         plgpu.copy_gmem_to_smem(at.sums.at[self.begin + i], at.sums_tile.at[slot], ready)
+
+    def rows(self):
+        """The arrays of rows that make tiles, and their places."""
+        return [*super().rows(), (self.at.out_bar, self.at.out_bar_tile)]
 
     def compute_tile(self, i, slot, key_slot, meanwhile):
         """What the block contributes to dQ, and to the gradient of each row's bias."""
@@ -215,13 +223,15 @@ class _QueryGradient(EntryWalk):
         at, groups = self.at, self.sizes.groups
         target = at.bias_bar.at[self.first + i]
         plgpu.copy_smem_to_gmem(at.bias_tile.at[slot], target, commit_group=False)
-        for n in range(self.width):
-            entry = at.info_tile[slot, HEADER + self.width + n]
+        entries = [at.info_tile[slot, HEADER + self.width + n] for n in range(self.width)]
 
-            @pl.when(entry >= 0)
-            def _(n=n, entry=entry):
+        def store(n):
+            @pl.when(entries[n] >= 0)
+            def _():
                 source = at.q_tile.at[slot, pl.ds(n * groups, groups)]
-                plgpu.copy_smem_to_gmem(source, at.q_bar.at[entry], commit_group=False)
+                plgpu.copy_smem_to_gmem(source, at.q_bar.at[entries[n]], commit_group=False)
+
+        hopper.by_warp(self.width, store)
 
 
 def forward_scratch(sizes: Sizes, config: Config):

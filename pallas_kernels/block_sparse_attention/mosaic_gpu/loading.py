@@ -10,6 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import hopper
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import (
     BATCH,
     BLOCK,
@@ -83,9 +84,10 @@ def for_tiles(at, first, count, width, visit: Callable):
             def number(n):
                 return at.lookup_tile[slot, first + i - begin(group), n]
 
-            tokens = tuple(number(HEADER + n) for n in range(width))
             turn = number(TURN) - first_turn
-            visit(i, turns, Tile(number(BATCH), number(HEAD), number(BLOCK), turn, tokens))
+            places = (number(n) for n in (BATCH, HEAD, BLOCK))
+            tokens = tuple(number(HEADER + n) for n in range(width))
+            visit(i, turns, Tile(*places, turn, tokens))
             return turn + 1
 
         return lax.fori_loop(
@@ -111,9 +113,21 @@ def load_block(at, ring: Ring, turns, tile: Tile, block_size: int):
             plgpu.copy_gmem_to_smem(source, target, ring.ready.at[slot])
 
 
-def load_entries(x, place, ready, tile: Tile, groups: int):
-    """Starts the copies of a tile's rows of x [B, T, Hkv * groups, D], entry by entry."""
+def load_entries(arrays, ready, tile: Tile, groups: int):
+    """Starts the copies of a tile's rows, entry by entry.
+
+    Args:
+      arrays: pairs of x [B, T, Hkv * groups, D] and its place.
+      ready: the barrier at which the copies arrive.
+      tile: whose rows.
+      groups: rows of an entry.
+    """
     heads = pl.ds(pl.multiple_of(tile.head * groups, groups), groups)
-    for n, token in enumerate(tile.tokens):
+
+    def load(n):
         rows = pl.ds(n * groups, groups)
-        plgpu.copy_gmem_to_smem(x.at[tile.batch, token, heads], place.at[rows], ready)
+        for x, place in arrays:
+            source = x.at[tile.batch, tile.tokens[n], heads]
+            plgpu.copy_gmem_to_smem(source, place.at[rows], ready)
+
+    hopper.by_warp(len(tile.tokens), load)

@@ -68,6 +68,9 @@ class Chunk(NamedTuple):
     Attributes:
       place: int32 [entries]: of each entry in the pattern; out of bounds if empty.
       value: f32 [entries]: the score bias; 0 if empty.
+      filled: bool [entries]: whether an entry is not empty.
+      scale: f32 [entries]: that of each entry's block (`packing`); 1 if empty. None where results
+        are not packed.
       slot: int32 [entries]: where each entry is among those of all tiles, R a tile; -1 if empty.
       tiles: int32 [tiles, DESCRIPTION]: batch element, KV head, block, the block's number among
         those that have entries, the block's first and last tile, and the bits of the
@@ -80,20 +83,12 @@ class Chunk(NamedTuple):
 
     place: jax.Array
     value: jax.Array
+    filled: jax.Array
+    scale: jax.Array | None
     slot: jax.Array
     tiles: jax.Array
     span: jax.Array
     used: jax.Array
-
-    @property
-    def filled(self) -> jax.Array:
-        """Whether an entry is not empty, bool [entries]."""
-        return self.slot >= 0
-
-    def scale(self, sizes: Sizes) -> jax.Array:
-        """The scale of each entry's block, f32 [entries]; anything where it is empty."""
-        tile = self.span[0] + jnp.maximum(self.slot, 0) // (HALF // sizes.groups)
-        return lax.bitcast_convert_type(self.tiles[tile, SCALE], jnp.float32)
 
     def alone(self, sizes: Sizes) -> "Chunk":
         """The chunk with few tiles but its own, where there are many."""
@@ -115,6 +110,8 @@ class Plan(NamedTuple):
 
     place: jax.Array
     value: jax.Array
+    filled: jax.Array
+    scale: jax.Array | None
     slot: jax.Array
     tiles: jax.Array
     span: jax.Array
@@ -122,8 +119,9 @@ class Plan(NamedTuple):
 
     def chunk(self, i) -> Chunk:
         """Chunk number i, which may be traced; its tiles lie among those of all chunks."""
-        chunk = (x if name == "tiles" else x[i] for name, x in self._asdict().items())
-        return Chunk(*chunk)
+        own = self._replace(tiles=None)._asdict()
+        own = {name: None if x is None else x[i] for name, x in own.items()}
+        return Chunk(**own | {"tiles": self.tiles})
 
 
 def most_tiles(sizes: Sizes) -> int:
@@ -182,5 +180,13 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0, scales=N
         unique_indices=True,
     )
     span = jnp.stack([bounds[:-1], jnp.diff(bounds), origin + first, first], axis=1)
-    place, value = (at_places(x, sizes) for x in (entries.place, entries.value))
-    return Plan(place, value, slot.reshape(chunks, -1), described, span, used)
+    scale = None
+    if scales is not None:
+        _, b, h = (x[..., None, None] for x in jnp.ogrid[:1, : sizes.batch, : sizes.heads])
+        block = jnp.clip(entries.block, 0, sizes.num_blocks - 1)
+        scale = at_places(jnp.where(entries.filled, scales[b, block, h], 1), sizes)
+    place, value, filled = (
+        at_places(x, sizes) for x in (entries.place, entries.value, entries.filled)
+    )
+    slot = slot.reshape(chunks, -1)
+    return Plan(place, value, filled, scale, slot, described, span, used)

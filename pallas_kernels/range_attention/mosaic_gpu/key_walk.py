@@ -58,10 +58,13 @@ class KeyWalk:
     def load_rows(self, x, tile_ref, place, ready, b, tile, h):
         """Copies a tile's rows of x [B, T, Hq, D], head by head."""
         width, groups = self.sizes.width, self.sizes.groups
-        for g in range(groups):
+
+        def load(g):
             source = x.at[b, pl.ds(tile * width, width), h * groups + g]
             target = tile_ref.at[place, pl.ds(g * width, width)]
             plgpu.copy_gmem_to_smem(source, target, ready)
+
+        hopper.by_warp(groups, load)
 
     def load_tile(self, place, ready, b, tile, h):
         """Starts the copies that make a tile."""
@@ -137,17 +140,19 @@ class KeyWalk:
         """Starts the copies of this warpgroup's rows of a tile to out [B, T, Hq, D]."""
         width, groups = self.sizes.width, self.sizes.groups
         chunk = math.gcd(width, HALF)  # rows of one head
-        for n in range(HALF // chunk):
-            row = pl.multiple_of(self.at.warpgroup * HALF + n * chunk, chunk)
+
+        def store(n):
+            row = self.at.warpgroup * HALF + n * chunk
             head = lax.div(row, width)
 
             @pl.when(head < groups)
-            def _(row=row, head=head):
+            def _():
                 token = pl.ds(tile * width + lax.rem(row, width), chunk)
                 source = tile_ref.at[place, pl.ds(row, chunk)]
                 target = out.at[b, token, h * groups + head]
                 plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
+        hopper.by_warp(HALF // chunk, store)
         plgpu.commit_smem_to_gmem_group()
 
     def finish_store(self, i):
