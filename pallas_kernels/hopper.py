@@ -303,11 +303,13 @@ def launch(
 
     arrays = *given.values(), *changed.values()
     axes = frozenset().union(*map(varying, arrays))
-    if axes:  # of a mesh, in `jax.shard_map`: warps could not share what varies over them
+    if axes:
+        # Of a mesh, in `jax.shard_map`. `plgpu.warp_map` refuses references that vary over them
+        # (JAX 0.11.2), so the kernel is traced as if nothing did.
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
         call = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(call)(*shapes))
     found = dict(zip((*changed, *outputs), call(*arrays), strict=True))
-    # And then nobody knows any more that the results vary.
+    # `plgpu.kernel` forgets that its results vary.
     return found | {name: vary_over(axes, found[name]) for name in outputs}
 
 

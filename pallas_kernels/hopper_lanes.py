@@ -16,9 +16,9 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 
-from pallas_kernels.hopper import HALF, ROW
+from pallas_kernels.hopper import HALF, ROW, WARPS
 
-_WARP_ROWS = 16
+_WARP_ROWS = HALF // WARPS
 _MATRIX = plgpu.Layout.WGMMA
 _BOOL = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT(()))
 _NUMBERS = plgpu.ShapeDtypeStruct((HALF,), jnp.float32, ROW)
@@ -37,8 +37,7 @@ def any_of_warp(marks):
     @plgpu.inline_mgpu(arg_types=(ROW,), return_type=_BOOL)
     def vote(_, x):
         own = functools.reduce(arith.ori, x.registers.flat)
-        own = vector.extract(own, dynamic_position=[], static_position=[0])
-        found = nvvm.vote_sync(_everyone(), own, "any")
+        found = nvvm.vote_sync(_everyone(), _element(own, 0), "any")
         return mgpu.FragmentedArray.splat(found, (), is_signed=False)
 
     return vote(marks)
@@ -51,7 +50,7 @@ def largest_of_warp(x):
       x: f32 [64, N].
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_NUMBERS)
+    @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=_NUMBERS)
     def largest(_, x):
         own = _of_registers(arith.maximumf, x)
         most = mgpu.utils.redux(_ordered(own), _everyone(), nvvm.ReductionKind.MAX)
@@ -67,10 +66,10 @@ def lowest_of_warp(x):
       x: f32 [64, N], not negative.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_NUMBERS)
+    @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=_NUMBERS)
     def lowest(_, x):
         own = _of_registers(arith.minimumf, x)
-        bits = arith.bitcast(ir.IntegerType.get_signless(32), own)
+        bits = arith.bitcast(_integer(32), own)
         least = mgpu.utils.redux(bits, _everyone(), nvvm.ReductionKind.MIN)
         return _for_rows(arith.bitcast(own.type, least))
 
@@ -89,7 +88,7 @@ def narrow(x):
     @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)
     def narrow(_, x):
         rounded, word = ir.VectorType.get((2,), ir.BF16Type.get()), _integer(32)
-        made = _registers(result, word)
+        made = _registers(result)
         for place in np.ndindex(made.shape):
             pairs = [
                 llvm.bitcast(word, arith.truncf(rounded, x.registers[_tile(place, n)]))
@@ -109,7 +108,7 @@ def widen(x):
     @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)
     def widen(_, x):
         word, number = _integer(32), ir.F32Type.get()
-        made = _registers(result, number)
+        made = _registers(result)
         for place in np.ndindex(x.registers.shape):
             for n in range(2):
                 pair = _element(x.registers[place], n)
@@ -198,22 +197,18 @@ def send_entries(tile, array, places):
 
 def _everyone():
     """The mask of all threads of a warp."""
-    return arith.constant(ir.IntegerType.get_signless(32), -1)
+    return arith.constant(_integer(32), -1)
 
 
 def _of_registers(op, x):
     """What op makes of all numbers that a thread has of an array."""
     both = functools.reduce(op, x.registers.flat)
-    each = (
-        vector.extract(both, dynamic_position=[], static_position=[n])
-        for n in range(both.type.shape[0])
-    )
-    return functools.reduce(op, each)
+    return functools.reduce(op, [_element(both, n) for n in range(both.type.shape[0])])
 
 
 def _ordered(x):
     """Bits of f32 as integers of the same order, or back: negative ones run the other way."""
-    integer = ir.IntegerType.get_signless(32)
+    integer = _integer(32)
     bits = x if x.type == integer else arith.bitcast(integer, x)
     sign = arith.shrsi(bits, arith.constant(integer, 31))
     return arith.xori(bits, arith.andi(sign, arith.constant(integer, 2**31 - 1)))
@@ -233,8 +228,8 @@ def _element(register, n: int):
     return vector.extract(register, dynamic_position=[], static_position=[n])
 
 
-def _registers(result, dtype):
-    """Room for the registers of a matrix."""
+def _registers(result):
+    """Room for a matrix's registers."""
     return np.empty(mgpu.WGMMA_LAYOUT.registers_shape(result.shape), object)
 
 
@@ -251,7 +246,7 @@ def _tile(place, n: int):
 
 def _first_row(half: int):
     """The first of the rows that a warp has, or of their second half."""
-    warp = arith.remui(mgpu.utils.warp_idx(), arith.constant(_integer(32), 4))
+    warp = arith.remui(mgpu.utils.warp_idx(), arith.constant(_integer(32), WARPS))
     row = arith.muli(warp, arith.constant(warp.type, _WARP_ROWS))
     return arith.addi(row, arith.constant(row.type, 8 * half))
 

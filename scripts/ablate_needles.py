@@ -159,7 +159,7 @@ def write(arguments: argparse.Namespace) -> None:
     made = {(row["ablation"], row["seed"]) for row in rows}
     rows += [x for x in earlier(arguments, config) if (x["ablation"], x["seed"]) not in made]
     if rows:
-        rows.sort(key=lambda row: (list(VARIANTS).index(row["ablation"]), row["seed"]))
+        rows.sort(key=lambda row: (row["ablation"], row["seed"]))
         write_results(arguments.out, "ablations", shlex.join(sys.argv), config, rows)
 
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper, hopper_lanes
+from pallas_kernels import hopper as kernels
+from pallas_kernels import hopper_lanes
 from pallas_kernels.ahead_of_time import compile_for
-from pallas_kernels.hopper import HALF
+from pallas_kernels.hopper import HALF, by_warp
 
 
 def round_trip(x, numbers, places, rows: int):
@@ -29,7 +30,7 @@ def round_trip(x, numbers, places, rows: int):
         plgpu.barrier_wait(at.barrier)
         pairs = hopper_lanes.narrow(plgpu.load(at.x_tile, layout=plgpu.Layout.WGMMA))
         factor = hopper_lanes.spread(at.numbers_tile.at[pl.ds(0, len(numbers))])
-        wide = hopper_lanes.widen(pairs) * hopper.along_rows(factor, x.shape)
+        wide = hopper_lanes.widen(pairs) * kernels.along_rows(factor, x.shape)
         own = hopper_lanes.spread(at.places_tile.at[pl.ds(0, HALF // rows)])
         at.pairs_tile[...] = pairs
         at.factor_tile[...] = factor
@@ -42,7 +43,7 @@ def round_trip(x, numbers, places, rows: int):
         plgpu.wait_smem_to_gmem(0)
 
     entries = HALF // rows + 1
-    found = hopper.launch(
+    found = kernels.launch(
         "round_trip",
         run,
         programs=1,
@@ -53,10 +54,10 @@ def round_trip(x, numbers, places, rows: int):
         },
         outputs={"wide": jax.ShapeDtypeStruct(x.shape, jnp.float32)},
         scratch={
-            "x_tile": hopper.row_tile(x.shape, jnp.float32),
+            "x_tile": kernels.row_tile(x.shape, jnp.float32),
             "numbers_tile": plgpu.SMEM((32,), jnp.float32),
             "places_tile": plgpu.SMEM((32,), jnp.int32),
-            "pairs_tile": hopper.row_tile((HALF, width), jnp.int32),
+            "pairs_tile": kernels.row_tile((HALF, width), jnp.int32),
             "factor_tile": plgpu.SMEM((HALF,), jnp.float32),
             "barrier": plgpu.Barrier(num_arrivals=3),
         },
@@ -94,6 +95,42 @@ def test_against_plain_numbers(hopper, rows):
             if place >= 0:
                 expected[place] = sent[n]
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_warps_share_copies(hopper, count):
+    """Pieces of 8 rows, which leave in reverse order; also interpreted it is warps that copy."""
+    x = jnp.arange(count * 8 * 32, dtype=jnp.int32).reshape(-1, 32)
+
+    def run(at):
+        def piece(n):
+            return pl.ds(n * 8, 8)
+
+        def load(n):
+            plgpu.copy_gmem_to_smem(at.x.at[piece(n)], at.x_tile.at[piece(n)], at.barrier)
+
+        def store(n):
+            target = at.out.at[piece(count - 1 - n)]
+            plgpu.copy_smem_to_gmem(at.x_tile.at[piece(n)], target, commit_group=False)
+
+        by_warp(count, load)
+        plgpu.barrier_wait(at.barrier)
+        by_warp(count, store)
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.wait_smem_to_gmem(0)
+
+    @jax.jit
+    def copy(x):
+        return kernels.launch(
+            "share_copies", run, programs=1, operands={"x": x}, outputs={"out": x}, warpgroups=1,
+            scratch={
+                "x_tile": plgpu.SMEM(x.shape, x.dtype),
+                "barrier": plgpu.Barrier(num_arrivals=count),
+            },
+        )["out"]  # fmt: skip
+
+    expected = np.asarray(x).reshape(count, 8, 32)[::-1].reshape(x.shape)
+    np.testing.assert_array_equal(copy(x), expected)
 
 
 def test_pairs_come_back():

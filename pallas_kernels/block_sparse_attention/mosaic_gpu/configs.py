@@ -14,8 +14,8 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.entry_walk import (
 )
 from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Config
 
-# Stages, key stages, computing warpgroups. With one stage for each warpgroup, or one key stage,
-# forward and dQ would wait for ever.
+# Stages, key stages, computing warpgroups. With one key stage forward and dQ would wait for ever,
+# as would dQ with one stage for each warpgroup.
 _GRIDS = {
     ("forward", 64): ((6, 12), (2, 3, 4), (2, 3)),
     ("forward", 128): ((4, 6, 8), (2, 3), (2, 3)),

@@ -2,7 +2,7 @@
 
 A number has bf16's sign and mantissa, and an exponent of 4 bits. Results lie within the values of
 their block, so exponents count down from a power of two above all of the block's values, its scale;
-of what is 2^-14 of it and less little or nothing is left. A scale comes from its block alone: what
+of what is below 2^-14 of it little or nothing is left. A scale comes from its block alone: what
 a query gets does not depend on other blocks.
 
 Numbers are packed in the registers that hold them. Four pairs of columns, a quarter of the width
