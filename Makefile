@@ -5,9 +5,9 @@ STAMP := .venv/.setup-stamp
 COMPILER := .venv/.compiler-stamp
 CUDA := .venv/.cuda-stamp
 
-# test-meshes: the model on every shape of mesh of eight simulated devices, rarer cases of split
-# sequences, and four processes; takes long.
-.PHONY: setup demo test test-gpu test-meshes test-compile lint clean
+# test-long: rarer cases, the model on every shape of mesh of eight simulated devices, four
+# processes, and what compiles long.
+.PHONY: setup demo test test-gpu test-long lint clean
 
 setup: $(STAMP)
 
@@ -32,13 +32,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint $(COMPILER)
-	$(BIN)/pytest -m "not gpu and not long_compile and not meshes" -n 2
+	$(BIN)/pytest -m "not gpu and not long" -n 2
 
-test-meshes: $(STAMP)
-	$(BIN)/pytest -m meshes
-
-test-compile: $(COMPILER)
-	$(BIN)/pytest -m "long_compile and not gpu"
+test-long: $(COMPILER)
+	$(BIN)/pytest -m "long and not gpu"
 
 test-gpu: $(CUDA)
 	JAX_PLATFORMS=cuda $(BIN)/pytest -m gpu

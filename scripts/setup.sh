@@ -44,7 +44,8 @@ if ! command -v uv >/dev/null; then
     uv=.venv/bin/uv
     [ -x "$uv" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
 fi
-install() { "$uv" pip install --python .venv/bin/python --constraint constraints.txt "$@"; }
+# Compiled once, since nothing may be written later (PYTHONDONTWRITEBYTECODE).
+install() { "$uv" pip install --compile-bytecode --python .venv/bin/python --constraint constraints.txt "$@"; }
 
 if [ "${1-}" = compiler ]; then
     # Beside the environment's packages: among them, JAX would look for a GPU at every start.

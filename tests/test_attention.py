@@ -29,6 +29,7 @@ SMALL = AttentionConfig(
     nodes_per_level=2, score_dim=4,
 )  # fmt: skip
 SOFTMAX = dataclasses.replace(SMALL, fusion="softmax", landmarks="off")
+ALL = dataclasses.replace(SMALL, landmarks="all")
 
 
 def make_inputs(config, tokens, *, batch=1, heads=4, kv_heads=2, dim=8, seed=0, dtype=np.float32):
@@ -92,7 +93,7 @@ def test_equals_its_definition(config, tokens):
     )
 
 
-@pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL])
 def test_packed_documents_equal_their_definition_and_separate_ones(config):
     lengths = (40, 8, 72)  # each a whole number of blocks
     segment_ids = np.repeat([3, 1, 2], lengths)[None]
@@ -139,8 +140,8 @@ def test_softmax_fusion_over_all_blocks_is_dense():
     ("config", "tokens", "lengths"),
     [
         (SMALL, 150, (40, 8, 64, 40)),
-        (SOFTMAX, 144, None),
-        (dataclasses.replace(SMALL, landmarks="all"), 144, (40, 8, 64, 40)),
+        pytest.param(SOFTMAX, 144, None, marks=pytest.mark.long),
+        pytest.param(ALL, 144, (40, 8, 64, 40), marks=pytest.mark.long),
     ],
 )
 def test_chunks_of_tokens_equal_the_whole(config, tokens, lengths, monkeypatch):
@@ -164,8 +165,8 @@ def test_chunks_of_tokens_equal_the_whole(config, tokens, lengths, monkeypatch):
     ("config", "lengths"),
     [
         (SMALL, (40, 8, 64, 38)),
-        (SOFTMAX, None),
-        (dataclasses.replace(SMALL, landmarks="all"), None),
+        pytest.param(SOFTMAX, None, marks=pytest.mark.long),
+        pytest.param(ALL, None, marks=pytest.mark.long),
     ],
 )
 def test_queries_of_the_last_tokens_get_what_they_get_among_all(config, lengths, monkeypatch):
@@ -212,7 +213,7 @@ def test_chunks_of_tokens_under_shard_map(monkeypatch):
 
 
 @pytest.mark.parametrize(("seed", "chunk"), [(0, 150), (1, 150), (2, 48)])
-@pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL])
 def test_causality_is_strict(config, seed, chunk, monkeypatch):
     monkeypatch.setattr(attention, "_CHUNK", chunk)
     tokens = 150
@@ -238,7 +239,7 @@ def test_causality_is_strict(config, seed, chunk, monkeypatch):
     np.testing.assert_array_equal(index[0][:, :changed], index[1][:, :changed])
 
 
-@pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL])
 def test_gradients_against_finite_differences(config):
     with jax.enable_x64(True):
         inputs = make_inputs(config, 60, heads=2, kv_heads=1, dim=4, dtype=np.float64)
@@ -282,7 +283,9 @@ def test_gradients_against_the_reference_implementation(config):
         )
 
 
-@pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
+@pytest.mark.parametrize(
+    "config", [SMALL, *(pytest.param(x, marks=pytest.mark.long) for x in (SOFTMAX, ALL))]
+)
 def test_gradients_of_packed_documents(config):
     lengths = config.block_size * np.random.default_rng(0).integers(1, 12, 24)
     segment_ids = np.repeat(np.arange(24), lengths)[None]
@@ -298,7 +301,7 @@ def test_gradients_of_packed_documents(config):
     chex.assert_trees_all_close(gradients("xla"), gradients("reference"), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [SMALL, SOFTMAX, dataclasses.replace(SMALL, landmarks="all")])
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL])
 def test_documents_within_a_block_do_not_leak_under_jit(config):
     lengths = (43, 5, 101, 90)  # starts that no check can see under jit
     segment_ids = np.repeat([0, 1, 2, 3], lengths)[None]
@@ -375,7 +378,7 @@ class TestMillionTokens:
     def gradients(cls, inputs, cotangent):
         return jax.vjp(cls.forward, inputs)[1](cotangent)
 
-    @pytest.mark.long_compile
+    @pytest.mark.long
     def test_forward_takes_less_than_q(self):
         inputs = self.inputs()
         compilation = compile_for("h200", self.forward, inputs)
@@ -391,7 +394,7 @@ class TestMillionTokens:
             moved |= whole and any(x in rest for x in (" copy(", " fusion(", " broadcast("))
             assert not moved, f"{result}, {rest[:200]}"
 
-    @pytest.mark.long_compile
+    @pytest.mark.long
     def test_backward_takes_less_than_three_times_q(self):
         inputs = self.inputs()
         compilation = compile_for("h200", self.gradients, inputs, inputs["q"])
@@ -410,7 +413,7 @@ class TestInPlace:
     )
 
     @pytest.mark.timeout(300, method="thread")
-    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.long), True])
     def test_equals_the_others(self, monkeypatch, packed):
         inputs = make_inputs(self.CONFIG, 192, heads=8, kv_heads=1, dim=64)
         gates = "salience", "landmark_gate", "dynamic_gate"

@@ -22,11 +22,20 @@ from tests.test_attention import SMALL, SOFTMAX, attend, make_inputs, reference
 
 NODES = {"search_node_size": 8, "search_beam": 1}  # a node has 64 tokens
 IN_NODES = dataclasses.replace(SMALL, **NODES)
+SOFTMAX_IN_NODES = dataclasses.replace(SOFTMAX, **NODES)
 TOKENS = 277
 
 
-@pytest.mark.parametrize("config", [IN_NODES, dataclasses.replace(SOFTMAX, **NODES)])
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("config", "documents"),
+    [
+        (IN_NODES, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in ((IN_NODES, False), (SOFTMAX_IN_NODES, False), (SOFTMAX_IN_NODES, True))
+        ),
+    ],
+)
 def test_equals_its_definition(config, documents):
     inputs = make_inputs(config, TOKENS)
     ids = np.repeat([3, 1], (72, TOKENS - 72))[None] if documents else None
@@ -146,7 +155,7 @@ def test_any_chunking_equals_the_forward_pass():
         np.testing.assert_allclose(logits, expected[:, read - 1], rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("tier", ["device", "host"])
+@pytest.mark.parametrize("tier", ["device", pytest.param("host", marks=pytest.mark.long)])
 def test_generation_equals_the_forward_pass_also_from_disk(tier, monkeypatch, tmp_path):
     monkeypatch.setattr(host, "PAGE", 64)
     model, tokens = make(LAYERS), make_tokens(1, 250)

@@ -54,7 +54,7 @@ def test_every_parameter_has_a_gradient():
         assert np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("layers", ["dfb", "dfb, window"])
+@pytest.mark.parametrize("layers", ["dfb", pytest.param("dfb, window", marks=pytest.mark.long)])
 def test_any_chunking_equals_the_forward_pass(layers):
     model, tokens = make(CONFIGS[layers]), make_tokens(2, 150)
     expected = np.asarray(predict(model, tokens))

@@ -35,7 +35,7 @@ def check(row):
     assert row["bundles"] > 1000 and row["kernel_milliseconds"] > 0
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 def test_rows_of_a_target(tmp_path, capsys):
     out = tmp_path / "tpu-v5e" / "attention.json"
     command = ["--target", "v5e", "--lengths", "1K", "--head-dim", "64"]
@@ -175,7 +175,7 @@ def test_other_code_is_refused():
     assert trips.count_cycles("block_sparse_attention_sum", empty, operands, work) == 9 + 8 * 9
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("head_dim", ["64", "128"])
 @pytest.mark.parametrize("length", ["16K", "512K"])
@@ -189,7 +189,7 @@ def test_op_fits(target, length, head_dim, tmp_path):
     check(row)
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_all_parts_have_rows(tmp_path):
     command = ["--target", "v5e", "--lengths", "2K", "--head-dim", "64"]

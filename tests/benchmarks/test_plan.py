@@ -32,7 +32,7 @@ def preset(project, name):
     return runpy.run_path(str(project / "configs" / f"{name}.py"))["config"]
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 def test_nano_with_one_layer(project, tmp_path, run):
     """What is quick to compile: its sparse layer, few words, no landmarks, short sequences."""
     path, out = tmp_path / "cut.py", tmp_path / "plan.json"
@@ -59,7 +59,7 @@ def test_nano_with_one_layer(project, tmp_path, run):
     assert 0.4 < row["all_gather_bytes"] / (3 * row["parameters"]) < 1.5
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("name", "target", "devices"),
@@ -80,7 +80,7 @@ def test_presets_fit(project, name, target, devices):
     assert plan.kernels["range_query_gradient"] == (3 if name.startswith("billion") else 5)
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 @pytest.mark.parametrize("least", [0, 2**34])
 def test_gpus(project, tmp_path, monkeypatch, run, least):
     path, out = tmp_path / "cut.py", tmp_path / "plan.json"
@@ -98,7 +98,7 @@ def test_gpus(project, tmp_path, monkeypatch, run, least):
         assert status == 1 and "GiB are more than the 0.00 GiB of an H200" in shown.out
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_4m_tokens_fit_on_8_gpus_where_repetitions_are_recomputed(project):
     config = preset(project, "billion_4m")
@@ -107,7 +107,7 @@ def test_4m_tokens_fit_on_8_gpus_where_repetitions_are_recomputed(project):
     assert plan.problem is None and plan.devices == 8 and plan.tokens == 2**19
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 def test_64m_tokens_are_read_by_256_gpus(project):
     plan = make_plan(preset(project, "billion_4m"), "h100x256", prefill=2**26)
     assert plan.problem is None and plan.tokens == 2**18
@@ -136,7 +136,7 @@ def test_what_a_prefill_computes(project):
     assert 1.2 < count_operations(trace(work)) / (2 * 4096 * matrices) < 2.5
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 def test_a_prefill_on_gpus(project, tmp_path, run):
     path, out = tmp_path / "cut.py", tmp_path / "plan.json"
     path.write_text(CUT.format(preset=str(project / "configs" / "nano.py")))

@@ -47,7 +47,7 @@ def test_refuses(run):
         assert status == 2 and message in shown.err and shown.err.count("\n") == 1
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("strategy", ["ring", "dispatch"])
 def test_compiled_programs_send_what_the_rule_says(strategy, tmp_path):

@@ -71,7 +71,13 @@ def plainly(change=lambda config, index, score: (index, score)):
     return select
 
 
-@pytest.mark.parametrize("name", tuning.kernels())
+@pytest.mark.parametrize(
+    "name",
+    [
+        x if x.startswith("range") else pytest.param(x, marks=pytest.mark.long)
+        for x in tuning.kernels()
+    ],
+)
 def test_kernels_alone_agree_with_plain_jax(name):
     settings = Settings((name,), (64,), 192, query_heads=8, kv_heads=1)
     (step,) = settings.steps()

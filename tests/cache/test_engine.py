@@ -24,7 +24,12 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def few(*names):
+    """Names of configs, of which all but these take long."""
+    return [x if x in names else pytest.param(x, marks=pytest.mark.long) for x in CONFIGS]
+
+
+@pytest.mark.parametrize("name", few("default"))
 def test_losses_are_those_of_the_forward_pass(name):
     model, tokens = make(CONFIGS[name]), make_tokens(2, 150)
     logits = np.asarray(predict(model, tokens[:, :-1]), np.float64)
@@ -38,7 +43,7 @@ def test_losses_are_those_of_the_forward_pass(name):
         Engine(model, 160, batch_size=2, chunk=64).losses(tokens[:, :1])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", few("default", "local last"))
 def test_any_chunking_equals_the_forward_pass(name):
     model, tokens = make(CONFIGS[name]), make_tokens(2, 150)
     expected = predict(model, tokens)
@@ -116,6 +121,7 @@ def test_chunks_that_others_follow_skip_the_last_layers():
         np.testing.assert_array_equal(engine.answer(cache, tokens[:, read:], 4), expected)
 
 
+@pytest.mark.long
 def test_no_step_is_wasted(monkeypatch):
     from sparsex_jax.cache import engine as module
 

@@ -38,7 +38,7 @@ def test_loaded_caches_answer_alike_in_both_exact_tiers(saved):
         np.testing.assert_array_equal(answer(path, tier), expected)
 
 
-@pytest.mark.parametrize("tier", ["device", "compressed"])
+@pytest.mark.parametrize("tier", ["device", pytest.param("compressed", marks=pytest.mark.long)])
 def test_a_killed_prefill_goes_on_as_if_nothing_had_been(tier, tmp_path, monkeypatch):
     used = engine(tier)
     whole = used.prefill(TOKENS[:, 70:130], cache=used.prefill(TOKENS[:, :70]))

@@ -65,7 +65,7 @@ def test_an_answer_leaves_nothing_behind_in_the_host_tier():
 
 
 @pytest.mark.usefixtures("small_host")
-@pytest.mark.parametrize("tier", ["device", "host"])
+@pytest.mark.parametrize("tier", [pytest.param("device", marks=pytest.mark.long), "host"])
 def test_tokens_of_a_block_one_by_one(tier):
     """In an open block, whose landmarks wait until it is closed, logits are those of any token."""
     tokens, model = make_tokens(1, 180), make(SPARSE_FIRST)

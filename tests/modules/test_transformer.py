@@ -67,7 +67,7 @@ def test_chunked_loss_equals_plain_loss():
     ("layers", "documents", "remat"),
     [
         ("sl", (56, 104, 24), "none"),
-        ("ls", None, "layer"),
+        pytest.param("ls", None, "layer", marks=pytest.mark.long),
         ("ld", (56, 104, 24), "none"),
         ("b", None, "none"),
     ],

@@ -332,14 +332,17 @@ def races_found():
     return gpu_callbacks.get_races().races_found
 
 
-def cut_small(monkeypatch, mosaic_gpu, programs: int) -> None:
-    """Makes a package's kernels run in few thread blocks, with as few stages as they can."""
+def cut_small(monkeypatch, mosaic_gpu, programs: int, **cut) -> None:
+    """Makes a package's kernels run in few thread blocks, with as few stages as they can.
+
+    `cut` changes more of their configs.
+    """
     config_for = mosaic_gpu.config_for
 
     def small(*args):
         config = config_for(*args)
-        stages = 2 * getattr(config, "computing", 1)
-        return dataclasses.replace(config, programs=programs, stages=stages)
+        few = {"stages": 2 * getattr(config, "computing", 1), "programs": programs}
+        return dataclasses.replace(config, **few | cut)
 
     monkeypatch.setattr(mosaic_gpu, "config_for", small)
     if hasattr(mosaic_gpu, "combine_config_for"):

@@ -283,8 +283,8 @@ class TestHopper:
         ("batch", "tokens", "node_size", "beam", "count"),
         [
             (2, 3, 16, 4, 10),
-            pytest.param(2, 70, 16, 3, 10, marks=pytest.mark.long_compile),
-            pytest.param(1, 140, 32, 3, 20, marks=pytest.mark.long_compile),
+            pytest.param(2, 70, 16, 3, 10, marks=pytest.mark.long),
+            pytest.param(1, 140, 32, 3, 20, marks=pytest.mark.long),
         ],
     )
     def test_selection_and_gradients(self, hopper, batch, tokens, node_size, beam, count):
@@ -345,7 +345,7 @@ def abstract(tokens, blocks, node_size, dim):
         (64, 16, 128),
         (128, 16, 64),
         *(
-            pytest.param(*case, marks=pytest.mark.long_compile)
+            pytest.param(*case, marks=pytest.mark.long)
             for case in ((64, 16, 64), (128, 16, 128), (64, 64, 16), (64, 64, 208), (128, 64, 112))
         ),
     ],
@@ -363,7 +363,7 @@ def test_rescoring_keeps_to_registers(dim, count, groups):
     assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("target", "dim", "kernels"), [("h200", 64, 3), ("h200", 128, 3), ("v5e:2x4", 64, 1)]
 )

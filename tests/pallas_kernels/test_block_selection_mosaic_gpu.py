@@ -55,9 +55,9 @@ class TestSmall:
     @pytest.mark.parametrize(
         ("shape", "count"),
         [
-            ((2, 75, 100, 1, 64), 8),
+            pytest.param((2, 75, 100, 1, 64), 8, marks=pytest.mark.long),
             ((1, 75, 300, 2, 64), 16),
-            ((2, 3, 1100, 2, 64), 16),
+            pytest.param((2, 3, 1100, 2, 64), 16, marks=pytest.mark.long),
             ((1, 1, 30, 1, 128), 64),
         ],
     )
@@ -67,7 +67,13 @@ class TestSmall:
     # In 1,100 blocks there are ties within groups of 8 and between them, and between steps of 512.
     # With one query, the best of 9 parts of 512 are merged twice.
     @pytest.mark.parametrize(
-        ("tokens", "blocks", "count"), [(70, 200, 1), (70, 1100, 5), (70, 200, 24), (1, 4200, 60)]
+        ("tokens", "blocks", "count"),
+        [
+            (70, 200, 1),
+            (70, 1100, 5),
+            pytest.param(70, 200, 24, marks=pytest.mark.long),
+            (1, 4200, 60),
+        ],
     )
     def test_ties_take_the_lower_index(self, hopper, monkeypatch, tokens, blocks, count):
         monkeypatch.setattr(few_queries, "_CANDIDATES", 512)
@@ -77,6 +83,7 @@ class TestSmall:
         np.testing.assert_array_equal(index, expected[0])
         np.testing.assert_array_equal(score, expected[1])
 
+    @pytest.mark.long
     def test_few_blocks_that_begin_and_end_within_groups(self, hopper):
         u, c, _, _ = make(8, 1, 64, 1030, 1, 64)
         start = np.arange(64) * 16 + np.arange(64) % 8
@@ -89,7 +96,7 @@ class TestSmall:
         np.testing.assert_array_equal(index, expected[0])
         np.testing.assert_allclose(score, expected[1], rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("rising", [True, False])
+    @pytest.mark.parametrize("rising", [True, pytest.param(False, marks=pytest.mark.long)])
     def test_scores_in_order(self, hopper, rising):
         """Each step is better than all before, or none is; in bf16 there are ties from 256 on."""
         u = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
@@ -101,7 +108,7 @@ class TestSmall:
         expected = select_blocks(*wide, limit, 16, implementation="xla")
         assert_same_bits((index, score), expected)
 
-    @pytest.mark.parametrize("tokens", [40, 4])
+    @pytest.mark.parametrize("tokens", [pytest.param(40, marks=pytest.mark.long), 4])
     def test_what_may_not_be_selected_may_be_nan(self, hopper, tokens):
         u, c, limit, start = make(2, 1, tokens, 150, 1, 64)
         limit, start = np.clip(limit, 0, 100), np.clip(start, 10, None)
@@ -123,6 +130,7 @@ class TestSmall:
         raised[:, 50:] = 150
         assert_same_bits([x[:, :50] for x in before], [x[:, :50] for x in run(u, raised)])
 
+    @pytest.mark.long
     def test_gradients_and_vmap(self, hopper):
         u, c, limit, start = make(4, 2, 30, 80, 1, 64)
         bar = jnp.asarray(np.random.default_rng(5).normal(size=(2, 30, 1, 8)), jnp.float32)
@@ -163,12 +171,11 @@ def test_many(levels):
     ("target", "dim", "count"),
     [
         ("h200", 64, 16),
-        ("h200", 64, 64),
-        ("h200", 128, 64),
         *(
-            pytest.param(*case, marks=pytest.mark.long_compile)
-            for case in (("h200", 128, 16), ("h200", 64, 32), ("h100", 64, 8))
+            pytest.param("h200", *case, marks=pytest.mark.long)
+            for case in ((64, 32), (64, 64), (128, 16), (128, 64))
         ),
+        pytest.param("h100", 64, 8, marks=pytest.mark.long),
     ],
 )
 def test_keeps_to_registers(target, dim, count):
@@ -191,7 +198,7 @@ def test_few_queries_keep_to_registers():
     assert compilation.temporary_bytes < 2**16
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 def test_queries_over_8_devices():
     """With block features that are everywhere, whose gradients are added up."""
 

@@ -83,7 +83,7 @@ class TestInterpreted:
             ((256, 1024), (2, 75, 100, 1, 64), 1),
             ((256, 1536), (1, 200, 1700, 1, 128), 16),
             ((128, 5120), (1, 100, 5000, 1, 64), 16),
-            ((256, 1024), (1, 150, 300, 1, 64), 64),
+            pytest.param((256, 1024), (1, 150, 300, 1, 64), 64, marks=pytest.mark.long),
         ],
     )
     def test_selection(self, cut, sizes, shape, count):
@@ -151,6 +151,7 @@ class TestInterpreted:
         raised[:, 50:] = 600
         assert_same_bits([x[:, :50] for x in before], [x[:, :50] for x in run(u, raised)])
 
+    @pytest.mark.long
     def test_gradients_and_vmap(self):
         u, c, limit, start = make(4, 2, 30, 80, 1, 64)
         bar = jnp.asarray(np.random.default_rng(5).normal(size=(2, 30, 1, 8)), jnp.float32)
@@ -244,6 +245,7 @@ def test_compiles_for_v5e(tokens, blocks, dim, count):
     assert compilation.temporary_bytes < 1.1 * ordered + 2**20
 
 
+@pytest.mark.long
 def test_gradients_under_checkpoint_compile_for_v5e():
     """What is saved by name is not selected anew; gradients of what all chips share are added."""
     saved = jax.checkpoint_policies.save_only_these_names("block_selection")

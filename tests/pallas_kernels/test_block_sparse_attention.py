@@ -279,7 +279,7 @@ def test_transformations():
     assert got[3].indices.dtype == jax.dtypes.float0
 
 
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.long), True])
 def test_memory_is_linear(backward):
     def temporary(tokens):
         def shape(*sizes, dtype=jnp.bfloat16):

@@ -185,7 +185,13 @@ def added_up(q, k, v, blocks, branches, gates, implementation):
 
 
 class TestAddUp:
-    @pytest.mark.parametrize("case", [(1, 24, 192, 2, 8, 64, 2), (2, 16, 128, 1, 16, 128, 2)])
+    @pytest.mark.parametrize(
+        "case",
+        [
+            (1, 24, 192, 2, 8, 64, 2),
+            pytest.param((2, 16, 128, 1, 16, 128, 2), marks=pytest.mark.long),
+        ],
+    )
     def test_a_part_of_the_queries(self, hopper, monkeypatch, case):
         """In several chunks, of whose queries others come before and after."""
         cut_small(monkeypatch, mosaic_gpu, programs=3)

@@ -66,9 +66,9 @@ class TestSmall:
         "case",
         [
             (random_selection, 2, 21, 200, 2, 3, 64, 2),  # padded groups, incomplete block
-            (random_selection, 1, 19, 192, 1, 16, 128, 3),
+            pytest.param((random_selection, 1, 19, 192, 1, 16, 128, 3), marks=pytest.mark.long),
             (one_block, 1, 70, 128, 1, 8, 64, 1),  # one block, shared by all thread blocks
-            (bigbird, 1, 24, 320, 1, 8, 64, 0),
+            pytest.param((bigbird, 1, 24, 320, 1, 8, 64, 0), marks=pytest.mark.long),
         ],
     )
     def test_against_reference(self, hopper, case):
@@ -77,6 +77,7 @@ class TestSmall:
     def test_blocks_of_32(self, hopper):
         assert_right(make(random_selection, 1, 40, 136, 1, 8, 128, 3, size=32), size=32)
 
+    @pytest.mark.long
     def test_chunks_of_queries_and_entries(self, hopper, monkeypatch):
         operands = make(random_selection, 1, 16, 192, 1, 8, 64, 2)
         monkeypatch.setattr(mosaic_gpu, "_MIN_ENTRIES", 1)
@@ -84,6 +85,7 @@ class TestSmall:
         monkeypatch.setattr(mosaic_gpu, "_MAX_ENTRIES", 30)
         assert_right(operands)
 
+    @pytest.mark.long
     def test_twice(self, hopper):
         operands = make(random_selection, 1, 40, 128, 1, 8, 64, 2)
         assert_same_bits(run(operands), run(operands))
@@ -116,6 +118,7 @@ class TestSmall:
         k, v = (x.at[:, 128:192].set(jnp.nan) for x in (k, v))
         assert_same_bits(run((q, k, v, blocks)), clean)
 
+    @pytest.mark.long
     def test_vmap(self, hopper):
         operands = [make(random_selection, 1, 20, 128, 1, 8, 64, 2, seed) for seed in range(2)]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *operands)
@@ -175,9 +178,9 @@ class TestCompiled:
         ("target", "dim", "groups", "size"),
         [
             ("h200", 128, 8, 64),
-            pytest.param("h200", 64, 16, 64, marks=pytest.mark.long_compile),
-            pytest.param("h100", 128, 16, 64, marks=pytest.mark.long_compile),
-            pytest.param("h200", 128, 8, 32, marks=pytest.mark.long_compile),
+            pytest.param("h200", 64, 16, 64, marks=pytest.mark.long),
+            pytest.param("h100", 128, 16, 64, marks=pytest.mark.long),
+            pytest.param("h200", 128, 8, 32, marks=pytest.mark.long),
         ],
     )
     def test_keeps_to_registers(self, target, dim, groups, size):
@@ -202,7 +205,7 @@ class TestCompiled:
         operands = abstract_operands(2**15, 128, heads=8)
         assert compile_for("h200", sharded, *operands, devices=8).kernels
 
-    @pytest.mark.long_compile
+    @pytest.mark.long
     def test_memory_of_a_million_tokens(self):
         q, *rest = abstract_operands(2**20, 128)
         compilation = compile_for("h200", attend, q, *rest)

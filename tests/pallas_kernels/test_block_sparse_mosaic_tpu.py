@@ -311,7 +311,7 @@ class TestCompiled:
         assert len(found) == 3
         assert all(kernel.vmem_bytes <= VMEM_BUDGET for kernel in found)
 
-    @pytest.mark.long_compile
+    @pytest.mark.long
     @pytest.mark.parametrize(
         ("tokens", "dim", "most"),
         [(2**14, 64, 2), (2**14, 128, 2), (2**19, 64, 8), (2**19, 128, 12)],

@@ -117,6 +117,7 @@ class TestBlocks:
         assert np.all(np.asarray(lse[0, 0, 0]) == -np.inf)
         assert np.all(np.asarray(out[0, 0, 0]) == 0)
 
+    @pytest.mark.long
     def test_gradients(self, hopper, monkeypatch):
         """They are those of the kernels for many queries."""
         cut_small(monkeypatch, block_kernels, programs=2)

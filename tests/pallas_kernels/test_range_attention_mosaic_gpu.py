@@ -50,7 +50,7 @@ class TestSmall:
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        cut_small(monkeypatch, mosaic_gpu, programs=2)
+        cut_small(monkeypatch, mosaic_gpu, programs=2, stages=2)
 
     @pytest.mark.parametrize(
         ("num_kv_heads", "groups", "tokens", "size", "block"),
@@ -60,10 +60,16 @@ class TestSmall:
         arrays = bfloat16_operands(1, tokens, tokens, num_kv_heads, groups, 64)
         assert_accurate(arrays, *window(tokens, size, block))
 
-    @pytest.mark.parametrize("dim", [128, 256])
+    @pytest.mark.parametrize("dim", [128, pytest.param(256, marks=pytest.mark.long)])
     def test_wide_heads(self, hopper, dim):
         arrays = bfloat16_operands(1, 136, 136, 1, 2, dim, biased=True)
         assert_accurate(arrays, *window(136, 96, 32))
+
+    @pytest.mark.parametrize("ahead", [False, True])
+    def test_three_warpgroups(self, hopper, monkeypatch, ahead):
+        cut_small(monkeypatch, mosaic_gpu, programs=2, stages=2, computing=3, ahead=ahead)
+        arrays = bfloat16_operands(1, 200, 200, 1, 5, 64, biased=ahead)
+        assert_accurate(arrays, *window(200, 128, 16))
 
     def test_ragged_ranges_twice(self, hopper):
         t = np.arange(75)
@@ -76,6 +82,7 @@ class TestSmall:
         first, second = (results_and_gradients("mosaic_gpu", arrays, start, end) for _ in range(2))
         assert_same_bits(first, second)
 
+    @pytest.mark.long
     def test_one_query(self, hopper):
         assert_accurate(bfloat16_operands(2, 1, 200, 1, 4, 64), np.array([7]), np.array([195]))
 
@@ -85,6 +92,7 @@ class TestSmall:
     def test_strictly_causal(self, hopper):
         assert_strictly_causal(jax.jit(attend), jnp.bfloat16, 64, 100)
 
+    @pytest.mark.long
     def test_vmap(self, hopper):
         q, k, v, bias = bfloat16_operands(3, 40, 56, 1, 2, 64, biased=True)
         start, end = window(40, 24, 8)
@@ -196,11 +204,11 @@ class TestCompiled:
     @pytest.mark.parametrize(
         ("target", "dim", "biased"),
         [
-            pytest.param("h200", 64, True, marks=pytest.mark.long_compile),
+            pytest.param("h200", 64, True, marks=pytest.mark.long),
             ("h200", 128, True),
-            ("h200", 128, False),
-            pytest.param("h200", 64, False, marks=pytest.mark.long_compile),
-            pytest.param("h100", 128, False, marks=pytest.mark.long_compile),
+            pytest.param("h200", 128, False, marks=pytest.mark.long),
+            pytest.param("h200", 64, False, marks=pytest.mark.long),
+            pytest.param("h100", 128, False, marks=pytest.mark.long),
         ],
     )
     def test_keeps_to_registers(self, target, dim, biased):
@@ -223,12 +231,12 @@ class TestCompiled:
         # Who asks for more than the others have left waits for ever.
         assert asked["decrease"] + 2 * asked["increase"] <= 3 * kernel.registers
 
-    @pytest.mark.long_compile
+    @pytest.mark.long
     def test_widest_heads(self):
         for f in (attend, forward_and_backward):
             assert compile_for("h200", f, *abstract_operands(2**17, 256)).kernels
 
-    @pytest.mark.long_compile
+    @pytest.mark.long
     @pytest.mark.parametrize("keys", [P(), P(None, "device")])
     def test_queries_over_8_devices(self, keys):
         queries = P(None, "device")
@@ -245,7 +253,7 @@ class TestCompiled:
         # What queries elsewhere give to keys that are everywhere is added up.
         assert ("all-reduce" in compilation.executable.as_text()) == (keys == P())
 
-    @pytest.mark.long_compile
+    @pytest.mark.long
     def test_checkpoint(self):
         policy = jax.checkpoint_policies.save_only_these_names("range_attention")
 
@@ -275,13 +283,13 @@ class TestCompiled:
         assert launched == ["range_forward"]
         assert kernel_calls(compilation) == 4 and len(compilation.kernels) == 1
 
-    @pytest.mark.long_compile
+    @pytest.mark.long
     def test_vmap_is_one_call(self):
         operands = abstract_operands(2**14, 128)
         stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in operands]
         assert kernel_calls(compile_for("h200", jax.vmap(forward_and_backward), *stacked)) == 3
 
-    @pytest.mark.long_compile
+    @pytest.mark.long
     def test_memory_of_a_million_tokens(self):
         q, k, *_ = operands = abstract_operands(2**20, 128)
         size = 2 * q.size + 4 * k.size
@@ -290,6 +298,7 @@ class TestCompiled:
         assert forward.temporary_bytes < 4 * k.size + size / 16
         assert both.temporary_bytes < 4 * k.size + 4 * q.size + size / 8
 
+    @pytest.mark.long
     def test_64_million_tokens(self):
         operands = abstract_operands(2**26, 128, num_heads=2, num_kv_heads=1)
         assert compile_for("h200", forward_and_backward, *operands).kernels

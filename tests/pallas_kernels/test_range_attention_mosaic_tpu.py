@@ -92,6 +92,7 @@ class TestInterpreted:
         with interpret("eager"):
             assert_strictly_causal(jax.jit(attend), jnp.bfloat16, 64, 100)
 
+    @pytest.mark.long
     def test_vmap(self):
         q, k, v, bias = some_operands(3, 40, 56, 1, 2, 64, biased=True)
         start, end = window(40, 24, 8)
@@ -203,8 +204,8 @@ class TestCompiled:
         [
             (2**14, 64, True),
             (2**14, 128, False),
-            pytest.param(2**19, 64, False, marks=pytest.mark.long_compile),
-            pytest.param(2**19, 128, True, marks=pytest.mark.long_compile),
+            pytest.param(2**19, 64, False, marks=pytest.mark.long),
+            pytest.param(2**19, 128, True, marks=pytest.mark.long),
         ],
     )
     def test_eight_chips(self, tokens, dim, biased):

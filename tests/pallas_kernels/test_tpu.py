@@ -78,7 +78,7 @@ def test_kernels_say_what_they_take(tokens, groups, dim):
         assert cost.flops > 0 and cost.bytes_accessed >= sum(moved)
 
 
-@pytest.mark.long_compile
+@pytest.mark.long
 @pytest.mark.parametrize(("groups", "dim"), [(2, 64), (8, 128)])
 def test_libtpu_counts_no_more_vmem(groups, dim):
     """It refuses a kernel that takes more than its bound, too."""

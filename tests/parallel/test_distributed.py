@@ -140,7 +140,7 @@ def test_each_process_writes_its_shards_and_gathers_none(start, tmp_path):
     finish(start_processes(start, tmp_path, **options))
 
 
-@pytest.mark.parametrize("how", ["killed", "full"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("full", marks=pytest.mark.long)])
 def test_a_process_that_fails_while_it_writes_leaves_the_last_checkpoint(start, tmp_path, how):
     processes = start_processes(start, tmp_path, each=({}, {"fault": (8, how)}))
     outputs = [process.communicate() for process in processes]
@@ -155,7 +155,7 @@ def test_a_process_that_fails_while_it_writes_leaves_the_last_checkpoint(start, 
     assert complete(tmp_path) == ({20, 21}, False)
 
 
-@pytest.mark.meshes
+@pytest.mark.long
 def test_one_of_four_hangs_and_other_numbers_of_devices_go_on(start, tmp_path):
     run_dir, options = tmp_path / "run", {"batch_size": 8, "checkpoint_every": 2}
     processes = start_processes(start, run_dir, 4, slow=0.1, **options)

@@ -101,6 +101,7 @@ def test_loss_and_gradients_equal_one_device():
     compare((1, 2, 2, 2), "dispatch", 1)
 
 
+@pytest.mark.long
 @on_devices
 def test_scores_learn_the_same_on_every_mesh_of_whole_sequences():
     with pytest.MonkeyPatch.context() as patch:
@@ -108,7 +109,7 @@ def test_scores_learn_the_same_on_every_mesh_of_whole_sequences():
         compare((2, 2, 1, 2), "auto", 2, selection_loss=0.5)
 
 
-@pytest.mark.meshes
+@pytest.mark.long
 @pytest.mark.parametrize(("data", "fsdp", "seq", "tensor", "strategy", "accumulation"), ALL)
 @on_devices
 def test_every_mesh_equals_one_device(data, fsdp, seq, tensor, strategy, accumulation):

@@ -34,7 +34,7 @@ def sample(tokenizer, chosen):
     raise AssertionError("there is no such needle")
 
 
-@pytest.mark.parametrize("strategy", ["dispatch", pytest.param("ring", marks=pytest.mark.meshes)])
+@pytest.mark.parametrize("strategy", ["dispatch", pytest.param("ring", marks=pytest.mark.long)])
 @on_devices
 def test_needles_in_other_parts_and_on_borders_are_found(strategy):
     tokenizer = load()

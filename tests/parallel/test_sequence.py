@@ -76,12 +76,12 @@ def assert_same(config, found, expected):
 @pytest.mark.parametrize(
     ("config", "strategy", "documents"),
     [
-        pytest.param(CONFIG, "ring", True, marks=pytest.mark.meshes),
+        pytest.param(CONFIG, "ring", True, marks=pytest.mark.long),
         (NODES, "dispatch", True),
-        pytest.param(CONFIG, "dispatch", True, marks=pytest.mark.meshes),
-        pytest.param(SOFTMAX, "ring", False, marks=pytest.mark.meshes),
-        pytest.param(SOFTMAX, "dispatch", False, marks=pytest.mark.meshes),
-        pytest.param(ALL, "auto", False, marks=pytest.mark.meshes),
+        pytest.param(CONFIG, "dispatch", True, marks=pytest.mark.long),
+        pytest.param(SOFTMAX, "ring", False, marks=pytest.mark.long),
+        pytest.param(SOFTMAX, "dispatch", False, marks=pytest.mark.long),
+        pytest.param(ALL, "auto", False, marks=pytest.mark.long),
     ],
 )
 @on_devices
@@ -96,7 +96,7 @@ def cut(name, begin, config):
     return begin // config.block_size if name.startswith("block") else begin
 
 
-@pytest.mark.parametrize("strategy", ["ring", pytest.param("dispatch", marks=pytest.mark.meshes)])
+@pytest.mark.parametrize("strategy", ["ring", pytest.param("dispatch", marks=pytest.mark.long)])
 @on_devices
 def test_no_bit_depends_on_later_tokens(strategy):
     """Tokens from a border, or the middle of a block, on: what they choose and are chosen for."""
@@ -117,7 +117,7 @@ def test_no_bit_depends_on_later_tokens(strategy):
         assert np.all(np.any(after[:, begin:] != before[:, begin:], axis=(2, 3)))
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ring", marks=pytest.mark.meshes), "dispatch"])
+@pytest.mark.parametrize("strategy", [pytest.param("ring", marks=pytest.mark.long), "dispatch"])
 @on_devices
 def test_one_block_that_all_choose(strategy):
     """All packets go to one device, in many rounds; nothing is dropped."""

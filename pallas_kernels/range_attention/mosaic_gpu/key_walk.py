@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.hopper import HALF, LOG2E, ROWS, Ring
+from pallas_kernels.hopper import HALF, LOG2E, Ring
 from pallas_kernels.range_attention.mosaic_gpu.plan import (
     Config,
     Sizes,
@@ -41,14 +41,14 @@ class KeyWalk:
         keys = hopper.operand_tile((config.stages, config.step, sizes.head_dim))
         bias = plgpu.SMEM((config.stages, config.step), jnp.float32)
         return {
-            "q_tile": hopper.operand_tile((config.places, ROWS, sizes.head_dim)),
-            "plan_tile": plgpu.SMEM((config.places, 3, ROWS), jnp.int32),
+            "q_tile": hopper.operand_tile((config.places, sizes.rows, sizes.head_dim)),
+            "plan_tile": plgpu.SMEM((config.places, 3, sizes.rows), jnp.int32),
             "k_tile": keys,
             "v_tile": keys,
             "bias_tile": bias if sizes.biased else None,
-            "q_ring": Ring.barriers(config.places, copies),
-            "k_ring": Ring.barriers(config.stages, 1 + sizes.biased),
-            "v_ring": Ring.barriers(config.stages, 1),
+            "q_ring": Ring.barriers(config.places, copies, sizes.computing),
+            "k_ring": Ring.barriers(config.stages, 1 + sizes.biased, sizes.computing),
+            "v_ring": Ring.barriers(config.stages, 1, sizes.computing),
         }
 
     def locate(self, i):
@@ -181,16 +181,8 @@ class _Forward(KeyWalk):
             hopper.full((HALF,), hopper.LOWEST, hopper.ROW),
             hopper.full((HALF,), 0, hopper.ROW),
         )
-        products, _ = self._multiply(place, turn, finish_last)
-
-        def step(hide, j, carry):
-            products, sums = carry
-            add = functools.partial(self._add, products, turn + j, hide, sums)
-            return self._multiply(place, turn + j + 1, add)
-
-        steps, (products, sums) = self.walk(place, step, (products, sums), leave=1)
-        hide = self.hide(place, steps - 1)
-        acc, top, total = self._add(products, turn + steps - 1, hide, sums)
+        attend = self._attend_ahead if self.config.ahead else self._attend_in_turns
+        steps, (acc, top, total) = attend(place, turn, finish_last, sums)
         some = total > 0
         total = jnp.where(some, total, 1.0)
         normalised = acc * hopper.along_rows(1 / total, acc.shape)
@@ -205,6 +197,29 @@ class _Forward(KeyWalk):
         if self.config.places == 1:
             self.finish_store(i)
         return turn + steps
+
+    def _attend_in_turns(self, place, turn, finish_last, sums):
+        """The steps of a tile, and the sums after them."""
+        finish_last()
+
+        def step(hide, j, sums):
+            products, _ = self._multiply(place, turn + j, lambda: None)
+            return self._add(products, turn + j, hide, sums)
+
+        return self.walk(place, step, sums)
+
+    def _attend_ahead(self, place, turn, finish_last, sums):
+        """The same; the next step's product is computed during a step's softmax."""
+        products, _ = self._multiply(place, turn, finish_last)
+
+        def step(hide, j, carry):
+            products, sums = carry
+            add = functools.partial(self._add, products, turn + j, hide, sums)
+            return self._multiply(place, turn + j + 1, add)
+
+        steps, (products, sums) = self.walk(place, step, (products, sums), leave=1)
+        hide = self.hide(place, steps - 1)
+        return steps, self._add(products, turn + steps - 1, hide, sums)
 
     def _multiply(self, place, turn, meanwhile):
         """The products of a tile and the keys of a step, and what `meanwhile` returns."""
@@ -221,10 +236,15 @@ class _Forward(KeyWalk):
         """Attends to the keys of a step; they are given back."""
         at, slot = self.at, lax.rem(turn, self.config.stages)
         acc, top, total = sums
-        logits = hopper.logits(products, self.bias(slot), hide, scale=self.sizes.scale)
-        new_top = jnp.maximum(top, logits.max(axis=1))
+        scale = self.sizes.scale * LOG2E
+        if self.sizes.biased or scale <= 0:
+            logits = hopper.logits(products, self.bias(slot), hide, scale=self.sizes.scale)
+            scale = 1
+        else:  # scaled while the largest is subtracted, which costs nothing
+            logits = products if hide is None else hide(products)
+        new_top = jnp.maximum(top, logits.max(axis=1) * scale)
         decay = jnp.exp2(top - new_top)
-        weights = jnp.exp2(logits - hopper.along_rows(new_top, logits.shape))
+        weights = jnp.exp2(logits * scale - hopper.along_rows(new_top, logits.shape))
         acc = acc * hopper.along_rows(decay, acc.shape)
         total = total * decay + weights.sum(axis=1)
         self.v_ring.receive(turn)
@@ -280,7 +300,7 @@ class _QueryGradient(KeyWalk):
 def forward_scratch(sizes: Sizes, config: Config):
     """What `forward` needs in shared memory."""
     return KeyWalk.scratch(sizes, config, copies=sizes.groups + 1) | {
-        "lse_tile": plgpu.SMEM((config.places, ROWS), jnp.float32),
+        "lse_tile": plgpu.SMEM((config.places, sizes.rows), jnp.float32),
     }
 
 
@@ -289,23 +309,24 @@ def query_gradient_scratch(sizes: Sizes, config: Config):
     scratch = KeyWalk.scratch(sizes, config, copies=2 * sizes.groups + 2)
     return scratch | {
         "out_bar_tile": scratch["q_tile"],
-        "sums_tile": plgpu.SMEM((config.places, 2, ROWS), jnp.float32),
+        "sums_tile": plgpu.SMEM((config.places, 2, sizes.rows), jnp.float32),
     }
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "config"))
 def forward(q, k, v, start, end, key_bias, *, scale, config: Config):
     """out [B, T, Hq, D] and lse f32 [B, T, Hq]; key_bias is [B, Hkv, N] or None."""
-    sizes = Sizes.of(q, k, key_bias, scale)
+    sizes = Sizes.of(q, k, key_bias, scale, config)
     plan = plan_queries(start, end, sizes, config.step)
-    lse_shape = sizes.batch, sizes.tiles, sizes.num_kv_heads, ROWS
+    lse_shape = sizes.batch, sizes.tiles, sizes.num_kv_heads, sizes.rows
     results = hopper.launch(
         "range_forward",
-        hopper.roles(functools.partial(_Forward, sizes, config)),
+        hopper.roles(functools.partial(_Forward, sizes, config), 32, sizes.computing),
         programs=min(config.programs, sizes.items),
         operands={"q": q, "k": k, "v": v, "plan": plan, "bias": key_bias},
         outputs={"out": q, "lse": jax.ShapeDtypeStruct(lse_shape, jnp.float32)},
         scratch=forward_scratch(sizes, config),
+        warpgroups=sizes.computing + 1,
     )
     return results["out"], by_token(results["lse"], sizes)
 
@@ -313,12 +334,12 @@ def forward(q, k, v, start, end, key_bias, *, scale, config: Config):
 @functools.partial(jax.jit, static_argnames=("scale", "config"))
 def query_gradient(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale, config: Config):
     """dQ [B, T, Hq, D], from lse in units of log 2 and delta, f32 [B, T, Hq]."""
-    sizes = Sizes.of(q, k, key_bias, scale)
+    sizes = Sizes.of(q, k, key_bias, scale, config)
     plan = plan_queries(start, end, sizes, config.step)
     sums = jnp.stack([by_tile(x, sizes) for x in (lse, delta)], axis=3)
     return hopper.launch(
         "range_query_gradient",
-        hopper.roles(functools.partial(_QueryGradient, sizes, config), loader_registers=56),
+        hopper.roles(functools.partial(_QueryGradient, sizes, config), 56, sizes.computing),
         programs=min(config.programs, sizes.items),
         operands={
             "q": q, "k": k, "v": v, "plan": plan, "bias": key_bias, "out_bar": out_bar,
@@ -326,4 +347,5 @@ def query_gradient(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale,
         },
         outputs={"q_bar": q},
         scratch=query_gradient_scratch(sizes, config),
+        warpgroups=sizes.computing + 1,
     )["q_bar"]  # fmt: skip

@@ -20,12 +20,16 @@ class Config:
       stages: steps in shared memory at a time.
       places: tiles of queries in shared memory at a time, in forward and dQ.
       programs: thread blocks at most.
+      computing: warpgroups that compute, in forward and dQ: 2 or 3, each on 64 rows of a tile.
+      ahead: whether forward computes the next step's product during a step's softmax.
     """
 
     step: int = 64
     stages: int = 4
     places: int = 2
     programs: int = hopper.MULTIPROCESSORS
+    computing: int = 2
+    ahead: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +44,12 @@ class Sizes:
     num_kv_heads: int
     scale: float
     biased: bool
+    computing: int  # warpgroups
 
     @classmethod
-    def of(cls, q, k, key_bias, scale):
-        """Of q [B, T, Hq, D], k [B, N, Hkv, D] and a bias or None."""
-        return cls(*q.shape, *k.shape[1:3], scale, key_bias is not None)
+    def of(cls, q, k, key_bias, scale, config: Config):
+        """Of q [B, T, Hq, D], k [B, N, Hkv, D], a bias or None, and how the kernel is cut."""
+        return cls(*q.shape, *k.shape[1:3], scale, key_bias is not None, config.computing)
 
     @property
     def groups(self):
@@ -52,9 +57,14 @@ class Sizes:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def rows(self):
+        """Rows of a tile of queries."""
+        return HALF * self.computing
+
+    @property
     def width(self):
         """Tokens of a tile of queries."""
-        return ROWS // self.groups // 8 * 8
+        return self.rows // self.groups // 8 * 8
 
     @property
     def tiles(self):
@@ -83,7 +93,7 @@ class Sizes:
 
 
 def plan_queries(start, end, sizes: Sizes, step: int):
-    """int32 [B, tiles, 3, 128]: the starts and the ends of a tile's rows, and its walk.
+    """int32 [B, tiles, 3, rows]: the starts and the ends of a tile's rows, and its walk.
 
     The walk: its first key, its steps, and the first and last step that all rows see whole.
     """
@@ -96,8 +106,8 @@ def plan_queries(start, end, sizes: Sizes, step: int):
     whole_first = jnp.minimum((start[..., -1] - first + step - 1) // step, steps)
     whole_last = jnp.clip((end[..., 0] - first) // step, whole_first, steps)
     walk = jnp.stack([first, steps, whole_first, whole_last], axis=-1)
-    walk = jnp.pad(walk, [(0, 0), (0, 0), (0, ROWS - 4)])
-    row = jnp.arange(ROWS) % sizes.width
+    walk = jnp.pad(walk, [(0, 0), (0, 0), (0, sizes.rows - 4)])
+    row = jnp.arange(sizes.rows) % sizes.width
     return jnp.stack([start[..., row], end[..., row], walk], axis=2)
 
 
@@ -135,12 +145,12 @@ def plan_keys(start, end, sizes: Sizes, step: int):
 
 
 def by_tile(x, sizes: Sizes):
-    """f32 [B, T, Hq] -> [B, tiles, Hkv, 128], in the order of a tile's rows: head by head."""
+    """f32 [B, T, Hq] -> [B, tiles, Hkv, rows], in the order of a tile's rows: head by head."""
     pad = [(0, 0), (0, sizes.tiles * sizes.width - sizes.tokens), (0, 0)]
     shape = sizes.batch, sizes.tiles, sizes.width, sizes.num_kv_heads, sizes.groups
     x = jnp.pad(x, pad).reshape(shape).transpose(0, 1, 3, 4, 2)
     x = x.reshape(*x.shape[:3], -1)
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, ROWS - x.shape[3])])
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, sizes.rows - x.shape[3])])
 
 
 def by_token(x, sizes: Sizes):

@@ -178,7 +178,7 @@ class QueryWalk:
 @functools.partial(jax.jit, static_argnames=("scale", "config"))
 def key_gradients(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale, config: Config):
     """dK, dV [B, N, Hkv, D] and the bias' gradient, f32 [B, Hkv, N] or None."""
-    sizes = Sizes.of(q, k, key_bias, scale)
+    sizes = Sizes.of(q, k, key_bias, scale, config)
     outputs = {"k_bar": k, "v_bar": v}
     if sizes.biased:  # for whole tiles: what a copy has past the end of a row falls into the next
         shape = sizes.batch, sizes.num_kv_heads, sizes.key_tiles * ROWS
