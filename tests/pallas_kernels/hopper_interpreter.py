@@ -28,6 +28,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax._src import callback, source_info_util
 from jax._src import core as jax_core
 from jax._src.pallas.mosaic_gpu import core as gpu_core
@@ -291,12 +292,32 @@ def _by_warp(count, visit):
         visit(n)
 
 
-_OF_WARPS = (
+# Callbacks get arrays of NumPy, which takes a third less time than arrays on a device.
+
+
+def _call_back(*args, callback, **_):
+    scalars = (x[()] if x.ndim == 0 else x for x in map(np.asarray, args))
+    return jax.tree.map(np.asarray, callback(*scalars))
+
+
+def _to_int(x):
+    return int(x) if isinstance(x, np.integer) else _stock_to_int(x)
+
+
+_stock_to_int = memory._to_int
+_CHANGES = (
+    (jaxpr_interpret.JaxprInterpreter, "interpret", _interpret),
+    (gpu_callbacks, "_barrier_arrive", _arrive),
+    (memory.Barrier, "deallocate", _deallocate),
+    (plgpu, "copy_gmem_to_smem", _load),
+    (plgpu, "copy_smem_to_gmem", _store),
     (hopper_lanes, "spread", _spread),
     (hopper_lanes, "send_entries", _send_entries),
     (hopper, "by_warp", _by_warp),
+    (callback, "io_callback_impl", _call_back),
+    (memory, "_to_int", _to_int),
 )
-_stock_of_warps = [(module, name, getattr(module, name)) for module, name, _ in _OF_WARPS]
+_STOCK = tuple((owner, name, getattr(owner, name)) for owner, name, _ in _CHANGES)
 
 
 @contextlib.contextmanager
@@ -306,11 +327,7 @@ def interpret(*, detect_races=False):
     They are chosen as on a Hopper GPU. A function that was traced outside must be traced anew.
     """
     params = plgpu.InterpretGPUParams(detect_races=detect_races)
-    jaxpr_interpret.JaxprInterpreter.interpret = _interpret
-    gpu_callbacks._barrier_arrive = _arrive
-    memory.Barrier.deallocate = _deallocate
-    plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem = _load, _store
-    for each in _OF_WARPS:
+    for each in _CHANGES:
         setattr(*each)
     try:
         with plgpu.force_gpu_interpret_mode(params), dispatch.targeting(HOPPER):
@@ -319,11 +336,7 @@ def interpret(*, detect_races=False):
         gpu_callbacks.reset_gpu_interpret_mode_state()  # else the next kernel fails, too
         raise
     finally:
-        jaxpr_interpret.JaxprInterpreter.interpret = _stock_interpret
-        gpu_callbacks._barrier_arrive = _stock_arrive
-        memory.Barrier.deallocate = _stock_deallocate
-        plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem = _stock_load, _stock_store
-        for each in _stock_of_warps:
+        for each in _STOCK:
             setattr(*each)
 
 
