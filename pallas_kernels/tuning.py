@@ -196,8 +196,12 @@ def _parse(path: Path, entry: Any) -> tuple[tuple[str, int], Any]:
     expected = dataclasses.asdict(default)
     if not isinstance(fields, dict) or set(fields) != set(expected):
         _refuse(path, f"{here} must have the fields {', '.join(expected)}")
-    if not all(type(value) is int and value > 0 for value in fields.values()):
-        _refuse(path, f"{here} must have positive integers")
+
+    def fits(value: Any, like: Any) -> bool:
+        return type(value) is type(like) and (isinstance(value, bool) or value > 0)
+
+    if not all(fits(fields[name], like) for name, like in expected.items()):
+        _refuse(path, f"{here} must have positive integers, or true or false, like the default")
     config = type(default)(**fields)
     needed = kernel.shared_memory(head_dim, config)
     if needed > hopper.SHARED_MEMORY:

@@ -156,7 +156,7 @@ def test_setup_passes_over_pythons_that_do_not_run_or_are_old(bare):
     assert str(versions / "python") in setup()
     installs = [line for line in (root / "log").read_text().splitlines() if "install" in line]
     assert installs == [
-        "uv pip install --python .venv/bin/python --constraint constraints.txt"
+        "uv pip install --compile-bytecode --python .venv/bin/python --constraint constraints.txt"
         " --editable .[dev,code]"
     ]
     setup()

@@ -27,6 +27,7 @@ def test_longest_repetition(kinds, expected):
     assert repeats._longest_repetition(tuple(kinds)) == expected
 
 
+@pytest.mark.long
 def test_loops_equal_the_program_written_out(monkeypatch):
     # A loop of a loop and a layer, and a layer behind it.
     config = dataclasses.replace(TINY, layers="lls" * 2 + "l", selection_loss=0.1)

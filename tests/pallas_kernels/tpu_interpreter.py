@@ -14,6 +14,7 @@ import types
 import jax.experimental.pallas.tpu as pltpu
 
 from pallas_kernels import dispatch
+from tests.pallas_kernels.host_callbacks import with_numpy
 
 # What the kernels are chosen for.
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
@@ -34,7 +35,7 @@ def interpret(mode="on_wait", *, detect_races=False):
         random_seed=0,  # axes of a grid that are "parallel" run in a random order
     )
     try:
-        with pltpu.force_tpu_interpret_mode(params), dispatch.targeting(TPU):
+        with pltpu.force_tpu_interpret_mode(params), dispatch.targeting(TPU), with_numpy():
             yield
     except Exception:
         pltpu.reset_tpu_interpret_mode_state()  # else the next kernel fails, too
