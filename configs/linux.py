@@ -4,68 +4,28 @@
     sparsex train configs/linux.py --data.code linux-6.1 --run-dir runs/linux
     sparsex eval code --data linux-6.1 --checkpoint runs/linux/model --lengths 500K 1M 8M
 
-Hardware: meant for one H200. Not trained yet: model, stages and rates are those of
-configs/needle.py with a larger vocabulary, and nothing is known of the result.
+Hardware: meant for one H200. Not trained yet: all but the vocabulary and what the texts are made of
+is as in configs/needle.py, and nothing is known of the result.
 """
 
-from sparsex_jax.config import (
-    AttentionConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    StageConfig,
-    TrainConfig,
-)
+import dataclasses
+from pathlib import Path
 
-MIX = (
-    ("definitions", 0.45),
-    ("descriptions", 0.2),
-    ("text", 0.2),
-    ("retrieval", 0.15),
-)
+from sparsex_jax.commands.train import load_preset
+from sparsex_jax.config import StageConfig
 
-config = TrainConfig(
-    model=ModelConfig(
-        vocab_size=8192,
-        model_dim=320,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=128,
-        mlp_dim=960,
-        # Behind the sparse layer a local one sees what was retrieved beside what was answered.
-        layers="llsl",
-        attention=AttentionConfig(window=128, block_size=32, top_k=64, score_dim=128),
-        selection_loss=0.1,
-    ),
-    # Every remote block is selected up to 2K tokens; then ever fewer of many. More when asked.
-    # In long texts the last tokens alone count, as do all questions with their answers.
-    stages=(
-        StageConfig(steps=1400, length=1024, batch_size=64, top_k=32, needles=(1, 8), mix=MIX),
-        StageConfig(steps=500, length=2048, batch_size=32, top_k=64, needles=(1, 16), mix=MIX),
-        StageConfig(steps=700, length=4096, batch_size=16, top_k=64, needles=(1, 24), mix=MIX),
-        StageConfig(
-            steps=3500,
-            length=16384,
-            batch_size=4,
-            top_k=32,
-            needles=(1, 48),
-            questions=96,
-            loss_tokens=6656,
-            mix=MIX,
-        ),
-        StageConfig(
-            steps=26000,
-            length=32768,
-            batch_size=2,
-            top_k=16,
-            needles=(1, 64),
-            questions=144,
-            loss_tokens=13312,
-            mix=MIX,
-        ),
-    ),
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=300),
-    data=DataConfig(workers=4),
-    checkpoint_every=1000,
-    log_every=50,
+MIX = (("definitions", 0.45), ("descriptions", 0.2), ("text", 0.2), ("retrieval", 0.15))
+
+
+def about_code(stage: StageConfig) -> StageConfig:
+    """The stage with these texts; where the last tokens alone count, so do all questions."""
+    loss_tokens = stage.loss_tokens and stage.length * 13 // 32  # questions take up to 0.4
+    return dataclasses.replace(stage, mix=MIX, loss_tokens=loss_tokens)
+
+
+needle = load_preset(Path(__file__).with_name("needle.py"))
+config = dataclasses.replace(
+    needle,
+    model=dataclasses.replace(needle.model, vocab_size=8192),
+    stages=tuple(map(about_code, needle.stages)),
 )

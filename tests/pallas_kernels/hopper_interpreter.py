@@ -293,8 +293,11 @@ def _by_warp(count, visit):
         visit(n)
 
 
+# What is replaced while kernels are interpreted.
+
+
 def _to_int(x):
-    """For callbacks with NumPy."""
+    """Of the numbers that callbacks get `with_numpy`, too."""
     return int(x) if isinstance(x, np.integer) else _stock_to_int(x)
 
 

@@ -46,9 +46,9 @@ class KeyWalk:
             "k_tile": keys,
             "v_tile": keys,
             "bias_tile": bias if sizes.biased else None,
-            "q_ring": Ring.barriers(config.places, copies, sizes.computing),
-            "k_ring": Ring.barriers(config.stages, 1 + sizes.biased, sizes.computing),
-            "v_ring": Ring.barriers(config.stages, 1, sizes.computing),
+            "q_ring": Ring.barriers(config.places, copies, config.computing),
+            "k_ring": Ring.barriers(config.stages, 1 + sizes.biased, config.computing),
+            "v_ring": Ring.barriers(config.stages, 1, config.computing),
         }
 
     def locate(self, i):
@@ -313,6 +313,13 @@ def query_gradient_scratch(sizes: Sizes, config: Config):
     }
 
 
+def _roles(walk: type[KeyWalk], sizes: Sizes, config: Config, loader_registers: int):
+    """Who runs the kernel, for `hopper.launch`."""
+    return hopper.roles(
+        functools.partial(walk, sizes, config), loader_registers, computing=config.computing
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("scale", "config"))
 def forward(q, k, v, start, end, key_bias, *, scale, config: Config):
     """out [B, T, Hq, D] and lse f32 [B, T, Hq]; key_bias is [B, Hkv, N] or None."""
@@ -321,12 +328,12 @@ def forward(q, k, v, start, end, key_bias, *, scale, config: Config):
     lse_shape = sizes.batch, sizes.tiles, sizes.num_kv_heads, sizes.rows
     results = hopper.launch(
         "range_forward",
-        hopper.roles(functools.partial(_Forward, sizes, config), 32, sizes.computing),
+        _roles(_Forward, sizes, config, loader_registers=32),
         programs=min(config.programs, sizes.items),
         operands={"q": q, "k": k, "v": v, "plan": plan, "bias": key_bias},
         outputs={"out": q, "lse": jax.ShapeDtypeStruct(lse_shape, jnp.float32)},
         scratch=forward_scratch(sizes, config),
-        warpgroups=sizes.computing + 1,
+        warpgroups=config.computing + 1,
     )
     return results["out"], by_token(results["lse"], sizes)
 
@@ -339,7 +346,7 @@ def query_gradient(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale,
     sums = jnp.stack([by_tile(x, sizes) for x in (lse, delta)], axis=3)
     return hopper.launch(
         "range_query_gradient",
-        hopper.roles(functools.partial(_QueryGradient, sizes, config), 56, sizes.computing),
+        _roles(_QueryGradient, sizes, config, loader_registers=56),
         programs=min(config.programs, sizes.items),
         operands={
             "q": q, "k": k, "v": v, "plan": plan, "bias": key_bias, "out_bar": out_bar,
@@ -347,5 +354,5 @@ def query_gradient(q, k, v, start, end, key_bias, out_bar, lse, delta, *, scale,
         },
         outputs={"q_bar": q},
         scratch=query_gradient_scratch(sizes, config),
-        warpgroups=sizes.computing + 1,
+        warpgroups=config.computing + 1,
     )["q_bar"]  # fmt: skip
