@@ -26,18 +26,17 @@ _SEND = "@$0 cp.async.bulk.global.shared::cta.bulk_group [$1], [$2], $3;"
 
 
 def any_of_warp(marks):
-    """Whether any of a warp's 16 rows is marked, bool; warps need not meet for it.
+    """Whether anything in a warp's 16 rows is marked, bool; warps need not meet for it.
 
     So it differs between the warps of a warpgroup: what depends on it must not need all of them.
 
     Args:
-      marks: bool [64], one number per row.
+      marks: bool [64], one number per row, or [64, N].
     """
 
-    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=_BOOL)
+    @plgpu.inline_mgpu(arg_types=(ROW if marks.ndim == 1 else _MATRIX,), return_type=_BOOL)
     def vote(_, x):
-        own = functools.reduce(arith.ori, x.registers.flat)
-        found = nvvm.vote_sync(_everyone(), _element(own, 0), "any")
+        found = nvvm.vote_sync(_everyone(), _of_registers(arith.ori, x), "any")
         return mgpu.FragmentedArray.splat(found, (), is_signed=False)
 
     return vote(marks)
@@ -76,6 +75,66 @@ def lowest_of_warp(x):
     return lowest(x)
 
 
+def rank_of_lanes(x, rank: int):
+    """A number for each row that at least 4 `rank` of its numbers reach, f32 [64].
+
+    It is the lowest of what `rank` numbers of each of the row's four threads reach.
+
+    Args:
+      x: f32 [64, N].
+      rank: a power of two, at most N / 4.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=_NUMBERS)
+    def lowest(_, x):
+        made = np.empty(mgpu.WGMMA_ROW_LAYOUT.registers_shape((HALF,)), object)
+        for half, place in enumerate(np.ndindex(made.shape)):
+            own = [
+                element(x.registers[0, n, 0, 0, half, 0, 0, 0, 0], e)
+                for n in range(x.shape[1] // 8)
+                for e in range(2)
+            ]
+            least = functools.reduce(arith.minimumf, _highest(own, rank))
+            for distance in (1, 2):
+                least = arith.minimumf(least, mgpu.utils.shfl_bfly(least, distance))
+            made[place] = vector.from_elements(ir.VectorType.get((1,), least.type), [least])
+        return mgpu.FragmentedArray(_registers=made, _layout=mgpu.WGMMA_ROW_LAYOUT, _is_signed=None)
+
+    return lowest(x)
+
+
+def _highest(numbers, count: int):
+    """The highest numbers of a thread, in no order, by a network of comparisons."""
+    runs = [_sorted(numbers[i : i + count]) for i in range(0, len(numbers), count)]
+    while len(runs) > 1:
+        one, other, *runs = runs
+        # The highest of two descending runs: a run that rises and falls, or falls and rises.
+        highest = [arith.maximumf(x, y) for x, y in zip(one, reversed(other), strict=True)]
+        runs.append(_merged(highest) if runs else highest)
+    return runs[0]
+
+
+def _sorted(numbers):
+    """In descending order (a bitonic network)."""
+    if len(numbers) == 1:
+        return numbers
+    middle = len(numbers) // 2
+    one, other = (_sorted(x) for x in (numbers[:middle], numbers[middle:]))
+    return _merged([*one, *reversed(other)])
+
+
+def _merged(numbers):
+    """A run that rises and falls, or falls and rises, in descending order."""
+    if len(numbers) == 1:
+        return numbers
+    middle = len(numbers) // 2
+    pairs = list(zip(numbers[:middle], numbers[middle:], strict=True))
+    return [
+        *_merged([arith.maximumf(x, y) for x, y in pairs]),
+        *_merged([arith.minimumf(x, y) for x, y in pairs]),
+    ]
+
+
 def narrow(x):
     """Pairs of numbers, rounded to bf16, as one: f32 [64, N] -> int32 [64, N / 2].
 
@@ -88,14 +147,14 @@ def narrow(x):
     @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)
     def narrow(_, x):
         rounded, word = ir.VectorType.get((2,), ir.BF16Type.get()), _integer(32)
-        made = _registers(result)
+        made = registers(result)
         for place in np.ndindex(made.shape):
             pairs = [
                 llvm.bitcast(word, arith.truncf(rounded, x.registers[_tile(place, n)]))
                 for n in range(2)
             ]
             made[place] = vector.from_elements(ir.VectorType.get((2,), word), pairs)
-        return _matrix(made, is_signed=True)
+        return matrix(made, is_signed=True)
 
     return narrow(x)
 
@@ -108,10 +167,10 @@ def widen(x):
     @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=result)
     def widen(_, x):
         word, number = _integer(32), ir.F32Type.get()
-        made = _registers(result)
+        made = registers(result)
         for place in np.ndindex(x.registers.shape):
             for n in range(2):
-                pair = _element(x.registers[place], n)
+                pair = element(x.registers[place], n)
                 halves = (
                     arith.shli(pair, arith.constant(word, 16)),
                     arith.andi(pair, arith.constant(word, -(2**16))),
@@ -120,7 +179,7 @@ def widen(x):
                 made[_tile(place, n)] = vector.from_elements(
                     ir.VectorType.get((2,), number), numbers
                 )
-        return _matrix(made, is_signed=None)
+        return matrix(made, is_signed=None)
 
     return widen(x)
 
@@ -186,7 +245,7 @@ def send_entries(tile, array, places):
     def send(_, tile, array, places):
         size = arith.constant(_integer(32), rows * words * 4)
         for half in range(_WARP_ROWS // rows):
-            place = _element(places.registers.flat[half], 0)
+            place = element(places.registers.flat[half], 0)
             source = _at(tile, _first_row(half), words * 4)
             target = _at(array, place, rows * words * 4)
             filled = arith.cmpi(arith.CmpIPredicate.sge, place, arith.constant(place.type, 0))
@@ -203,7 +262,7 @@ def _everyone():
 def _of_registers(op, x):
     """What op makes of all numbers that a thread has of an array."""
     both = functools.reduce(op, x.registers.flat)
-    return functools.reduce(op, [_element(both, n) for n in range(both.type.shape[0])])
+    return functools.reduce(op, [element(both, n) for n in range(both.type.shape[0])])
 
 
 def _ordered(x):
@@ -223,17 +282,18 @@ def _integer(bits: int):
     return ir.IntegerType.get_signless(bits)
 
 
-def _element(register, n: int):
+def element(register, n: int):
     """Number n of what a register holds."""
     return vector.extract(register, dynamic_position=[], static_position=[n])
 
 
-def _registers(result):
-    """Room for a matrix's registers."""
+def registers(result):
+    """Room for the registers of a matrix."""
     return np.empty(mgpu.WGMMA_LAYOUT.registers_shape(result.shape), object)
 
 
-def _matrix(registers, is_signed):
+def matrix(registers, is_signed):
+    """The matrix [64, N] that these registers hold; `is_signed` is None for floats."""
     return mgpu.FragmentedArray(
         _registers=registers, _layout=mgpu.WGMMA_LAYOUT, _is_signed=is_signed
     )

@@ -39,7 +39,9 @@ from jax._src.state import discharge, indexing
 from jax._src.state import types as state_types
 
 from pallas_kernels import dispatch, hopper, hopper_lanes
+from pallas_kernels.block_selection.mosaic_gpu import thread_lists
 from pallas_kernels.hopper import HALF
+from tests.pallas_kernels import plain_lists
 from tests.pallas_kernels.host_callbacks import with_numpy
 
 # What the kernels are chosen for.
@@ -310,6 +312,8 @@ _CHANGES = (
     (plgpu, "copy_smem_to_gmem", _store),
     (hopper_lanes, "spread", _spread),
     (hopper_lanes, "send_entries", _send_entries),
+    (hopper_lanes, "rank_of_lanes", plain_lists.rank_of_lanes),
+    *((thread_lists, name, getattr(plain_lists, name)) for name in ("put", "drop", "load")),
     (hopper, "by_warp", _by_warp),
     (memory, "_to_int", _to_int),
 )

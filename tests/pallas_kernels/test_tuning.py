@@ -131,7 +131,7 @@ def test_tuned_configs_are_those_of_the_device(path):
 
 
 def test_kernels_are_launched_as_tuned(path, monkeypatch):
-    config = selection.Config(stages=6)
+    config = selection.Config(stages=4)
     kernel = KERNELS["block_selection.select"]
     tuning.store(path, KIND, kernel, 64, config, {})
     seen = []

@@ -21,6 +21,7 @@ from pallas_kernels.block_selection.mosaic_gpu.configs import (
     GROUP,
     MOST,
     MOST_GROUPS,
+    MOST_LISTED,
     Config,
     Sizes,
     grid,
@@ -31,11 +32,13 @@ from pallas_kernels.hopper_few_queries import takes
 
 
 def _scratch(dim: int, config: Config):
-    """That of the kernel which needs more."""
-    return max(
-        (kernel.scratch(Sizes(1, 8, 1, dim, MOST, MOST), config) for kernel in (search, rescoring)),
-        key=functools.partial(hopper.shared_memory, reduces=True),
-    )
+    """That of the kernel and the number of blocks which need most."""
+    scratches = [
+        kernel.scratch(Sizes(1, 8, 1, dim, count, count), config)
+        for kernel in (search, rescoring)
+        for count in (MOST_LISTED, MOST)
+    ]
+    return max(scratches, key=functools.partial(hopper.shared_memory, reduces=True))
 
 
 KERNELS = {
@@ -43,7 +46,7 @@ KERNELS = {
         "block_selection",
         "select",
         (64, 128),
-        default=lambda dim: Config(stages=8 if dim == 64 else 3),
+        default=lambda _: Config(stages=3),
         grid=grid,
         scratch=_scratch,
         reduces=True,

@@ -10,6 +10,7 @@ from pallas_kernels.hopper import HALF, ROWS
 GROUP = 8  # neighbouring blocks: as many rows as TMA copies at least into an operand of wgmma
 STEP = HALF * GROUP  # blocks
 MOST = 64  # blocks that a query selects
+MOST_LISTED = 16  # of candidates in shared memory
 MOST_GROUPS = 256  # that a query is rescored in: no row of what TMA copies is longer
 
 
@@ -63,6 +64,11 @@ class Sizes:
         return self.groups if few else 8
 
     @property
+    def listed(self):
+        """Whether the search has lists of candidates in shared memory, not in registers."""
+        return self.count <= MOST_LISTED
+
+    @property
     def products(self):
         """Products of 64 queries and 64 blocks that the search computes at a time.
 
@@ -73,6 +79,8 @@ class Sizes:
     @property
     def places(self):
         """Tiles of queries in shared memory at a time."""
+        if self.listed and self.dim > 64:
+            return 1
         return 2 if max(self.count, self.groups) * self.dim <= 32 * 128 else 1
 
     def locate(self, item):
@@ -83,5 +91,5 @@ class Sizes:
 
 def grid(dim: int) -> Iterator[Config]:
     """Configs that are worth trying."""
-    for cut in itertools.product((2, 3, 4, 6, 8), (1, 2, 3)):
+    for cut in itertools.product((2, 3, 4), (1, 2, 3)):
         yield Config(*cut)

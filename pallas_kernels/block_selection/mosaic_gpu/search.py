@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper, shapes
-from pallas_kernels.block_selection.mosaic_gpu import lists
+from pallas_kernels.block_selection.mosaic_gpu import candidates, lists, thread_lists
 from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, STEP, Config, Sizes
 from pallas_kernels.hopper import HALF, ROWS, Ring
 
@@ -101,21 +101,44 @@ class _Walk:
         place = self.tile_ring.receive(i)
         first, stop, whole_first, whole_stop = (at.plan_tile[place, 2, n] for n in range(4))
 
-        def step(masked, s, state):
-            maxima = self._maxima(place, s * STEP, turn + (s - first) * self.slots, masked)
-            # Loaded once a step: an iota might be converted in each round.
-            columns = plgpu.load(at.columns, layout=hopper.COLUMN, optimized=False)
-            groups = (s * HALF).astype(jnp.float32) + hopper.along_columns(columns, maxima.shape)
-            return lists.add(maxima, groups, *state)
+        def step(s, state):
+            maxima = lax.cond(
+                (s >= whole_first) & (s < whole_stop),
+                *(
+                    functools.partial(
+                        self._maxima, place, s * STEP, turn + (s - first) * self.slots, masked
+                    )
+                    for masked in (False, True)
+                ),
+            )
+            return self._add(maxima, s, s - first, state)
 
-        state = lists.none_waiting(HALF), lists.nothing(self.sizes.count)
-        state = lax.fori_loop(first, whole_first, functools.partial(step, True), state)
-        state = lax.fori_loop(whole_first, whole_stop, functools.partial(step, False), state)
-        waiting, best = lax.fori_loop(whole_stop, stop, functools.partial(step, True), state)
+        state = lax.fori_loop(first, stop, step, self._nothing())
         self.tile_ring.release(i)
-        best = lists.take_best(waiting.score, waiting.number, 0.0, best)
-        self._store(i, lists.ascending(best.number))
+        self._store(i, lists.ascending(self._numbers(state)))
         return turn + (stop - first) * self.slots
+
+    def _nothing(self):
+        """What is known of this warpgroup's queries before the first step."""
+        if self.sizes.listed:
+            return candidates.nothing()
+        return lists.none_waiting(HALF), lists.nothing(self.sizes.count)
+
+    def _add(self, maxima, s, before, state):
+        """What is known after step s, which so many came before."""
+        origin = (s * HALF).astype(jnp.float32)
+        if self.sizes.listed:
+            own = self.at.list_tile.at[self.at.warpgroup]
+            return candidates.add(own, maxima, before, origin, state, self.sizes.count)
+        return lists.add(maxima, origin + self._columns(maxima.shape), *state)
+
+    def _numbers(self, state):
+        """The best groups, in no order."""
+        if self.sizes.listed:
+            own = self.at.list_tile.at[self.at.warpgroup]
+            return candidates.numbers(own, state, self.sizes.count)
+        waiting, best = state
+        return lists.take_best(waiting.score, waiting.number, 0.0, best).number
 
     def _maxima(self, place, origin, turn, masked: bool):
         """The best score of each group of a step, f32 [64, 64].
@@ -136,7 +159,12 @@ class _Walk:
                 scores = [self._mask(place, x, first + j) for j, x in enumerate(scores)]
             return functools.reduce(jnp.maximum, scores, maxima)
 
-        return lax.fori_loop(0, self.slots, add, hopper.full((HALF, HALF), -jnp.inf))
+        start = hopper.full((HALF, HALF), -jnp.inf)
+        if True:
+            return lax.fori_loop(0, self.slots, add, start)
+        for n in range(self.slots):
+            start = add(n, start)
+        return start
 
     def _multiply(self, place, slot):
         """This warpgroup's queries with the blocks of a slot, f32 [64, 64] each."""
@@ -156,7 +184,18 @@ class _Walk:
         plan = self.at.plan_tile.at[place]
         bounds = (plgpu.load(plan.at[n, self.rows], layout=hopper.ROW) for n in (0, 1))
         # Rounded up; the shift rounds down negative numbers, too.
-        return hopper.keep(scores, 1, *((x - origin + GROUP - 1) >> 3 for x in bounds))
+        start, limit = (
+            hopper.along_rows(((x - origin + GROUP - 1) >> 3).astype(jnp.float32), scores.shape)
+            for x in bounds
+        )
+        number = self._columns(scores.shape)
+        scores = jnp.where(number >= start, scores, -jnp.inf)
+        return jnp.where(number < limit, scores, -jnp.inf)
+
+    def _columns(self, shape):
+        """The number of each column, f32; loaded, since an iota would be held in registers."""
+        columns = plgpu.load(self.at.columns, layout=hopper.COLUMN, optimized=False)
+        return hopper.along_columns(columns, shape)
 
     def _store(self, i, group):
         """Starts the copy of this warpgroup's groups, of an item."""
@@ -180,6 +219,7 @@ def scratch(sizes: Sizes, config: Config):
         "plan_tile": plgpu.SMEM((sizes.places, 3, ROWS), jnp.int32),
         "c_tile": hopper.operand_tile((config.stages, sizes.products * HALF, sizes.dim)),
         "group_tile": plgpu.SMEM((2, HALF, sizes.count), jnp.int32),
+        "list_tile": thread_lists.tile(2) if sizes.listed else None,
         "tile_ring": Ring.barriers(sizes.places, copies=2),
         "c_ring": Ring.barriers(config.stages, 1),
     }

@@ -1,0 +1,112 @@
+"""Lists that threads keep in shared memory: on a GPU, and as tests elsewhere take them to be."""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper, hopper_lanes
+from pallas_kernels.block_selection.mosaic_gpu import thread_lists
+from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH, NOTHING
+from pallas_kernels.hopper import HALF
+from tests.pallas_kernels import plain_lists
+
+RANK, LAST = 4, 90.0
+
+
+def steps(put, drop, load, rank_of_lanes, tile, scores, zeros, row, number):
+    """Two steps of candidates, of which some go again, in terms of the functions given.
+
+    Args:
+      scores: two of f32 [64, 64].
+      zeros: int32 `COUNTS`.
+      row: makes one number for all rows.
+      number: of an int32 `COUNTS`, the first candidate to load.
+
+    Returns:
+      The number that 16 scores of each row reach, and scores and numbers in the lists.
+    """
+    bound = rank_of_lanes(scores[0], RANK)
+    filled = put(tile, scores[0], row(0.0), bound, zeros)
+    filled = put(tile, scores[1], row(64.0), bound, filled)
+    filled = drop(tile, rank_of_lanes(scores[1], RANK), row(LAST), filled)
+    return bound, *load(tile, filled, zeros + number, DEPTH // 2)
+
+
+def in_a_kernel(scores, number: int):
+    """`steps` as a kernel runs them."""
+
+    def run(at):
+        plgpu.copy_gmem_to_smem(at.scores, at.scores_tile, at.ready)
+        plgpu.barrier_wait(at.ready)
+        both = [plgpu.load(at.scores_tile.at[n], layout=plgpu.Layout.WGMMA) for n in range(2)]
+        functions = (getattr(thread_lists, name) for name in ("put", "drop", "load"))
+        zeros = plgpu.layout_cast(jnp.zeros(COUNTS, jnp.int32), plgpu.Layout.WGMMA)
+        at.bound_tile[...], at.found_tile[0], at.found_tile[1] = steps(
+            *functions, hopper_lanes.rank_of_lanes, at.list_tile.at[0], both, zeros,
+            lambda x: hopper.full((HALF,), x, hopper.ROW), number,
+        )  # fmt: skip
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(at.bound_tile, at.bound)
+        plgpu.copy_smem_to_gmem(at.found_tile, at.found)
+        plgpu.wait_smem_to_gmem(0)
+
+    found = 2, HALF, 2 * DEPTH
+    tiled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    results = hopper.launch(
+        "thread_lists", run, programs=1, operands={"scores": scores}, warpgroups=1,
+        outputs={
+            "bound": jax.ShapeDtypeStruct((HALF,), jnp.float32),
+            "found": jax.ShapeDtypeStruct(found, jnp.float32),
+        },
+        scratch={
+            "scores_tile": plgpu.SMEM(scores.shape, jnp.float32, transforms=tiled),
+            "list_tile": thread_lists.tile(1),
+            "bound_tile": plgpu.SMEM((HALF,), jnp.float32),
+            "found_tile": plgpu.SMEM(found, jnp.float32, transforms=tiled),
+            "ready": plgpu.Barrier(num_arrivals=1),
+        },
+    )  # fmt: skip
+    return results["bound"], *results["found"]
+
+
+class Tile:
+    """An array that is changed in place."""
+
+    def __init__(self, x):
+        self.x, self.shape = x, x.shape
+
+    def __getitem__(self, place):
+        return self.x
+
+    def __setitem__(self, place, x):
+        self.x = x
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_against_plain_lists(hopper, number):
+    """With whole numbers, so that some scores are as good as the bound, and -inf."""
+    scores = np.round(8 * np.random.default_rng(number).normal(size=(2, HALF, HALF)))
+    scores[:, :, 5:40] = np.where(scores[:, :, 5:40] < -4, -np.inf, scores[:, :, 5:40])
+    scores = jnp.asarray(scores, jnp.float32)
+    names = "put", "drop", "load", "rank_of_lanes"
+    expected = steps(
+        *(getattr(plain_lists, name) for name in names),
+        Tile(jnp.full((2 * DEPTH, 256), jnp.nan)), scores, jnp.zeros(COUNTS, jnp.int32),
+        lambda x: jnp.full(HALF, x), number,
+    )  # fmt: skip
+    found = jax.jit(in_a_kernel, static_argnames="number")(scores, number=number)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    bound, score, number = expected
+    assert np.all((scores[0] >= bound[:, None]).sum(axis=1) >= 4 * RANK)
+    assert np.all((score > -np.inf) == (number < NOTHING))
+
+
+def test_rank_is_that_of_a_row_sorted():
+    x = jnp.asarray(np.random.default_rng(1).permuted(np.tile(np.arange(64.0), (HALF, 1)), axis=1))
+    for rank in (1, 2, 4, 16):
+        by_lane = np.asarray(x).reshape(HALF, 8, 4, 2).transpose(0, 2, 1, 3).reshape(HALF, 4, 16)
+        expected = np.sort(by_lane, axis=2)[:, :, -rank].min(axis=1)
+        np.testing.assert_array_equal(plain_lists.rank_of_lanes(x, rank), expected)
