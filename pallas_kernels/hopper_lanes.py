@@ -75,18 +75,16 @@ def lowest_of_warp(x):
     return lowest(x)
 
 
-def rank_of_lanes(x, rank: int):
-    """A number for each row that at least 4 `rank` of its numbers reach, f32 [64].
-
-    It is the lowest of what `rank` numbers of each of the row's four threads reach.
+def highest_of_rows(x, rank: int):
+    """The number of each row that comes at a place, counted from the highest: f32 [64].
 
     Args:
       x: f32 [64, N].
-      rank: a power of two, at most N / 4.
+      rank: the place, a power of two that divides N / 4; 1 is that of the highest.
     """
 
     @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=_NUMBERS)
-    def lowest(_, x):
+    def highest(_, x):
         made = np.empty(mgpu.WGMMA_ROW_LAYOUT.registers_shape((HALF,)), object)
         for half, place in enumerate(np.ndindex(made.shape)):
             own = [
@@ -94,24 +92,19 @@ def rank_of_lanes(x, rank: int):
                 for n in range(x.shape[1] // 8)
                 for e in range(2)
             ]
-            least = functools.reduce(arith.minimumf, _highest(own, rank))
-            for distance in (1, 2):
-                least = arith.minimumf(least, mgpu.utils.shfl_bfly(least, distance))
-            made[place] = vector.from_elements(ir.VectorType.get((1,), least.type), [least])
+            runs = [_sorted(own[i : i + rank]) for i in range(0, len(own), rank)]
+            best = functools.reduce(_best_of_both, runs)
+            for distance in (1, 2):  # the four threads of a row
+                best = _best_of_both(best, [mgpu.utils.shfl_bfly(x, distance) for x in best])
+            made[place] = vector.from_elements(ir.VectorType.get((1,), best[-1].type), best[-1:])
         return mgpu.FragmentedArray(_registers=made, _layout=mgpu.WGMMA_ROW_LAYOUT, _is_signed=None)
 
-    return lowest(x)
+    return highest(x)
 
 
-def _highest(numbers, count: int):
-    """The highest numbers of a thread, in no order, by a network of comparisons."""
-    runs = [_sorted(numbers[i : i + count]) for i in range(0, len(numbers), count)]
-    while len(runs) > 1:
-        one, other, *runs = runs
-        # The highest of two descending runs: a run that rises and falls, or falls and rises.
-        highest = [arith.maximumf(x, y) for x, y in zip(one, reversed(other), strict=True)]
-        runs.append(_merged(highest) if runs else highest)
-    return runs[0]
+def _best_of_both(one, other):
+    """The highest of two descending runs, as many as are in one, descending."""
+    return _merged([arith.maximumf(x, y) for x, y in zip(one, reversed(other), strict=True)])
 
 
 def _sorted(numbers):

@@ -312,7 +312,7 @@ _CHANGES = (
     (plgpu, "copy_smem_to_gmem", _store),
     (hopper_lanes, "spread", _spread),
     (hopper_lanes, "send_entries", _send_entries),
-    (hopper_lanes, "rank_of_lanes", plain_lists.rank_of_lanes),
+    (hopper_lanes, "highest_of_rows", plain_lists.highest_of_rows),
     *((thread_lists, name, getattr(plain_lists, name)) for name in ("put", "drop", "load")),
     (hopper, "by_warp", _by_warp),
     (memory, "_to_int", _to_int),

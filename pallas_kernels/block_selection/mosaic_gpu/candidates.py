@@ -18,9 +18,8 @@ from pallas_kernels.block_selection.mosaic_gpu import lists, thread_lists
 from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH, NOTHING
 from pallas_kernels.hopper import HALF
 
-_LANES = 4  # threads that share a row
-_FULL = DEPTH - HALF // _LANES  # candidates of a list that leave room for those of a step
-_EARLY, _SELDOM = 4, 4  # the first steps, and of the later ones every so many, look at all columns
+_FULL = DEPTH - HALF // 4  # candidates of a list that leave room for those of a step
+_EARLY = 2  # steps after which much can be forgotten
 
 
 class State(NamedTuple):
@@ -62,33 +61,30 @@ def add(tile, scores, step, origin, state: State, count: int) -> State:
       count: K, how many are wanted, 8 or 16.
     """
     best = jnp.maximum(state.best, scores)
-
-    def bound():
-        """In K columns there are scores at least as good: K / 4 of each thread's."""
-        return hopper_lanes.rank_of_lanes(best, count // _LANES)
-
-    look = (step < _EARLY) | (lax.rem(step, _SELDOM) == 0)
-    stay = lax.cond(look, lambda: jnp.maximum(state.stay, bound()), lambda: state.stay)
+    stay = lax.cond(
+        step < _EARLY,
+        lambda: jnp.maximum(state.stay, hopper_lanes.highest_of_rows(best, count)),
+        lambda: state.stay,
+    )
     enter = jnp.maximum(state.enter, stay)
     origin = hopper.full((HALF,), origin, hopper.ROW)
     filled = thread_lists.put(tile, scores, origin, enter, state.filled)
-    return State(best, *_make_room(tile, filled, enter, stay, count))
-
-
-def _make_room(tile, filled, enter, stay, count: int):
-    """Forgets candidates where a list is full; returns filled, enter and stay."""
-
-    def forget():
-        found = thread_lists.drop(tile, stay, hopper.full((HALF,), NOTHING, hopper.ROW), filled)
-        forget_all = functools.partial(_forget_all, tile, found, enter, stay, count)
-        return _if_full(found, forget_all, found, enter, stay)
-
-    return _if_full(filled, forget, filled, enter, stay)
+    forget = functools.partial(_forget, tile, best, filled, enter, stay, count)
+    return State(best, *_if_full(filled, forget, filled, enter, stay))
 
 
 def _if_full(filled, then, *otherwise):
     full = hopper_lanes.any_of_warp(filled > _FULL)
     return lax.cond(full, then, lambda: otherwise)
+
+
+def _forget(tile, best, filled, enter, stay, count: int):
+    """Forgets candidates, as many as necessary; returns filled, enter and stay."""
+    stay = jnp.maximum(stay, hopper_lanes.highest_of_rows(best, count))
+    enter = jnp.maximum(enter, stay)
+    filled = thread_lists.drop(tile, stay, hopper.full((HALF,), NOTHING, hopper.ROW), filled)
+    forget_all = functools.partial(_forget_all, tile, filled, enter, stay, count)
+    return _if_full(filled, forget_all, filled, enter, stay)
 
 
 def _forget_all(tile, filled, enter, stay, count: int):
@@ -102,7 +98,10 @@ def _forget_all(tile, filled, enter, stay, count: int):
 
 
 def _ranked(tile, filled, count: int, depth: int):
-    """Scores and numbers of the K best, f32 [64, K]: -inf and anything where there are fewer."""
+    """Scores and numbers of the K best, f32 [64, K]: -inf and anything where there are fewer.
+
+    Looks at `depth` candidates of each list at a time.
+    """
 
     def goes_on(state):
         return hopper_lanes.any_of_warp(filled > state[0])
@@ -126,7 +125,6 @@ def _next_above(x):
 
 def numbers(tile, state: State, count: int):
     """The numbers of the K best, of equal scores the lower one, f32 [64, K]; `NOTHING` for none."""
-    last = hopper.full((HALF,), NOTHING, hopper.ROW)
-    filled = thread_lists.drop(tile, state.stay, last, state.filled)
-    score, number = _ranked(tile, filled, count, _FULL)
+    filled, *_ = _forget(tile, *state, count)
+    score, number = _ranked(tile, filled, count, 12)
     return jnp.where(score > -jnp.inf, number, NOTHING)
