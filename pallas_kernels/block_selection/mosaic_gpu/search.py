@@ -147,37 +147,40 @@ class _Walk:
           place: of the queries.
           origin: the first block.
           turn: of the first tile.
-          masked: whether a query may not see all blocks.
+          masked: whether a query may not see all blocks. Masks need the registers in which else
+            scores wait until the next ones are being computed.
         """
+        products = self.sizes.products
 
-        def add(n, maxima):
+        def visit(n, carry):
+            """The last scores of a slot, and the maxima without them."""
             slot = self.c_ring.receive(turn + n)
-            scores = self._multiply(place, slot)
+            for j in range(products):
+                scores, maxima = carry
+                take = functools.partial(jnp.maximum, scores, maxima)
+                if masked:
+                    maxima = take()
+                    scores, _ = self._multiply(place, slot, j, lambda: None)
+                    carry = self._mask(place, scores, origin + n * products + j), maxima
+                else:
+                    carry = self._multiply(place, slot, j, take)
             self.c_ring.release(turn + n)
-            if masked:
-                first = origin + n * self.sizes.products
-                scores = [self._mask(place, x, first + j) for j, x in enumerate(scores)]
-            return functools.reduce(jnp.maximum, scores, maxima)
+            return carry
 
-        start = hopper.full((HALF, HALF), -jnp.inf)
-        if True:
-            return lax.fori_loop(0, self.slots, add, start)
-        for n in range(self.slots):
-            start = add(n, start)
-        return start
+        nothing = hopper.full((HALF, HALF), -jnp.inf)
+        return jnp.maximum(*lax.fori_loop(0, self.slots, visit, (nothing, nothing)))
 
-    def _multiply(self, place, slot):
-        """This warpgroup's queries with the blocks of a slot, f32 [64, 64] each."""
+    def _multiply(self, place, slot, j: int, meanwhile):
+        """This warpgroup's queries with 64 blocks of a slot, and what `meanwhile` returns."""
         queries = self.at.u_tile.at[place, self.rows]
+        features = self.at.c_tile.at[slot, pl.ds(j * HALF, HALF)]
 
-        def compute(*accs):
-            for j, acc in enumerate(accs):
-                features = self.at.c_tile.at[slot, pl.ds(j * HALF, HALF)]
-                plgpu.wgmma(acc, queries, hopper.transposed(features))
-            return [acc[...] for acc in accs]
+        def compute(acc):
+            plgpu.wgmma(acc, queries, hopper.transposed(features))
+            result = meanwhile()
+            return acc[...], result
 
-        accs = [plgpu.ACC((HALF, HALF), jnp.float32) for _ in range(self.sizes.products)]
-        return pl.run_scoped(compute, *accs)
+        return pl.run_scoped(compute, plgpu.ACC((HALF, HALF), jnp.float32))
 
     def _mask(self, place, scores, origin):
         """Hides every 8th block from `origin` on that a query may not select."""
