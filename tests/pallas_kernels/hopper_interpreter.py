@@ -313,7 +313,10 @@ _CHANGES = (
     (hopper_lanes, "spread", _spread),
     (hopper_lanes, "send_entries", _send_entries),
     (hopper_lanes, "highest_of_rows", plain_lists.highest_of_rows),
-    *((thread_lists, name, getattr(plain_lists, name)) for name in ("put", "drop", "load")),
+    *(
+        (thread_lists, name, getattr(plain_lists, name))
+        for name in ("put", "drop", "load", "merge")
+    ),
     (hopper, "by_warp", _by_warp),
     (memory, "_to_int", _to_int),
 )

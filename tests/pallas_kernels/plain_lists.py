@@ -43,6 +43,12 @@ def load(tile, filled, first, depth):
     )
 
 
+def merge(tile, filled, count):
+    """See `thread_lists.merge`."""
+    numbers = jnp.where(_is_filled(filled), _lists(tile)[..., 1], NOTHING)
+    return jnp.sort(numbers.reshape(HALF, -1), axis=1)[:, :count]
+
+
 def _by_lane(x):
     """What the four threads of each row have of a matrix: [64, N] -> [64, 4, N / 4]."""
     return x.reshape(HALF, -1, _LANES, 2).transpose(0, 2, 1, 3).reshape(HALF, _LANES, -1)

@@ -12,10 +12,13 @@ from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH
 from pallas_kernels.hopper import HALF
 from tests.pallas_kernels import plain_lists
 
-RANK, LAST = 16, 90.0
+RANK, LAST, MERGED = 16, 90.0, 32
 
 
-def steps(put, drop, load, highest_of_rows, tile, scores, zeros, row, number):
+NAMES = "put", "drop", "load", "merge"
+
+
+def steps(put, drop, load, merge, highest_of_rows, tile, scores, zeros, row, number):
     """Two steps of candidates, of which some go again, in terms of the functions given.
 
     Args:
@@ -25,13 +28,13 @@ def steps(put, drop, load, highest_of_rows, tile, scores, zeros, row, number):
       number: of an int32 `COUNTS`, the first candidate to load.
 
     Returns:
-      The number that 16 scores of each row reach, and scores and numbers in the lists.
+      The score that 16 of each row reach, scores and numbers in the lists, and the lowest numbers.
     """
     bound = highest_of_rows(scores[0], RANK)
     filled = put(tile, scores[0], row(0.0), bound, zeros)
     filled = put(tile, scores[1], row(64.0), bound, filled)
     filled = drop(tile, highest_of_rows(scores[1], RANK), row(LAST), filled)
-    return bound, *load(tile, filled, zeros + number, DEPTH // 2)
+    return bound, *load(tile, filled, zeros + number, DEPTH // 2), merge(tile, filled, MERGED)
 
 
 def in_a_kernel(scores, number: int):
@@ -41,15 +44,16 @@ def in_a_kernel(scores, number: int):
         plgpu.copy_gmem_to_smem(at.scores, at.scores_tile, at.ready)
         plgpu.barrier_wait(at.ready)
         both = [plgpu.load(at.scores_tile.at[n], layout=plgpu.Layout.WGMMA) for n in range(2)]
-        functions = (getattr(thread_lists, name) for name in ("put", "drop", "load"))
+        functions = (getattr(thread_lists, name) for name in NAMES)
         zeros = plgpu.layout_cast(jnp.zeros(COUNTS, jnp.int32), plgpu.Layout.WGMMA)
-        at.bound_tile[...], at.found_tile[0], at.found_tile[1] = steps(
+        at.bound_tile[...], at.found_tile[0], at.found_tile[1], at.merged_tile[...] = steps(
             *functions, hopper_lanes.highest_of_rows, at.list_tile.at[0], both, zeros,
             lambda x: hopper.full((HALF,), x, hopper.ROW), number,
         )  # fmt: skip
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(at.bound_tile, at.bound)
         plgpu.copy_smem_to_gmem(at.found_tile, at.found)
+        plgpu.copy_smem_to_gmem(at.merged_tile, at.merged)
         plgpu.wait_smem_to_gmem(0)
 
     found = 2, HALF, 2 * DEPTH
@@ -59,16 +63,18 @@ def in_a_kernel(scores, number: int):
         outputs={
             "bound": jax.ShapeDtypeStruct((HALF,), jnp.float32),
             "found": jax.ShapeDtypeStruct(found, jnp.float32),
+            "merged": jax.ShapeDtypeStruct((HALF, MERGED), jnp.float32),
         },
         scratch={
             "scores_tile": plgpu.SMEM(scores.shape, jnp.float32, transforms=tiled),
             "list_tile": thread_lists.tile(1),
             "bound_tile": plgpu.SMEM((HALF,), jnp.float32),
             "found_tile": plgpu.SMEM(found, jnp.float32, transforms=tiled),
+            "merged_tile": plgpu.SMEM((HALF, MERGED), jnp.float32, transforms=tiled),
             "ready": plgpu.Barrier(num_arrivals=1),
         },
     )  # fmt: skip
-    return results["bound"], *results["found"]
+    return results["bound"], *results["found"], results["merged"]
 
 
 class Tile:
@@ -90,15 +96,15 @@ def test_against_plain_lists(hopper, number):
     scores = np.round(8 * np.random.default_rng(number).normal(size=(2, HALF, HALF)))
     scores[:, :, 5:40] = np.where(scores[:, :, 5:40] < -4, -np.inf, scores[:, :, 5:40])
     scores = jnp.asarray(scores, jnp.float32)
-    names = "put", "drop", "load", "highest_of_rows"
     expected = steps(
-        *(getattr(plain_lists, name) for name in names),
+        *(getattr(plain_lists, name) for name in (*NAMES, "highest_of_rows")),
         Tile(jnp.full((2 * DEPTH, 256), jnp.nan)), scores, jnp.zeros(COUNTS, jnp.int32),
         lambda x: jnp.full(HALF, x), number,
     )  # fmt: skip
     found = jax.jit(in_a_kernel, static_argnames="number")(scores, number=number)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
-    bound, score, number = expected
+    bound, score, number, merged = expected
     assert np.all((scores[0] >= bound[:, None]).sum(axis=1) >= RANK)
     assert np.all((score > -np.inf) == (number < NOTHING))
+    assert np.all(np.diff(merged, axis=1)[merged[:, 1:] < NOTHING] > 0)

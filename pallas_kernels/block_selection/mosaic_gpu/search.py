@@ -115,7 +115,7 @@ class _Walk:
 
         state = lax.fori_loop(first, stop, step, self._nothing())
         self.tile_ring.release(i)
-        self._store(i, lists.ascending(self._numbers(state)))
+        self._store(i, self._numbers(state))
         return turn + (stop - first) * self.slots
 
     def _nothing(self):
@@ -133,12 +133,13 @@ class _Walk:
         return lists.add(maxima, origin + self._columns(maxima.shape), *state)
 
     def _numbers(self, state):
-        """The best groups, in no order."""
+        """The best groups in ascending order, f32 [64, count]; then `NOTHING`."""
         if self.sizes.listed:
             own = self.at.list_tile.at[self.at.warpgroup]
             return candidates.numbers(own, state, self.sizes.count)
         waiting, best = state
-        return lists.take_best(waiting.score, waiting.number, 0.0, best).number
+        best = lists.take_best(waiting.score, waiting.number, 0.0, best)
+        return lists.ascending(best.number)
 
     def _maxima(self, place, origin, turn, masked: bool):
         """The best score of each group of a step, f32 [64, 64].
@@ -147,40 +148,26 @@ class _Walk:
           place: of the queries.
           origin: the first block.
           turn: of the first tile.
-          masked: whether a query may not see all blocks. Masks need the registers in which else
-            scores wait until the next ones are being computed.
+          masked: whether a query may not see all blocks.
         """
-        products = self.sizes.products
 
-        def visit(n, carry):
-            """The last scores of a slot, and the maxima without them."""
+        def visit(n, maxima):
             slot = self.c_ring.receive(turn + n)
-            for j in range(products):
-                scores, maxima = carry
-                take = functools.partial(jnp.maximum, scores, maxima)
+            for j in range(self.sizes.products):
+                scores = self._multiply(place, slot, j)
                 if masked:
-                    maxima = take()
-                    scores, _ = self._multiply(place, slot, j, lambda: None)
-                    carry = self._mask(place, scores, origin + n * products + j), maxima
-                else:
-                    carry = self._multiply(place, slot, j, take)
+                    scores = self._mask(place, scores, origin + n * self.sizes.products + j)
+                maxima = jnp.maximum(maxima, scores)
             self.c_ring.release(turn + n)
-            return carry
+            return maxima
 
-        nothing = hopper.full((HALF, HALF), -jnp.inf)
-        return jnp.maximum(*lax.fori_loop(0, self.slots, visit, (nothing, nothing)))
+        return lax.fori_loop(0, self.slots, visit, hopper.full((HALF, HALF), -jnp.inf))
 
-    def _multiply(self, place, slot, j: int, meanwhile):
-        """This warpgroup's queries with 64 blocks of a slot, and what `meanwhile` returns."""
+    def _multiply(self, place, slot, j: int):
+        """This warpgroup's queries with 64 blocks of a slot, f32 [64, 64]."""
         queries = self.at.u_tile.at[place, self.rows]
         features = self.at.c_tile.at[slot, pl.ds(j * HALF, HALF)]
-
-        def compute(acc):
-            plgpu.wgmma(acc, queries, hopper.transposed(features))
-            result = meanwhile()
-            return acc[...], result
-
-        return pl.run_scoped(compute, plgpu.ACC((HALF, HALF), jnp.float32))
+        return hopper.multiply(queries, hopper.transposed(features), (HALF, HALF))
 
     def _mask(self, place, scores, origin):
         """Hides every 8th block from `origin` on that a query may not select."""

@@ -148,6 +148,49 @@ def _load_entry(begin, end, n: int):
     return [llvm.extractvalue(single, found, [i]) for i in range(2)]
 
 
+def merge(tile, filled, count: int):
+    """The numbers of each row in ascending order, f32 [64, count]; `NOTHING` after the last.
+
+    Args:
+      tile: of a warpgroup.
+      filled: int32 `COUNTS`, how many candidates a list has; their numbers ascend.
+      count: columns of the result.
+    """
+    result = plgpu.ShapeDtypeStruct((HALF, count), jnp.float32, _MATRIX)
+
+    @plgpu.inline_mgpu(arg_types=(_LIST, _MATRIX), return_type=result)
+    def merge(_, tile, filled):
+        made = hopper_lanes.registers(result)
+        for half in range(2):
+            own = _merge(tile, filled, half, count)
+            for n in range(count // 8):
+                pair = ir.VectorType.get((2,), ir.F32Type.get())
+                made[_place(n, half)] = vector.from_elements(pair, own[2 * n : 2 * n + 2])
+        return hopper_lanes.matrix(made, is_signed=None)
+
+    return merge(tile, filled)
+
+
+def _merge(tile, filled, half: int, count: int):
+    """Those numbers that a thread has of the result: two of every eight columns."""
+    place = _start(tile, half)
+    end = _end(place, filled, half)
+    lane = arith.remui(mgpu.utils.thread_idx(), _word(4))
+    _, number = _load_entry(place, end, 0)
+    own: list = [None] * (count // 4)
+    for column in range(count):
+        lowest = number
+        for distance in (1, 2):
+            lowest = arith.minimumf(lowest, mgpu.utils.shfl_bfly(lowest, distance))
+        i = column // 8 * 2 + column % 2
+        ours = arith.cmpi(arith.CmpIPredicate.eq, lane, _word(column % 8 // 2))
+        own[i] = lowest if own[i] is None else arith.select(ours, lowest, own[i])
+        taken = arith.cmpf(arith.CmpFPredicate.OEQ, number, lowest)
+        place = arith.select(taken, arith.addi(place, _word(_STRIDE)), place)
+        _, number = _load_entry(place, end, 0)
+    return own
+
+
 def _drop_code():
     """Reads the entries from $0 to $3, and writes those that stay from $0 on.
 
