@@ -150,24 +150,41 @@ class _Walk:
           turn: of the first tile.
           masked: whether a query may not see all blocks.
         """
+        products = self.sizes.products
+        # Scores may wait until the next ones are being computed, if nothing else needs registers.
+        ahead = self.sizes.listed and not masked
 
-        def visit(n, maxima):
+        def visit(n, carry):
+            """The last scores of a slot, and the maxima without them."""
             slot = self.c_ring.receive(turn + n)
-            for j in range(self.sizes.products):
-                scores = self._multiply(place, slot, j)
+            for j in range(products):
+                scores, maxima = carry
+                take = functools.partial(jnp.maximum, scores, maxima)
+                if ahead:
+                    carry = self._multiply(place, slot, j, take)
+                    continue
+                maxima = take()
+                scores, _ = self._multiply(place, slot, j, lambda: None)
                 if masked:
-                    scores = self._mask(place, scores, origin + n * self.sizes.products + j)
-                maxima = jnp.maximum(maxima, scores)
+                    scores = self._mask(place, scores, origin + n * products + j)
+                carry = scores, maxima
             self.c_ring.release(turn + n)
-            return maxima
+            return carry
 
-        return lax.fori_loop(0, self.slots, visit, hopper.full((HALF, HALF), -jnp.inf))
+        nothing = hopper.full((HALF, HALF), -jnp.inf)
+        return jnp.maximum(*lax.fori_loop(0, self.slots, visit, (nothing, nothing)))
 
-    def _multiply(self, place, slot, j: int):
-        """This warpgroup's queries with 64 blocks of a slot, f32 [64, 64]."""
+    def _multiply(self, place, slot, j: int, meanwhile):
+        """This warpgroup's queries with 64 blocks of a slot, and what `meanwhile` returns."""
         queries = self.at.u_tile.at[place, self.rows]
         features = self.at.c_tile.at[slot, pl.ds(j * HALF, HALF)]
-        return hopper.multiply(queries, hopper.transposed(features), (HALF, HALF))
+
+        def compute(acc):
+            plgpu.wgmma(acc, queries, hopper.transposed(features))
+            result = meanwhile()
+            return acc[...], result
+
+        return pl.run_scoped(compute, plgpu.ACC((HALF, HALF), jnp.float32))
 
     def _mask(self, place, scores, origin):
         """Hides every 8th block from `origin` on that a query may not select."""
