@@ -355,10 +355,10 @@ def cut_small(monkeypatch, mosaic_gpu, programs: int, **cut) -> None:
     """
     config_for = mosaic_gpu.config_for
 
-    def small(*args):
-        config = config_for(*args)
-        few = {"stages": 2 * getattr(config, "computing", 1), "programs": programs}
-        return dataclasses.replace(config, **few | cut)
+    def small(*args, **kwargs):
+        config = config_for(*args, **kwargs)
+        stages = min(config.stages, 2 * getattr(config, "computing", 1))
+        return dataclasses.replace(config, **{"stages": stages, "programs": programs} | cut)
 
     monkeypatch.setattr(mosaic_gpu, "config_for", small)
     if hasattr(mosaic_gpu, "combine_config_for"):

@@ -26,6 +26,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu.plan import Chunk
 from pallas_kernels.hopper import HALF, LOG2E, Ring
 
 TOGETHER = 8  # tokens of a chunk come in multiples, so that tiles are whole
+_MOST_COPIED = 256  # numbers, of what TMA copies
 _PLACES = 2  # tiles whose numbers are in shared memory, for each computing warpgroup
 
 
@@ -53,6 +54,8 @@ _DEFAULTS = {64: CombineConfig(10, added_stages=2), 128: CombineConfig(5)}
 
 def combine_config_for(sizes: Sizes) -> CombineConfig | None:
     """How the kernel is cut, to fit shared memory; None where a query has too many entries."""
+    if _tile_entries(sizes) > _MOST_COPIED:
+        return None
     config = _DEFAULTS[sizes.head_dim]
     if sizes.capacity % config.matrices:
         config = dataclasses.replace(config, matrices=1)

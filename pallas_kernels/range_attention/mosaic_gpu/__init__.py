@@ -44,7 +44,7 @@ def _attend(q, k, v, start, end, key_bias, scale):
 
 def _attend_fwd(q, k, v, start, end, key_bias, scale):
     shown_k, shown_v = _hide_unseen_keys(k, v, start, end, key_bias)
-    config = config_for("forward", q.shape[3])
+    config = config_for("forward", q.shape[3], biased=key_bias is not None)
     attend = shapes.batchable(functools.partial(forward, scale=scale, config=config))
     results = attend(q, shown_k, shown_v, start, end, key_bias)
     out, lse = checkpoint_name(results, "range_attention")

@@ -23,6 +23,9 @@ _GRIDS = {
     ("key_gradients", 64): ((64, 128), (2, 3, 4, 6, 8), (2,)),
     ("key_gradients", 128): ((64,), (2, 3, 4), (2,)),
 }
+_WIDE = Config(stages=2, places=1)
+# Where keys have a bias they are landmarks, a few for each query: tiles of 192 rows were slower.
+_BIASED = Config(stages=4)
 _SCRATCH = {
     "forward": forward_scratch,
     "query_gradient": query_gradient_scratch,
@@ -32,7 +35,7 @@ _SCRATCH = {
 
 def _default(function: str, head_dim: int) -> Config:
     if function == "forward":
-        return Config(stages=4) if head_dim <= 128 else Config(stages=2, places=1)
+        return {64: Config(stages=4), 128: Config(stages=3, computing=3)}.get(head_dim, _WIDE)
     if function == "query_gradient":
         return Config(stages=4 if head_dim == 64 else 2)
     return Config(stages=4 if head_dim == 64 else 3)
@@ -41,9 +44,8 @@ def _default(function: str, head_dim: int) -> Config:
 def _grid(function: str, head_dim: int) -> Iterator[Config]:
     yield dataclasses.replace(_default(function, head_dim), programs=2 * hopper.MULTIPROCESSORS)
     if function == "forward" and head_dim <= 128:
-        # So that a tile of keys serves half as many rows more.
-        for ahead in (False, True):
-            yield Config(stages=3, computing=3, ahead=ahead)
+        # A tile of keys serves half as many rows more.
+        yield Config(stages=3, computing=3)
     for cut in itertools.product(*_GRIDS.get((function, head_dim), ((), (), ()))):
         yield Config(*cut)
 
@@ -65,6 +67,8 @@ KERNELS = {
 }
 
 
-def config_for(function: str, head_dim: int) -> Config:
+def config_for(function: str, head_dim: int, *, biased: bool = False) -> Config:
     """How "forward", "query_gradient" or "key_gradients" is cut, to fit shared memory."""
+    if function == "forward" and biased and head_dim <= 128:
+        return _BIASED
     return tuning.choose(KERNELS[function], head_dim)

@@ -33,7 +33,6 @@ class KeyWalk:
         self.k_ring = Ring(config.stages, *at.k_ring)
         self.v_ring = Ring(config.stages, *at.v_ring)
         self.rows = hopper.half_of(at.warpgroup)
-        self.own_items = hopper.share(sizes.items, at)
 
     @staticmethod
     def scratch(sizes: Sizes, config: Config, copies: int):
@@ -50,6 +49,11 @@ class KeyWalk:
             "k_ring": Ring.barriers(config.stages, 1 + sizes.biased, config.computing),
             "v_ring": Ring.barriers(config.stages, 1, config.computing),
         }
+
+    @property
+    def own_items(self):
+        """How many items this block has."""
+        return hopper.share(self.sizes.items, self.at)
 
     def locate(self, i):
         """(batch element, tile, KV head) of this block's item i."""
@@ -125,24 +129,34 @@ class KeyWalk:
         Returns:
           The steps of the tile, with those, and the last carry.
         """
-        steps, whole_first, whole_last = (self.at.plan_tile[place, 2, n] for n in (1, 2, 3))
-        stop = steps - leave
-        whole_first, whole_last = (jnp.minimum(x, stop) for x in (whole_first, whole_last))
+
+        # Numbers are read where they are needed, so that no register holds them before.
+        def number(n):
+            return self.at.plan_tile[place, 2, n]
 
         def masked(j, carry):
             return step(self.hide(place, j), j, carry)
 
+        def stop():
+            return number(1) - leave
+
+        whole_first = jnp.minimum(number(2), stop())
         carry = lax.fori_loop(0, whole_first, masked, carry)
+        whole_first, whole_last = (jnp.minimum(number(n), stop()) for n in (2, 3))
         carry = lax.fori_loop(whole_first, whole_last, functools.partial(step, None), carry)
-        return steps, lax.fori_loop(whole_last, stop, masked, carry)
+        whole_last = jnp.minimum(number(3), stop())
+        carry = lax.fori_loop(whole_last, stop(), masked, carry)
+        return number(1), carry
 
     def store_rows(self, tile_ref, place, out, b, tile, h):
         """Starts the copies of this warpgroup's rows of a tile to out [B, T, Hq, D]."""
         width, groups = self.sizes.width, self.sizes.groups
         chunk = math.gcd(width, HALF)  # rows of one head
+        # Asked for again, or the compiler would divide before all tiles, and spill what it gets.
+        own = lax.axis_index("warpgroup")
 
         def store(n):
-            row = self.at.warpgroup * HALF + n * chunk
+            row = own * HALF + n * chunk
             head = lax.div(row, width)
 
             @pl.when(head < groups)
@@ -152,7 +166,8 @@ class KeyWalk:
                 target = out.at[b, token, h * groups + head]
                 plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
-        hopper.by_warp(HALF // chunk, store)
+        for n in range(HALF // chunk):
+            store(n)
         plgpu.commit_smem_to_gmem_group()
 
     def finish_store(self, i):
@@ -181,8 +196,7 @@ class _Forward(KeyWalk):
             hopper.full((HALF,), hopper.LOWEST, hopper.ROW),
             hopper.full((HALF,), 0, hopper.ROW),
         )
-        attend = self._attend_ahead if self.config.ahead else self._attend_in_turns
-        steps, (acc, top, total) = attend(place, turn, finish_last, sums)
+        steps, (acc, top, total) = self._sum_up(place, turn, finish_last, sums)
         some = total > 0
         total = jnp.where(some, total, 1.0)
         normalised = acc * hopper.along_rows(1 / total, acc.shape)
@@ -198,18 +212,11 @@ class _Forward(KeyWalk):
             self.finish_store(i)
         return turn + steps
 
-    def _attend_in_turns(self, place, turn, finish_last, sums):
-        """The steps of a tile, and the sums after them."""
-        finish_last()
+    def _sum_up(self, place, turn, finish_last, sums):
+        """The steps of a tile, and the sums after them.
 
-        def step(hide, j, sums):
-            products, _ = self._multiply(place, turn + j, lambda: None)
-            return self._add(products, turn + j, hide, sums)
-
-        return self.walk(place, step, sums)
-
-    def _attend_ahead(self, place, turn, finish_last, sums):
-        """The same; the next step's product is computed during a step's softmax."""
+        The next step's product is computed during a step's softmax.
+        """
         products, _ = self._multiply(place, turn, finish_last)
 
         def step(hide, j, carry):
@@ -242,6 +249,7 @@ class _Forward(KeyWalk):
             scale = 1
         else:  # scaled while the largest is subtracted, which costs nothing
             logits = products if hide is None else hide(products)
+        self.k_ring.release(turn)
         new_top = jnp.maximum(top, logits.max(axis=1) * scale)
         decay = jnp.exp2(top - new_top)
         weights = jnp.exp2(logits * scale - hopper.along_rows(new_top, logits.shape))
@@ -249,7 +257,6 @@ class _Forward(KeyWalk):
         total = total * decay + weights.sum(axis=1)
         self.v_ring.receive(turn)
         acc = hopper.multiply_add(acc, weights.astype(at.v.dtype), at.v_tile.at[slot])
-        self.k_ring.release(turn)
         self.v_ring.release(turn)
         return acc, new_top, total
 

@@ -21,7 +21,6 @@ class Config:
       places: tiles of queries in shared memory at a time, in forward and dQ.
       programs: thread blocks at most.
       computing: warpgroups that compute, in forward and dQ: 2 or 3, each on 64 rows of a tile.
-      ahead: whether forward computes the next step's product during a step's softmax.
     """
 
     step: int = 64
@@ -29,7 +28,6 @@ class Config:
     places: int = 2
     programs: int = hopper.MULTIPROCESSORS
     computing: int = 2
-    ahead: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
