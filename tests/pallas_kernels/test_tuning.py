@@ -32,7 +32,7 @@ def abstract_call(kernel, head_dim, config):
     q, k = (shape((1, tokens, n, head_dim), jnp.bfloat16) for n in (heads * groups, heads))
     rows, bound = shape(q.shape[:3], jnp.float32), shape((1, tokens), jnp.int32)
     if kernel.primitive == "block_selection":
-        f = functools.partial(selection.select, count=64, config=config)
+        f = functools.partial(selection.select, count=count, config=config)
         return f, k, shape((1, tokens // 64, heads, head_dim), jnp.bfloat16), bound, bound
     functions = {
         "range_attention.forward": key_walk.forward,
@@ -86,9 +86,7 @@ def test_the_largest_candidate_keeps_to_registers(name):
     kernels = compile_for("h200", *abstract_call(kernel, head_dim, config)).kernels
     assert kernels
     for found in kernels:
-        # Of the selection the call has lists of 64 blocks, which take 64 registers.
-        most = 256 if kernel.primitive == "block_selection" else 0
-        assert max(found.spill_store_bytes, found.spill_load_bytes) <= most
+        assert found.spill_store_bytes == found.spill_load_bytes == 0
         assert not found.notes
 
 
@@ -131,7 +129,7 @@ def test_tuned_configs_are_those_of_the_device(path):
 
 
 def test_kernels_are_launched_as_tuned(path, monkeypatch):
-    config = selection.Config(stages=4)
+    config = selection.Config(stages=2)
     kernel = KERNELS["block_selection.select"]
     tuning.store(path, KIND, kernel, 64, config, {})
     seen = []
@@ -150,7 +148,7 @@ def test_kernels_are_launched_as_tuned(path, monkeypatch):
             ),
             u, c,
         )  # fmt: skip
-    assert seen == [6]
+    assert seen == [2]
 
 
 def test_files_lie_in_the_package_unless_told_otherwise(tmp_path, monkeypatch):

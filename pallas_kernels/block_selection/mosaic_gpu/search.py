@@ -151,28 +151,36 @@ class _Walk:
           masked: whether a query may not see all blocks.
         """
         products = self.sizes.products
-        # Scores may wait until the next ones are being computed, if nothing else needs registers.
-        ahead = self.sizes.listed and not masked
 
-        def visit(n, carry):
-            """The last scores of a slot, and the maxima without them."""
+        def hide(scores, number):
+            return self._mask(place, scores, origin + number) if masked else scores
+
+        def visit(n, maxima):
             slot = self.c_ring.receive(turn + n)
             for j in range(products):
-                scores, maxima = carry
-                take = functools.partial(jnp.maximum, scores, maxima)
-                if ahead:
-                    carry = self._multiply(place, slot, j, take)
-                    continue
-                maxima = take()
                 scores, _ = self._multiply(place, slot, j, lambda: None)
+                maxima = jnp.maximum(maxima, hide(scores, n * products + j))
+            self.c_ring.release(turn + n)
+            return maxima
+
+        def visit_ahead(n, carry):
+            """The last scores wait, until the next ones are being computed if they need no mask."""
+            slot = self.c_ring.receive(turn + n)
+            for j in range(products):
+                take = functools.partial(jnp.maximum, *carry)
                 if masked:
-                    scores = self._mask(place, scores, origin + n * products + j)
-                carry = scores, maxima
+                    maxima = take()
+                    scores, _ = self._multiply(place, slot, j, lambda: None)
+                else:
+                    scores, maxima = self._multiply(place, slot, j, take)
+                carry = hide(scores, n * products + j), maxima
             self.c_ring.release(turn + n)
             return carry
 
         nothing = hopper.full((HALF, HALF), -jnp.inf)
-        return jnp.maximum(*lax.fori_loop(0, self.slots, visit, (nothing, nothing)))
+        if self.sizes.listed:
+            return jnp.maximum(*lax.fori_loop(0, self.slots, visit_ahead, (nothing, nothing)))
+        return lax.fori_loop(0, self.slots, visit, nothing)  # fewer registers
 
     def _multiply(self, place, slot, j: int, meanwhile):
         """This warpgroup's queries with 64 blocks of a slot, and what `meanwhile` returns."""
