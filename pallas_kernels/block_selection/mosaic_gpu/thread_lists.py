@@ -17,10 +17,7 @@ from pallas_kernels.hopper import HALF, ROW
 
 DEPTH = 32  # entries of a list
 NOTHING = 2.0**25  # beyond every number
-COUNTS = (
-    HALF,
-    8,
-)  # of an array with a number for each list: column 2 i has those of a row's thread i
+COUNTS = HALF, 8  # shape of a number for each list: column 2 i has those of a row's thread i
 _THREADS = 128
 _ENTRY = 8  # bytes: a score and a number
 _STRIDE = _THREADS * _ENTRY  # from an entry of a list to the next
@@ -226,10 +223,9 @@ def _assemble(code: str, inputs, address):
 def _start(tile, half: int):
     """The address of a thread's list for its first row, or for its second one."""
     thread = arith.remui(mgpu.utils.thread_idx(), _word(_THREADS))
-    pointer = mgpu.utils.memref_ptr(tile)
     address = arith.trunci(
         ir.IntegerType.get_signless(32),
-        llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer),
+        llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(tile)),
     )
     address = arith.addi(address, arith.muli(thread, _word(_ENTRY)))
     return arith.addi(address, _word(half * DEPTH * _STRIDE))
