@@ -85,7 +85,9 @@ def dense_causal(q, k, v):
         dataclasses.replace(SMALL, window=8, segment_length=32, nodes_per_level=3),
     ],
 )
-@pytest.mark.parametrize("tokens", [1, 16, 100, 131])
+@pytest.mark.parametrize(
+    "tokens", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 16)), 100, 131]
+)
 def test_equals_its_definition(config, tokens):
     inputs = make_inputs(config, tokens, batch=2 if tokens < 120 else 1)
     np.testing.assert_allclose(
@@ -212,7 +214,9 @@ def test_chunks_of_tokens_under_shard_map(monkeypatch):
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("seed", "chunk"), [(0, 150), (1, 150), (2, 48)])
+@pytest.mark.parametrize(
+    ("seed", "chunk"), [(0, 150), pytest.param(1, 150, marks=pytest.mark.long), (2, 48)]
+)
 @pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL])
 def test_causality_is_strict(config, seed, chunk, monkeypatch):
     monkeypatch.setattr(attention, "_CHUNK", chunk)
