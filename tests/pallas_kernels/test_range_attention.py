@@ -184,7 +184,7 @@ def test_strictly_causal(dtype, changed_from):
     assert_strictly_causal(attend, dtype, 8, changed_from)
 
 
-def assert_unseen_may_be_nan(implementation, dtype, dim):
+def assert_unseen_may_be_nan(implementation, dtype, dim, biased=True):
     tokens, keys = 140, 300
     q, k, v, bias = operands(11, 1, tokens, keys, 2, 2, dim, dtype)
     start = np.where(np.arange(tokens) < 70, 10, 200)
@@ -195,14 +195,17 @@ def assert_unseen_may_be_nan(implementation, dtype, dim):
     start[40:70] = 60
     key = np.arange(keys)
     seen = ((key >= 10) & (key < 50)) | ((key >= 60) & (key < 90)) | ((key >= 200) & (key < 270))
-    dead = ~seen[None, :, None] | np.isneginf(bias)
-    clean = results_and_gradients(implementation, (q, k, v, bias), start, end)
+    dead = np.broadcast_to(~seen[None, :, None], bias.shape)
+    if biased:
+        dead = dead | np.isneginf(bias)
+    more = (bias,) if biased else ()
+    clean = results_and_gradients(implementation, (q, k, v, *more), start, end)
     k, v = (jnp.where(dead[..., None], jnp.nan, x) for x in (k, v))
-    bias = jnp.where(seen[None, :, None], bias, jnp.nan)
+    more = [jnp.where(seen[None, :, None], x, jnp.nan) for x in more]
     blind = (start >= end)[None, :, None, None]
     if implementation != "reference":
         q = jnp.where(blind, jnp.nan, q)
-    poisoned = results_and_gradients(implementation, (q, k, v, bias), start, end)
+    poisoned = results_and_gradients(implementation, (q, k, v, *more), start, end)
     for x, y in zip(jax.tree.leaves(clean), jax.tree.leaves(poisoned), strict=True):
         np.testing.assert_array_equal(x, y)
     assert np.all(poisoned[2][0][:, 30:40] == 0) and np.all(poisoned[2][1][dead] == 0)

@@ -86,8 +86,9 @@ class TestSmall:
     def test_one_query(self, hopper):
         assert_accurate(bfloat16_operands(2, 1, 200, 1, 4, 64), np.array([7]), np.array([195]))
 
-    def test_what_no_query_sees_may_be_nan(self, hopper):
-        assert_unseen_may_be_nan("mosaic_gpu", jnp.bfloat16, 64)
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_what_no_query_sees_may_be_nan(self, hopper, biased):
+        assert_unseen_may_be_nan("mosaic_gpu", jnp.bfloat16, 64, biased)
 
     def test_strictly_causal(self, hopper):
         assert_strictly_causal(jax.jit(attend), jnp.bfloat16, 64, 100)

@@ -44,6 +44,8 @@ def _attend(q, k, v, start, end, key_bias, scale):
 
 def _attend_fwd(q, k, v, start, end, key_bias, scale):
     shown_k, shown_v = _hide_unseen_keys(k, v, start, end, key_bias)
+    if key_bias is None:
+        shown_k = k  # logits are masked, whatever they are
     config = config_for("forward", q.shape[3], biased=key_bias is not None)
     attend = shapes.batchable(functools.partial(forward, scale=scale, config=config))
     results = attend(q, shown_k, shown_v, start, end, key_bias)
