@@ -2,7 +2,8 @@
 
 A tile of 128 queries walks over its blocks, 512 a step. For each half of the queries a warpgroup
 multiplies, eight times, 64 queries and 64 blocks, one block of each group: the maxima are a tile
-of 64 queries and 64 groups. Of that it keeps the best of each query in registers.
+of 64 queries and 64 groups. Of that it keeps the best of each query: `candidates` up to 16 of them,
+`lists` more.
 """
 
 import functools
@@ -118,6 +119,10 @@ class _Walk:
         self._store(i, self._numbers(state))
         return turn + (stop - first) * self.slots
 
+    @property
+    def _own_lists(self):
+        return self.at.list_tile.at[self.at.warpgroup]
+
     def _nothing(self):
         """What is known of this warpgroup's queries before the first step."""
         if self.sizes.listed:
@@ -128,15 +133,13 @@ class _Walk:
         """What is known after step s, which so many came before."""
         origin = (s * HALF).astype(jnp.float32)
         if self.sizes.listed:
-            own = self.at.list_tile.at[self.at.warpgroup]
-            return candidates.add(own, maxima, before, origin, state, self.sizes.count)
+            return candidates.add(self._own_lists, maxima, before, origin, state, self.sizes.count)
         return lists.add(maxima, origin + self._columns(maxima.shape), *state)
 
     def _numbers(self, state):
         """The best groups in ascending order, f32 [64, count]; then `NOTHING`."""
         if self.sizes.listed:
-            own = self.at.list_tile.at[self.at.warpgroup]
-            return candidates.numbers(own, state, self.sizes.count)
+            return candidates.numbers(self._own_lists, state, self.sizes.count)
         waiting, best = state
         best = lists.take_best(waiting.score, waiting.number, 0.0, best)
         return lists.ascending(best.number)
