@@ -86,9 +86,9 @@ def highest_of_rows(x, rank: int):
     @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=_NUMBERS)
     def highest(_, x):
         made = np.empty(mgpu.WGMMA_ROW_LAYOUT.registers_shape((HALF,)), object)
-        for half, place in enumerate(np.ndindex(made.shape)):
+        for half, row in enumerate(np.ndindex(made.shape)):
             own = [
-                element(x.registers[0, n, 0, 0, half, 0, 0, 0, 0], e)
+                element(x.registers[place(n, half)], e)
                 for n in range(x.shape[1] // 8)
                 for e in range(2)
             ]
@@ -96,7 +96,7 @@ def highest_of_rows(x, rank: int):
             best = functools.reduce(_best_of_both, runs)
             for distance in (1, 2):  # the four threads of a row
                 best = _best_of_both(best, [mgpu.utils.shfl_bfly(x, distance) for x in best])
-            made[place] = vector.from_elements(ir.VectorType.get((1,), best[-1].type), best[-1:])
+            made[row] = vector.from_elements(ir.VectorType.get((1,), best[-1].type), best[-1:])
         return mgpu.FragmentedArray(_registers=made, _layout=mgpu.WGMMA_ROW_LAYOUT, _is_signed=None)
 
     return highest(x)
@@ -283,6 +283,11 @@ def element(register, n: int):
 def registers(result):
     """Room for the registers of a matrix."""
     return np.empty(mgpu.WGMMA_LAYOUT.registers_shape(result.shape), object)
+
+
+def place(n: int, half: int):
+    """Which register of a matrix has the n-th eight columns of a thread's first or second row."""
+    return 0, n, 0, 0, half, 0, 0, 0, 0
 
 
 def matrix(registers, is_signed):

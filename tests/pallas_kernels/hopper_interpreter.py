@@ -4,7 +4,7 @@ JAX's interpreter has a thread per warpgroup, and simulates shared memory, barri
 is NaN before it is written, reads out of bounds raise (TMA fills with zeros). For JAX 0.11.2 this
 adds what the kernels need besides:
 
-  * what `pallas_kernels.hopper_lanes` has of Mosaic's own
+  * what `pallas_kernels.hopper_lanes` and the selection's `thread_lists` have of Mosaic's own
   * `pl.run_state`, so that `plgpu.ACC.init(value)` works
   * `plgpu.wgmma` with the left operand in registers
   * what wgmma reads of shared memory, in race detection

@@ -1,8 +1,9 @@
-"""What `block_selection.mosaic_gpu.thread_lists` does thread by thread, done for all at once."""
+"""What `thread_lists` of the selection does thread by thread, done for all threads at once."""
 
 import jax.numpy as jnp
 
-from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH, NOTHING
+from pallas_kernels.block_selection.mosaic_gpu.lists import NOTHING
+from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH
 from pallas_kernels.hopper import HALF
 
 _LANES = 4  # threads that share a row

@@ -71,6 +71,7 @@ class TestSmall:
         [
             (70, 200, 1),
             (70, 1100, 5),
+            (70, 1100, 16),
             pytest.param(70, 200, 24, marks=pytest.mark.long),
             (1, 4200, 60),
         ],
@@ -103,6 +104,19 @@ class TestSmall:
         c = jnp.arange(1100.0)[:: 1 if rising else -1, None, None].astype(jnp.bfloat16)
         c = jnp.broadcast_to(c, (1, 1100, 1, 64))
         limit = np.arange(64) * 18
+        index, score = jax.jit(lambda u, c: select(u, c, limit, 16))(u, c)
+        wide = (x.astype(jnp.float32) for x in (u, c))
+        expected = select_blocks(*wide, limit, 16, implementation="xla")
+        assert_same_bits((index, score), expected)
+
+    def test_the_best_are_in_columns_of_one_thread(self, hopper):
+        """Its list gets full: other columns say nothing of its own. There are ties, too."""
+        rng = np.random.default_rng(6)
+        best = np.arange(1100) // 8 % 8 < 2  # the first two of every 8 groups
+        c = np.zeros((1, 1100, 1, 64))
+        c[0, :, 0, 0] = rng.normal(size=1100) + 10 * best
+        u, c = jnp.ones((1, 64, 1, 64), jnp.bfloat16), jnp.asarray(c, jnp.bfloat16)
+        limit = 1100 - np.arange(64) * 5
         index, score = jax.jit(lambda u, c: select(u, c, limit, 16))(u, c)
         wide = (x.astype(jnp.float32) for x in (u, c))
         expected = select_blocks(*wide, limit, 16, implementation="xla")

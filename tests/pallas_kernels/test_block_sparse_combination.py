@@ -101,7 +101,7 @@ class TestEntries:
             ((1, 2, 8, 128, 24, 3), SMALL),
             ((2, 1, 16, 64, 8, 16), dataclasses.replace(SMALL, matrices=2)),
             ((1, 3, 8, 64, 16, 1), dataclasses.replace(SMALL, computing=3)),  # 24 rows a token
-            ((1, 1, 8, 64, 8, 32), SMALL),
+            ((1, 1, 16, 64, 8, 64), SMALL),
         ],
     )
     def test_against_a_softmax(self, hopper, shape, config):
@@ -291,6 +291,15 @@ class TestCompiled:
             result, _, rest = line.partition(" = ")
             whole = rest.startswith(("bf16[1,1048576,16,128]", "bf16[1,262144,64,128]"))
             assert not (whole and any(x in rest for x in moves)), result
+
+    def test_of_more_entries_xla_combines_the_results(self):
+        assert combine_config_for(make_sizes(1, 2, 16, 128, 4096, 64)) is not None
+        q, k, v, blocks = abstract_operands(4096, 128, count=33)
+        attend = functools.partial(
+            block_sparse_attention, block_size=64, implementation="mosaic_gpu"
+        )
+        kernels = compile_for("h200", attend, q, k, v, blocks).kernels
+        assert [kernel.name for kernel in kernels] == ["block_sparse_forward_mosaic_gpu_kernel"]
 
     def test_shared_memory_is_enough(self):
         for dim in (64, 128):

@@ -8,13 +8,12 @@ import pytest
 
 from pallas_kernels import hopper, hopper_lanes
 from pallas_kernels.block_selection.mosaic_gpu import thread_lists
-from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH, NOTHING
+from pallas_kernels.block_selection.mosaic_gpu.lists import NOTHING
+from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH
 from pallas_kernels.hopper import HALF
 from tests.pallas_kernels import plain_lists
 
 RANK, LAST, MERGED = 16, 90.0, 32
-
-
 NAMES = "put", "drop", "load", "merge"
 
 
@@ -25,7 +24,7 @@ def steps(put, drop, load, merge, highest_of_rows, tile, scores, zeros, row, num
       scores: two of f32 [64, 64].
       zeros: int32 `COUNTS`.
       row: makes one number for all rows.
-      number: of an int32 `COUNTS`, the first candidate to load.
+      number: of the first candidate of each list to load.
 
     Returns:
       The score that 16 of each row reach, scores and numbers in the lists, and the lowest numbers.

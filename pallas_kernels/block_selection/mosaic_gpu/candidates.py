@@ -15,7 +15,8 @@ from jax import lax
 
 from pallas_kernels import hopper, hopper_lanes
 from pallas_kernels.block_selection.mosaic_gpu import lists, thread_lists
-from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH, NOTHING
+from pallas_kernels.block_selection.mosaic_gpu.lists import NOTHING
+from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH
 from pallas_kernels.hopper import HALF
 
 _FULL = DEPTH - HALF // 4  # candidates of a list that leave room for those of a step
@@ -136,14 +137,11 @@ def numbers(tile, state: State, count: int):
 
     Of equal scores the lower number is better.
     """
-    known = state.filled, state.enter, state.stay
     scores, _ = thread_lists.load(tile, state.filled, _no_counts(), _FULL)
     filled = _shorten(tile, state.filled, hopper_lanes.highest_of_rows(scores, count))
     # Without ties that is all.
-    total = filled.astype(jnp.float32).sum(axis=1)
-    filled, *_ = lax.cond(
-        hopper_lanes.any_of_warp(total > count),
-        functools.partial(_forget_all, tile, filled, *known[1:], count),
-        lambda: (filled, *known[1:]),
-    )
-    return thread_lists.merge(tile, filled, count)
+    too_many = hopper_lanes.any_of_warp(filled.astype(jnp.float32).sum(axis=1) > count)
+    known = filled, state.enter, state.stay
+    forget_all = functools.partial(_forget_all, tile, *known, count)
+    known = lax.cond(too_many, forget_all, lambda: known)
+    return thread_lists.merge(tile, known[0], count)

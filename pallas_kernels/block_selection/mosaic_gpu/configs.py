@@ -70,10 +70,7 @@ class Sizes:
 
     @property
     def products(self):
-        """Products of 64 queries and 64 blocks that the search computes at a time.
-
-        Two, where registers hold them: one is soon done, and the wait for it long.
-        """
+        """Products of 64 queries and 64 blocks for which a tile of features in the search lasts."""
         return 2 if self.count <= 16 and self.dim <= 64 else 1
 
     @property
@@ -91,5 +88,5 @@ class Sizes:
 
 def grid(dim: int) -> Iterator[Config]:
     """Configs that are worth trying."""
-    for cut in itertools.product((2, 3, 4), (1, 2, 3)):
+    for cut in itertools.product((2, 3), (1, 2, 3)):
         yield Config(*cut)

@@ -202,16 +202,11 @@ class _Walk:
         plan = self.at.plan_tile.at[place]
         bounds = (plgpu.load(plan.at[n, self.rows], layout=hopper.ROW) for n in (0, 1))
         # Rounded up; the shift rounds down negative numbers, too.
-        start, limit = (
-            hopper.along_rows(((x - origin + GROUP - 1) >> 3).astype(jnp.float32), scores.shape)
-            for x in bounds
-        )
-        number = self._columns(scores.shape)
-        scores = jnp.where(number >= start, scores, -jnp.inf)
-        return jnp.where(number < limit, scores, -jnp.inf)
+        bounds = (((x - origin + GROUP - 1) >> 3).astype(jnp.float32) for x in bounds)
+        return hopper.keep(scores, 1, *bounds, number=self._columns(scores.shape))
 
     def _columns(self, shape):
-        """The number of each column, f32; loaded, since an iota would be held in registers."""
+        """The number of each column, f32; loaded each time, which takes no registers between."""
         columns = plgpu.load(self.at.columns, layout=hopper.COLUMN, optimized=False)
         return hopper.along_columns(columns, shape)
 

@@ -13,10 +13,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels import hopper_lanes
+from pallas_kernels.block_selection.mosaic_gpu.lists import NOTHING
 from pallas_kernels.hopper import HALF, ROW
 
 DEPTH = 32  # entries of a list
-NOTHING = 2.0**25  # beyond every number
 COUNTS = HALF, 8  # shape of a number for each list: column 2 i has those of a row's thread i
 _THREADS = 128
 _ENTRY = 8  # bytes: a score and a number
@@ -55,7 +55,7 @@ def put(tile, scores, origin, enter, filled):
                 _one(origin, half), arith.sitofp(ir.F32Type.get(), arith.muli(lane, _word(2)))
             )
             columns = [
-                (8 * n + e, hopper_lanes.element(scores.registers[_place(n, half)], e))
+                (8 * n + e, hopper_lanes.element(scores.registers[hopper_lanes.place(n, half)], e))
                 for n in range(scores.shape[1] // 8)
                 for e in range(2)
             ]
@@ -125,7 +125,7 @@ def load(tile, filled, first, depth: int):
             for n in range(depth // 2):
                 entries = [_load_entry(begin, end, 2 * n + e) for e in range(2)]
                 for each, values in zip(made, zip(*entries, strict=True), strict=True):
-                    each[_place(n, half)] = vector.from_elements(pair, list(values))
+                    each[hopper_lanes.place(n, half)] = vector.from_elements(pair, list(values))
         return tuple(hopper_lanes.matrix(each, is_signed=None) for each in made)
 
     return load(tile, filled, first)
@@ -162,7 +162,9 @@ def merge(tile, filled, count: int):
             own = _merge(tile, filled, half, count)
             for n in range(count // 8):
                 pair = ir.VectorType.get((2,), ir.F32Type.get())
-                made[_place(n, half)] = vector.from_elements(pair, own[2 * n : 2 * n + 2])
+                made[hopper_lanes.place(n, half)] = vector.from_elements(
+                    pair, own[2 * n : 2 * n + 2]
+                )
         return hopper_lanes.matrix(made, is_signed=None)
 
     return merge(tile, filled)
@@ -245,18 +247,13 @@ def _counts(of_half):
     made = hopper_lanes.registers(_COUNTS)
     pair = ir.VectorType.get((2,), ir.IntegerType.get_signless(32))
     for half in range(2):
-        made[_place(0, half)] = vector.from_elements(pair, [of_half(half), _word(0)])
+        made[hopper_lanes.place(0, half)] = vector.from_elements(pair, [of_half(half), _word(0)])
     return hopper_lanes.matrix(made, is_signed=True)
 
 
 def _one(x, half: int):
     """A thread's number of an array with one for each row, or for each list."""
     return hopper_lanes.element(x.registers.flat[half], 0)
-
-
-def _place(n: int, half: int):
-    """Of a matrix's registers those of eight columns and of a thread's first or second row."""
-    return 0, n, 0, 0, half, 0, 0, 0, 0
 
 
 def _word(value: int):

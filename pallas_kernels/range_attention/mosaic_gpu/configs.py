@@ -68,7 +68,13 @@ KERNELS = {
 
 
 def config_for(function: str, head_dim: int, *, biased: bool = False) -> Config:
-    """How "forward", "query_gradient" or "key_gradients" is cut, to fit shared memory."""
+    """How "forward", "query_gradient" or "key_gradients" is cut, to fit shared memory.
+
+    Args:
+      function: one of them.
+      head_dim: D.
+      biased: whether keys have a bias; forward has its own, untuned config then.
+    """
     if function == "forward" and biased and head_dim <= 128:
         return _BIASED
     return tuning.choose(KERNELS[function], head_dim)
