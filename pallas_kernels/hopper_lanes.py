@@ -19,6 +19,7 @@ from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 from pallas_kernels.hopper import HALF, ROW, WARPS
 
 _WARP_ROWS = HALF // WARPS
+_ROW_THREADS = 4  # that share a row
 _MATRIX = plgpu.Layout.WGMMA
 _BOOL = plgpu.ShapeDtypeStruct((), jnp.bool_, plgpu.Layout.WG_SPLAT(()))
 _NUMBERS = plgpu.ShapeDtypeStruct((HALF,), jnp.float32, ROW)
@@ -80,7 +81,7 @@ def highest_of_rows(x, rank: int):
 
     Args:
       x: f32 [64, N].
-      rank: the place, a power of two that divides N / 4; 1 is that of the highest.
+      rank: the place, a power of two that is N / 2 or divides N / 4; 1 is that of the highest.
     """
 
     @plgpu.inline_mgpu(arg_types=(_MATRIX,), return_type=_NUMBERS)
@@ -93,18 +94,22 @@ def highest_of_rows(x, rank: int):
                 for e in range(2)
             ]
             runs = [_sorted(own[i : i + rank]) for i in range(0, len(own), rank)]
-            best = functools.reduce(_best_of_both, runs)
-            for distance in (1, 2):  # the four threads of a row
-                best = _best_of_both(best, [mgpu.utils.shfl_bfly(x, distance) for x in best])
-            made[row] = vector.from_elements(ir.VectorType.get((1,), best[-1].type), best[-1:])
+            best = functools.reduce(lambda x, y: _merged(_best_of_both(x, y)), runs)
+            # First of two threads of a row, then of all four.
+            other = [mgpu.utils.shfl_bfly(x, 1) for x in best]
+            few = len(best) < rank
+            best = _merged([*best, *reversed(other)] if few else _best_of_both(best, other))
+            other = [mgpu.utils.shfl_bfly(x, 2) for x in best]
+            lowest = functools.reduce(arith.minimumf, _best_of_both(best, other))
+            made[row] = vector.from_elements(ir.VectorType.get((1,), lowest.type), [lowest])
         return mgpu.FragmentedArray(_registers=made, _layout=mgpu.WGMMA_ROW_LAYOUT, _is_signed=None)
 
     return highest(x)
 
 
 def _best_of_both(one, other):
-    """The highest of two descending runs, as many as are in one, descending."""
-    return _merged([arith.maximumf(x, y) for x, y in zip(one, reversed(other), strict=True)])
+    """The highest of two descending runs, as many as are in one: a run that falls and rises."""
+    return [arith.maximumf(x, y) for x, y in zip(one, reversed(other), strict=True)]
 
 
 def _sorted(numbers):
@@ -126,6 +131,45 @@ def _merged(numbers):
         *_merged([arith.maximumf(x, y) for x, y in pairs]),
         *_merged([arith.minimumf(x, y) for x, y in pairs]),
     ]
+
+
+def hide(x, first, last):
+    """x f32 [64, N] with -inf in the columns before a row's `first` and from its `last` on.
+
+    No register holds the number of a column meanwhile.
+
+    Args:
+      x: f32 [64, N].
+      first: f32 [64].
+      last: f32 [64].
+    """
+    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, _MATRIX)
+
+    @plgpu.inline_mgpu(arg_types=(_MATRIX, ROW, ROW), return_type=result)
+    def hide(_, x, first, last):
+        single = ir.F32Type.get()
+        lane = arith.remui(mgpu.utils.thread_idx(), arith.constant(_integer(32), _ROW_THREADS))
+        own = arith.sitofp(single, arith.muli(lane, arith.constant(lane.type, 2)))
+        nothing = arith.constant(single, -math.inf)
+        made = registers(result)
+        for half in range(2):
+            # Of this thread's columns, as if it were the first of its row.
+            low, high = (arith.subf(element(b.registers.flat[half], 0), own) for b in (first, last))
+            for n in range(x.shape[1] // 8):
+                kept = []
+                for e in range(2):
+                    column = arith.constant(single, float(8 * n + e))
+                    seen = arith.andi(
+                        arith.cmpf(arith.CmpFPredicate.OGE, column, low),
+                        arith.cmpf(arith.CmpFPredicate.OLT, column, high),
+                    )
+                    number = element(x.registers[place(n, half)], e)
+                    kept.append(arith.select(seen, number, nothing))
+                pair = ir.VectorType.get((2,), single)
+                made[place(n, half)] = vector.from_elements(pair, kept)
+        return matrix(made, is_signed=None)
+
+    return hide(x, first, last)
 
 
 def narrow(x):

@@ -4,7 +4,7 @@ JAX's interpreter has a thread per warpgroup, and simulates shared memory, barri
 is NaN before it is written, reads out of bounds raise (TMA fills with zeros). For JAX 0.11.2 this
 adds what the kernels need besides:
 
-  * what `pallas_kernels.hopper_lanes` and the selection's `thread_lists` have of Mosaic's own
+  * what `hopper_lanes`, `hopper_products` and the selection's `thread_lists` have of Mosaic's own
   * `pl.run_state`, so that `plgpu.ACC.init(value)` works
   * `plgpu.wgmma` with the left operand in registers
   * what wgmma reads of shared memory, in race detection
@@ -38,7 +38,7 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax._src.state import discharge, indexing
 from jax._src.state import types as state_types
 
-from pallas_kernels import dispatch, hopper, hopper_lanes
+from pallas_kernels import dispatch, hopper, hopper_lanes, hopper_products
 from pallas_kernels.block_selection.mosaic_gpu import thread_lists
 from pallas_kernels.hopper import HALF
 from tests.pallas_kernels import plain_lists
@@ -290,6 +290,15 @@ def _send_entries(tile, array, places):
             _stock_store(source, array.at[places[first]], commit_group=False)
 
 
+def _begin_products(rows, others):
+    return jnp.matmul(rows[...], others[...].T, preferred_element_type=jnp.float32)
+
+
+def _hide(x, first, last):
+    column = jnp.arange(x.shape[1])
+    return jnp.where((column >= first[:, None]) & (column < last[:, None]), x, -jnp.inf)
+
+
 def _by_warp(count, visit):
     for n in range(count):
         visit(n)
@@ -312,6 +321,9 @@ _CHANGES = (
     (plgpu, "copy_smem_to_gmem", _store),
     (hopper_lanes, "spread", _spread),
     (hopper_lanes, "send_entries", _send_entries),
+    (hopper_products, "begin", _begin_products),
+    (hopper_products, "finish", lambda products: products),
+    (hopper_lanes, "hide", _hide),
     (hopper_lanes, "highest_of_rows", plain_lists.highest_of_rows),
     *(
         (thread_lists, name, getattr(plain_lists, name))

@@ -57,8 +57,8 @@ def _by_lane(x):
 
 def _lists(tile):
     """Scores and numbers of the lists, f32 [64, 4, DEPTH, 2]."""
-    x = tile[...].reshape(2, DEPTH, 4, 8, _LANES, 2)  # half, entry, warp, row, thread
-    return x.transpose(2, 0, 3, 4, 1, 5).reshape(HALF, _LANES, DEPTH, 2)
+    x = tile[...].reshape(2, 2, DEPTH, 4, 8, _LANES)  # half, kind, entry, warp, row, thread
+    return x.transpose(3, 0, 4, 5, 2, 1).reshape(HALF, _LANES, DEPTH, 2)
 
 
 def _is_filled(filled):
@@ -69,7 +69,7 @@ def _write(tile, found, kept):
     """Writes what is kept [64, 4, n] of entries [64, 4, n, 2], and returns how many there are."""
     order = jnp.argsort(~kept, axis=2, stable=True)[:, :, :DEPTH]
     lists = jnp.take_along_axis(found, order[..., None], axis=2)
-    x = lists.reshape(4, 2, 8, _LANES, DEPTH, 2).transpose(1, 4, 0, 2, 3, 5)
+    x = lists.reshape(4, 2, 8, _LANES, DEPTH, 2).transpose(1, 5, 4, 0, 2, 3)
     tile[...] = x.reshape(tile.shape)
     count = kept.sum(axis=2, dtype=jnp.int32)
     return jnp.stack([count, jnp.zeros_like(count)], axis=-1).reshape(COUNTS)

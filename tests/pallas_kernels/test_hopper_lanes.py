@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper as kernels
-from pallas_kernels import hopper_lanes
+from pallas_kernels import hopper_lanes, hopper_products
 from pallas_kernels.ahead_of_time import compile_for
 from pallas_kernels.hopper import HALF, by_warp
 
@@ -131,6 +131,51 @@ def test_warps_share_copies(hopper, count):
 
     expected = np.asarray(x).reshape(count, 8, 32)[::-1].reshape(x.shape)
     np.testing.assert_array_equal(copy(x), expected)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_products_and_hidden_columns(hopper, dim):
+    """Whole numbers, so that products are exact."""
+    rng = np.random.default_rng(2)
+    rows, others = (jnp.asarray(rng.integers(-9, 10, (HALF, dim)), jnp.bfloat16) for _ in range(2))
+    first, last = (jnp.asarray(rng.integers(-9, 75, HALF), jnp.float32) for _ in range(2))
+
+    def run(at):
+        for name in ("rows", "others", "first", "last"):
+            plgpu.copy_gmem_to_smem(getattr(at, name), getattr(at, f"{name}_tile"), at.barrier)
+        plgpu.barrier_wait(at.barrier)
+        x = hopper_products.finish(hopper_products.begin(at.rows_tile, at.others_tile))
+        bounds = (plgpu.load(x, layout=kernels.ROW) for x in (at.first_tile, at.last_tile))
+        at.out_tile[0], at.out_tile[1] = x, hopper_lanes.hide(x, *bounds)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(at.out_tile, at.out)
+        plgpu.wait_smem_to_gmem(0)
+
+    shape = 2, HALF, HALF
+    tiled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
+    @jax.jit
+    def multiply(rows, others, first, last):
+        return kernels.launch(
+            "products", run, programs=1, warpgroups=1,
+            operands={"rows": rows, "others": others, "first": first, "last": last},
+            outputs={"out": jax.ShapeDtypeStruct(shape, jnp.float32)},
+            scratch={
+                "rows_tile": kernels.operand_tile(rows.shape),
+                "others_tile": kernels.operand_tile(others.shape),
+                "out_tile": plgpu.SMEM(shape, jnp.float32, transforms=tiled),
+                "first_tile": plgpu.SMEM((HALF,), jnp.float32),
+                "last_tile": plgpu.SMEM((HALF,), jnp.float32),
+                "barrier": plgpu.Barrier(num_arrivals=4),
+            },
+        )["out"]  # fmt: skip
+
+    found = multiply(rows, others, first, last)
+    expected = np.asarray(rows, np.float32) @ np.asarray(others, np.float32).T
+    np.testing.assert_array_equal(found[0], expected)
+    column = np.arange(HALF)
+    seen = (column >= first[:, None]) & (column < last[:, None])
+    np.testing.assert_array_equal(found[1], np.where(seen, expected, -np.inf))
 
 
 def test_pairs_come_back():

@@ -13,7 +13,7 @@ from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH
 from pallas_kernels.hopper import HALF
 from tests.pallas_kernels import plain_lists
 
-RANK, LAST, MERGED = 16, 90.0, 32
+RANK, LAST, LOADED, MERGED = 16, 90.0, 16, 32
 NAMES = "put", "drop", "load", "merge"
 
 
@@ -33,7 +33,7 @@ def steps(put, drop, load, merge, highest_of_rows, tile, scores, zeros, row, num
     filled = put(tile, scores[0], row(0.0), bound, zeros)
     filled = put(tile, scores[1], row(64.0), bound, filled)
     filled = drop(tile, highest_of_rows(scores[1], RANK), row(LAST), filled)
-    return bound, *load(tile, filled, zeros + number, DEPTH // 2), merge(tile, filled, MERGED)
+    return bound, *load(tile, filled, zeros + number, LOADED), merge(tile, filled, MERGED)
 
 
 def in_a_kernel(scores, number: int):
@@ -55,7 +55,7 @@ def in_a_kernel(scores, number: int):
         plgpu.copy_smem_to_gmem(at.merged_tile, at.merged)
         plgpu.wait_smem_to_gmem(0)
 
-    found = 2, HALF, 2 * DEPTH
+    found = 2, HALF, 4 * LOADED
     tiled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
     results = hopper.launch(
         "thread_lists", run, programs=1, operands={"scores": scores}, warpgroups=1,
@@ -97,7 +97,7 @@ def test_against_plain_lists(hopper, number):
     scores = jnp.asarray(scores, jnp.float32)
     expected = steps(
         *(getattr(plain_lists, name) for name in (*NAMES, "highest_of_rows")),
-        Tile(jnp.full((2 * DEPTH, 256), jnp.nan)), scores, jnp.zeros(COUNTS, jnp.int32),
+        Tile(jnp.full((2, 2, DEPTH, 128), jnp.nan)), scores, jnp.zeros(COUNTS, jnp.int32),
         lambda x: jnp.full(HALF, x), number,
     )  # fmt: skip
     found = jax.jit(in_a_kernel, static_argnames="number")(scores, number=number)

@@ -46,7 +46,7 @@ KERNELS = {
         "block_selection",
         "select",
         (64, 128),
-        default=lambda _: Config(stages=3),
+        default=lambda dim: Config(stages=2 if dim <= 64 else 3),
         grid=grid,
         scratch=_scratch,
         reduces=True,

@@ -1,8 +1,8 @@
 """The best candidates of each of 64 queries, of many that come step by step.
 
-What is worse than K others is soon known: of each column the best score so far is kept, and what is
-worse than the best of K columns can be forgotten. The others are in lists in shared memory, which
-are looked at again when they may have grown by half, and in the end.
+What is worse than K others is soon known: of every two columns the best score so far is kept, and
+what is worse than the best of K such pairs can be forgotten. The others are in lists in shared
+memory, which are looked at again when they may have grown by half, and in the end.
 """
 
 import functools
@@ -20,7 +20,8 @@ from pallas_kernels.block_selection.mosaic_gpu.thread_lists import COUNTS, DEPTH
 from pallas_kernels.hopper import HALF
 
 _FULL = DEPTH - HALF // 4  # candidates of a list that leave room for those of a step
-_TOGETHER = 4  # candidates of a list that are ranked at a time
+_AT_ONCE = HALF // 4  # candidates of a list that the last ranking takes: K or more
+_TOGETHER = 4  # candidates of a list that are ranked at a time, when there are too many
 
 
 class State(NamedTuple):
@@ -29,7 +30,7 @@ class State(NamedTuple):
     Attributes:
       due: int32, the step from which on the lists are to be shortened again. They are at the same
         time in all warps, since one that does it alone holds up the others.
-      best: f32 [64, 64], the best score of each column.
+      best: f32 [64, 32], the best score of columns n and n + 32.
       filled: int32 `COUNTS`, how many candidates the lists have: at most `_FULL`.
       enter: f32 [64], the lowest score with which a candidate may still be one of the K best.
       stay: f32 [64], the lowest score with which one of those in the lists may be.
@@ -51,63 +52,78 @@ def nothing() -> State:
     row = hopper.ROW
     return State(
         jnp.int32(0),
-        hopper.full((HALF, HALF), -jnp.inf),
+        hopper.full((HALF, HALF // 2), -jnp.inf),
         _no_counts(),
         hopper.full((HALF,), hopper.LOWEST, row),
         hopper.full((HALF,), -jnp.inf, row),
     )
 
 
-def add(tile, scores, step, origin, state: State, count: int) -> State:
-    """Adds the candidates of a step.
+def add(tile, scores, origin, state: State) -> State:
+    """Adds the candidates of a step, for which there must be room. There are no branches in it.
 
     Args:
       tile: of `thread_lists`, that of this warpgroup.
       scores: f32 [64, 64].
-      step: how many there were before, int32.
       origin: f32, the number of column 0, higher than all before; the others follow.
+      state: of before.
+    """
+    origin = hopper.full((HALF,), origin, hopper.ROW)
+    filled = thread_lists.put(tile, scores, origin, state.enter, state.filled)
+    pairs = jnp.maximum(scores[:, : HALF // 2], scores[:, HALF // 2 :])
+    return state._replace(best=jnp.maximum(state.best, pairs), filled=filled)
+
+
+def make_room(tile, step, state: State, count: int) -> State:
+    """Makes room for the candidates of a further step.
+
+    Args:
+      tile: likewise.
+      step: how many steps there were before the last one, int32.
       state: of before.
       count: K, how many are wanted, 8 or 16.
     """
-    best = jnp.maximum(state.best, scores)
     due = step >= state.due
-    origin = hopper.full((HALF,), origin, hopper.ROW)
-    filled = thread_lists.put(tile, scores, origin, state.enter, state.filled)
-    known = filled, state.enter, state.stay
-    make_room = functools.partial(_make_room, tile, best, *known, count)
-    known = lax.cond(due | _is_full(filled), make_room, lambda: known)
+    state = _shorten_if(due, tile, _FULL, state, count)
     # Steps 0, 1, 2, 4, 7, 12, 20 and so on.
-    return State(jnp.where(due, step + 1 + ((step * 5) >> 3), state.due), best, *known)
+    return state._replace(due=jnp.where(due, step + 1 + ((step * 5) >> 3), state.due))
 
 
-def _is_full(filled):
-    return hopper_lanes.any_of_warp(filled > _FULL)
+def _shorten_if(forced, tile, most: int, state: State, count: int) -> State:
+    """Shortens the lists if it must be, or if one is longer than it may be."""
+    needed = forced | _any_longer(state.filled, most)
+    shorten = functools.partial(_shorten, tile, most, state, count)
+    return lax.cond(needed, shorten, lambda: state)
 
 
-def _make_room(tile, best, filled, enter, stay, count: int):
-    """Forgets what is worse than the best of K columns, or if that is not enough, than K others.
-
-    Returns:
-      filled, enter and stay.
-    """
-    stay = jnp.maximum(stay, hopper_lanes.highest_of_rows(best, count))
-    known = _shorten(tile, filled, stay), jnp.maximum(enter, stay), stay
-    forget_all = functools.partial(_forget_all, tile, *known, count)
-    return lax.cond(_is_full(known[0]), forget_all, lambda: known)
+def _any_longer(filled, most: int):
+    return hopper_lanes.any_of_warp(filled > most)
 
 
-def _shorten(tile, filled, stay):
+def _shorten(tile, most: int, state: State, count: int) -> State:
+    """Forgets what is worse than the best of K pairs, or if that is not enough, than K others."""
+    stay = jnp.maximum(state.stay, hopper_lanes.highest_of_rows(state.best, count))
+    filled = _drop(tile, state.filled, stay)
+    state = state._replace(filled=filled, enter=jnp.maximum(state.enter, stay), stay=stay)
+    forget_all = functools.partial(_forget_all, tile, state, count)
+    return lax.cond(_any_longer(filled, most), forget_all, lambda: state)
+
+
+def _drop(tile, filled, stay):
     return thread_lists.drop(tile, stay, hopper.full((HALF,), NOTHING, hopper.ROW), filled)
 
 
-def _forget_all(tile, filled, enter, stay, count: int):
+def _forget_all(tile, state: State, count: int) -> State:
     """Keeps the K best. Of later ones only better ones come into question."""
-    score, number = _ranked(tile, filled, count)
+    score, number = _ranked(tile, state.filled, count)
     worst = score.min(axis=1)
     shape = score.shape
     last = jnp.where(score == hopper.along_rows(worst, shape), number, -NOTHING).max(axis=1)
-    filled = thread_lists.drop(tile, worst, last, filled)
-    return filled, jnp.maximum(enter, _next_above(worst)), jnp.maximum(stay, worst)
+    return state._replace(
+        filled=thread_lists.drop(tile, worst, last, state.filled),
+        enter=jnp.maximum(state.enter, _next_above(worst)),
+        stay=jnp.maximum(state.stay, worst),
+    )
 
 
 def _ranked(tile, filled, count: int):
@@ -137,11 +153,12 @@ def numbers(tile, state: State, count: int):
 
     Of equal scores the lower number is better.
     """
-    scores, _ = thread_lists.load(tile, state.filled, _no_counts(), _FULL)
-    filled = _shorten(tile, state.filled, hopper_lanes.highest_of_rows(scores, count))
+    state = _shorten_if(False, tile, _AT_ONCE, state, count)
+    scores, _ = thread_lists.load(tile, state.filled, _no_counts(), _AT_ONCE)
+    filled = _drop(tile, state.filled, hopper_lanes.highest_of_rows(scores, count))
+    state = state._replace(filled=filled)
     # Without ties that is all.
     too_many = hopper_lanes.any_of_warp(filled.astype(jnp.float32).sum(axis=1) > count)
-    known = filled, state.enter, state.stay
-    forget_all = functools.partial(_forget_all, tile, *known, count)
-    known = lax.cond(too_many, forget_all, lambda: known)
-    return thread_lists.merge(tile, known[0], count)
+    forget_all = functools.partial(_forget_all, tile, state, count)
+    state = lax.cond(too_many, forget_all, lambda: state)
+    return thread_lists.merge(tile, state.filled, count)

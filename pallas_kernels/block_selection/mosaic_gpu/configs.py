@@ -19,7 +19,7 @@ class Config:
     """How the kernels are cut.
 
     Attributes:
-      stages: tiles of 64 or 128 blocks in shared memory at a time, in the search for groups.
+      stages: tiles of 64 or 256 blocks in shared memory at a time, in the search for groups.
       places: queries whose candidates are in shared memory at a time, in the rescoring, of each
         half of a tile.
       programs: thread blocks at most.
@@ -71,13 +71,11 @@ class Sizes:
     @property
     def products(self):
         """Products of 64 queries and 64 blocks for which a tile of features in the search lasts."""
-        return 2 if self.count <= 16 and self.dim <= 64 else 1
+        return 4 if self.listed and self.dim <= 64 else 1
 
     @property
     def places(self):
         """Tiles of queries in shared memory at a time."""
-        if self.listed and self.dim > 64:
-            return 1
         return 2 if max(self.count, self.groups) * self.dim <= 32 * 128 else 1
 
     def locate(self, item):

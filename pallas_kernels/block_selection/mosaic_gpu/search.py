@@ -14,7 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import hopper, shapes
+from pallas_kernels import hopper, hopper_lanes, hopper_products, shapes
 from pallas_kernels.block_selection.mosaic_gpu import candidates, lists, thread_lists
 from pallas_kernels.block_selection.mosaic_gpu.configs import GROUP, STEP, Config, Sizes
 from pallas_kernels.hopper import HALF, ROWS, Ring
@@ -50,6 +50,11 @@ def _by_step(c, products: int):
     return c.transpose(0, 4, 1, 3, 2, 5).reshape(batch, heads, -1, products * HALF, dim)
 
 
+def _places(sizes: Sizes) -> int:
+    """Tiles of queries in shared memory at a time; lists of candidates leave room for one."""
+    return 1 if sizes.listed else sizes.places
+
+
 class _Walk:
     """A thread block that walks, for each of its tiles of queries, over their blocks.
 
@@ -59,7 +64,7 @@ class _Walk:
 
     def __init__(self, sizes: Sizes, config: Config, at):
         self.sizes, self.config, self.at = sizes, config, at
-        self.tile_ring = Ring(sizes.places, *at.tile_ring)
+        self.tile_ring = Ring(_places(sizes), *at.tile_ring)
         self.c_ring = Ring(config.stages, *at.c_ring)
         self.rows = hopper.half_of(at.warpgroup)
         self.slots = GROUP // sizes.products  # of a step
@@ -103,20 +108,17 @@ class _Walk:
         first, stop, whole_first, whole_stop = (at.plan_tile[place, 2, n] for n in range(4))
 
         def step(s, state):
-            maxima = lax.cond(
+            visited = place, s, turn + (s - first) * self.slots, state
+            maxima, state = lax.cond(
                 (s >= whole_first) & (s < whole_stop),
-                *(
-                    functools.partial(
-                        self._maxima, place, s * STEP, turn + (s - first) * self.slots, masked
-                    )
-                    for masked in (False, True)
-                ),
+                lambda: self._visit_whole(*visited),
+                lambda: self._visit_masked(*visited),
             )
             return self._add(maxima, s, s - first, state)
 
         state = lax.fori_loop(first, stop, step, self._nothing())
         self.tile_ring.release(i)
-        self._store(i, self._numbers(state))
+        self._store(i, self._numbers(stop, stop - first, state))
         return turn + (stop - first) * self.slots
 
     @property
@@ -124,78 +126,87 @@ class _Walk:
         return self.at.list_tile.at[self.at.warpgroup]
 
     def _nothing(self):
-        """What is known of this warpgroup's queries before the first step."""
+        """What is known of this warpgroup's queries before the first step.
+
+        In shared memory, the maxima of a step become candidates during the next one.
+        """
         if self.sizes.listed:
-            return candidates.nothing()
+            return hopper.full((HALF, HALF), -jnp.inf), candidates.nothing()
         return lists.none_waiting(HALF), lists.nothing(self.sizes.count)
+
+    def _meanwhile(self, s, state):
+        """Adds the maxima of the step before s, while products of that step are being computed."""
+        if not self.sizes.listed:
+            return state
+        maxima, known = state
+        return maxima, candidates.add(self._own_lists, maxima, self._origin(s - 1), known)
 
     def _add(self, maxima, s, before, state):
         """What is known after step s, which so many came before."""
-        origin = (s * HALF).astype(jnp.float32)
         if self.sizes.listed:
-            return candidates.add(self._own_lists, maxima, before, origin, state, self.sizes.count)
-        return lists.add(maxima, origin + self._columns(maxima.shape), *state)
+            known = candidates.make_room(self._own_lists, before - 1, state[1], self.sizes.count)
+            return maxima, known
+        return lists.add(maxima, self._origin(s) + self._columns(maxima.shape), *state)
 
-    def _numbers(self, state):
+    def _numbers(self, stop, steps, state):
         """The best groups in ascending order, f32 [64, count]; then `NOTHING`."""
         if self.sizes.listed:
-            return candidates.numbers(self._own_lists, state, self.sizes.count)
+            _, known = self._meanwhile(stop, state)
+            known = candidates.make_room(self._own_lists, steps - 1, known, self.sizes.count)
+            return candidates.numbers(self._own_lists, known, self.sizes.count)
         waiting, best = state
         best = lists.take_best(waiting.score, waiting.number, 0.0, best)
         return lists.ascending(best.number)
 
-    def _maxima(self, place, origin, turn, masked: bool):
-        """The best score of each group of a step, f32 [64, 64].
+    def _origin(self, s):
+        """The number of a step's first group."""
+        return (s * HALF).astype(jnp.float32)
+
+    def _visit_whole(self, place, s, turn, state):
+        """The best score of each group of a step, f32 [64, 64], and the state after `_meanwhile`.
 
         Args:
           place: of the queries.
-          origin: the first block.
+          s: the step, of which they see all blocks.
           turn: of the first tile.
-          masked: whether a query may not see all blocks.
+          state: what is known.
         """
-        products = self.sizes.products
+        queries, blocks = self.at.u_tile.at[place, self.rows], self.sizes.products * HALF
 
-        def hide(scores, number):
-            return self._mask(place, scores, origin + number) if masked else scores
+        def visit(n, meanwhile=lambda: None):
+            slot = self.c_ring.receive(turn + n)
+            features = self.at.c_tile.at[slot]
+            products = hopper_products.begin(queries, features)
+            result = meanwhile()
+            products = hopper_products.finish(products)
+            self.c_ring.release(turn + n)
+            parts = (products[:, j : j + HALF] for j in range(0, blocks, HALF))
+            return functools.reduce(jnp.maximum, parts), result
+
+        maxima, state = visit(0, lambda: self._meanwhile(s, state))
+        maxima = lax.fori_loop(1, self.slots, lambda n, x: jnp.maximum(x, visit(n)[0]), maxima)
+        return maxima, state
+
+    def _visit_masked(self, place, s, turn, state):
+        """As `_visit_whole`, of a step of which a query may not see all; with fewer registers."""
+        queries, products = self.at.u_tile.at[place, self.rows], self.sizes.products
+        state = self._meanwhile(s, state)
 
         def visit(n, maxima):
             slot = self.c_ring.receive(turn + n)
-            for j in range(products):
-                scores, _ = self._multiply(place, slot, j, lambda: None)
-                maxima = jnp.maximum(maxima, hide(scores, n * products + j))
+
+            def visit_part(j, maxima):
+                part = pl.ds(pl.multiple_of(j * HALF, HALF), HALF)
+                scores = hopper_products.begin(queries, self.at.c_tile.at[slot, part])
+                scores = hopper_products.finish(scores)
+                return jnp.maximum(maxima, self._mask(place, scores, s * STEP + n * products + j))
+
+            maxima = lax.fori_loop(0, products, visit_part, maxima)
             self.c_ring.release(turn + n)
             return maxima
 
-        def visit_ahead(n, carry):
-            """The last scores wait, until the next ones are being computed if they need no mask."""
-            slot = self.c_ring.receive(turn + n)
-            for j in range(products):
-                take = functools.partial(jnp.maximum, *carry)
-                if masked:
-                    maxima = take()
-                    scores, _ = self._multiply(place, slot, j, lambda: None)
-                else:
-                    scores, maxima = self._multiply(place, slot, j, take)
-                carry = hide(scores, n * products + j), maxima
-            self.c_ring.release(turn + n)
-            return carry
-
         nothing = hopper.full((HALF, HALF), -jnp.inf)
-        if self.sizes.listed:
-            return jnp.maximum(*lax.fori_loop(0, self.slots, visit_ahead, (nothing, nothing)))
-        return lax.fori_loop(0, self.slots, visit, nothing)  # fewer registers
-
-    def _multiply(self, place, slot, j: int, meanwhile):
-        """This warpgroup's queries with 64 blocks of a slot, and what `meanwhile` returns."""
-        queries = self.at.u_tile.at[place, self.rows]
-        features = self.at.c_tile.at[slot, pl.ds(j * HALF, HALF)]
-
-        def compute(acc):
-            plgpu.wgmma(acc, queries, hopper.transposed(features))
-            result = meanwhile()
-            return acc[...], result
-
-        return pl.run_scoped(compute, plgpu.ACC((HALF, HALF), jnp.float32))
+        return lax.fori_loop(0, self.slots, visit, nothing), state
 
     def _mask(self, place, scores, origin):
         """Hides every 8th block from `origin` on that a query may not select."""
@@ -203,7 +214,7 @@ class _Walk:
         bounds = (plgpu.load(plan.at[n, self.rows], layout=hopper.ROW) for n in (0, 1))
         # Rounded up; the shift rounds down negative numbers, too.
         bounds = (((x - origin + GROUP - 1) >> 3).astype(jnp.float32) for x in bounds)
-        return hopper.keep(scores, 1, *bounds, number=self._columns(scores.shape))
+        return hopper_lanes.hide(scores, *bounds)
 
     def _columns(self, shape):
         """The number of each column, f32; loaded each time, which takes no registers between."""
@@ -227,13 +238,14 @@ class _Walk:
 
 def scratch(sizes: Sizes, config: Config):
     """The scratch of the search."""
+    places = _places(sizes)
     return {
-        "u_tile": hopper.operand_tile((sizes.places, ROWS, sizes.dim)),
-        "plan_tile": plgpu.SMEM((sizes.places, 3, ROWS), jnp.int32),
+        "u_tile": hopper.operand_tile((places, ROWS, sizes.dim)),
+        "plan_tile": plgpu.SMEM((places, 3, ROWS), jnp.int32),
         "c_tile": hopper.operand_tile((config.stages, sizes.products * HALF, sizes.dim)),
         "group_tile": plgpu.SMEM((2, HALF, sizes.count), jnp.int32),
         "list_tile": thread_lists.tile(2) if sizes.listed else None,
-        "tile_ring": Ring.barriers(sizes.places, copies=2),
+        "tile_ring": Ring.barriers(places, copies=2),
         "c_ring": Ring.barriers(config.stages, 1),
     }
 

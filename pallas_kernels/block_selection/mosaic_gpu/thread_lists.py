@@ -16,11 +16,12 @@ from pallas_kernels import hopper_lanes
 from pallas_kernels.block_selection.mosaic_gpu.lists import NOTHING
 from pallas_kernels.hopper import HALF, ROW
 
-DEPTH = 32  # entries of a list
+DEPTH = 33  # entries of a list
 COUNTS = HALF, 8  # shape of a number for each list: column 2 i has those of a row's thread i
 _THREADS = 128
-_ENTRY = 8  # bytes: a score and a number
-_STRIDE = _THREADS * _ENTRY  # from an entry of a list to the next
+_WORD = 4  # bytes: a score, or a number
+_STRIDE = _THREADS * _WORD  # from an entry of a list to the next
+_NUMBERS = DEPTH * _STRIDE  # from scores to numbers: pairs of them would take pairs of registers
 _TOGETHER = 4  # entries that `drop` reads before it writes
 _MATRIX = plgpu.Layout.WGMMA
 _COUNTS = plgpu.ShapeDtypeStruct(COUNTS, jnp.int32, _MATRIX)
@@ -29,7 +30,7 @@ _LIST = plgpu.RefType()
 
 def tile(count: int):
     """Shared memory for the lists of so many warpgroups."""
-    return plgpu.SMEM((count, 2 * DEPTH, 2 * _THREADS), jnp.float32)
+    return plgpu.SMEM((count, 2, 2, DEPTH, _THREADS), jnp.float32)
 
 
 def put(tile, scores, origin, enter, filled):
@@ -59,12 +60,17 @@ def put(tile, scores, origin, enter, filled):
                 for n in range(scores.shape[1] // 8)
                 for e in range(2)
             ]
+            # Each address has a register of its own: stores take long to read theirs.
             lines = [
-                f"setp.ge.f32 p, ${i + 3}, $1; @p add.f32 n, $2, {_immediate(column)};"
-                f" @p st.shared.v2.f32 [$0], {{${i + 3}, n}}; @p add.s32 $0, $0, {_STRIDE};"
+                f"setp.ge.f32 p, ${i + 3}, $1; add.f32 n, $2, {_immediate(column)};"
+                f" @p st.shared.f32 [a{i}], ${i + 3}; @p st.shared.f32 [a{i} + {_NUMBERS}], n;"
+                f" selp.b32 size, {_STRIDE}, 0, p; add.s32 a{i + 1}, a{i}, size;"
                 for i, (column, _) in enumerate(columns)
             ]
-            code = f"{{ .reg .pred p; .reg .f32 n; {' '.join(lines)} }}"
+            code = (
+                f"{{ .reg .pred p; .reg .f32 n; .reg .b32 size, a<{len(lines) + 1}>;"
+                f" mov.b32 a0, $0; {' '.join(lines)} mov.b32 $0, a{len(lines)}; }}"
+            )
             end = _end(start, filled, half)
             inputs = [_one(enter, half), number, *(score for _, score in columns)]
             end = _assemble(code, inputs, end)
@@ -137,7 +143,8 @@ def _load_entry(begin, end, n: int):
     both = ir.Type.parse("!llvm.struct<(f32, f32)>")
     code = (
         f"{{ .reg .pred p; setp.lt.u32 p, $2, $3; mov.b32 $0, 0fFF800000;"
-        f" mov.b32 $1, {_immediate(NOTHING)}; @p ld.shared.v2.f32 {{$0, $1}}, [$2]; }}"
+        f" mov.b32 $1, {_immediate(NOTHING)}; @p ld.shared.f32 $0, [$2];"
+        f" @p ld.shared.f32 $1, [$2 + {_NUMBERS}]; }}"
     )
     place = arith.addi(begin, _word(n * _STRIDE))
     constraints = "=&f,=&f,r,r,~{memory}"
@@ -157,37 +164,42 @@ def merge(tile, filled, count: int):
 
     @plgpu.inline_mgpu(arg_types=(_LIST, _MATRIX), return_type=result)
     def merge(_, tile, filled):
+        lane = arith.remui(mgpu.utils.thread_idx(), _word(4))
+        own: list = [[None] * (count // 4) for _ in range(2)]
+        rows = [_Merge(tile, filled, half) for half in range(2)]
+        for column in range(count):  # of both rows, since each waits for shared memory
+            i = column // 8 * 2 + column % 2
+            ours = arith.cmpi(arith.CmpIPredicate.eq, lane, _word(column % 8 // 2))
+            for numbers, row in zip(own, rows, strict=True):
+                lowest, before = row.take_lowest(), numbers[i]
+                numbers[i] = lowest if before is None else arith.select(ours, lowest, before)
         made = hopper_lanes.registers(result)
-        for half in range(2):
-            own = _merge(tile, filled, half, count)
-            for n in range(count // 8):
-                pair = ir.VectorType.get((2,), ir.F32Type.get())
-                made[hopper_lanes.place(n, half)] = vector.from_elements(
-                    pair, own[2 * n : 2 * n + 2]
-                )
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        for n in range(count // 8):
+            for half in range(2):
+                numbers = own[half][2 * n : 2 * n + 2]
+                made[hopper_lanes.place(n, half)] = vector.from_elements(pair, numbers)
         return hopper_lanes.matrix(made, is_signed=None)
 
     return merge(tile, filled)
 
 
-def _merge(tile, filled, half: int, count: int):
-    """Those numbers that a thread has of the result: two of every eight columns."""
-    place = _start(tile, half)
-    end = _end(place, filled, half)
-    lane = arith.remui(mgpu.utils.thread_idx(), _word(4))
-    _, number = _load_entry(place, end, 0)
-    own: list = [None] * (count // 4)
-    for column in range(count):
-        lowest = number
+class _Merge:
+    """Four lists of numbers, those of a row, of which the lowest can be taken."""
+
+    def __init__(self, tile, filled, half: int):
+        self.place = _start(tile, half)
+        self.end = _end(self.place, filled, half)
+        _, self.number = _load_entry(self.place, self.end, 0)
+
+    def take_lowest(self):
+        lowest = self.number
         for distance in (1, 2):
             lowest = arith.minimumf(lowest, mgpu.utils.shfl_bfly(lowest, distance))
-        i = column // 8 * 2 + column % 2
-        ours = arith.cmpi(arith.CmpIPredicate.eq, lane, _word(column % 8 // 2))
-        own[i] = lowest if own[i] is None else arith.select(ours, lowest, own[i])
-        taken = arith.cmpf(arith.CmpFPredicate.OEQ, number, lowest)
-        place = arith.select(taken, arith.addi(place, _word(_STRIDE)), place)
-        _, number = _load_entry(place, end, 0)
-    return own
+        taken = arith.cmpf(arith.CmpFPredicate.OEQ, self.number, lowest)
+        self.place = arith.select(taken, arith.addi(self.place, _word(_STRIDE)), self.place)
+        _, self.number = _load_entry(self.place, self.end, 0)
+        return lowest
 
 
 def _drop_code():
@@ -196,13 +208,15 @@ def _drop_code():
     Those stay whose score is above $1, or is $1 with a number up to $2.
     """
     read = [
-        f"setp.lt.u32 p, r, $3; mov.b32 s{i}, 0f7FFFFFFF;"  # NaN: never stays
-        f" @p ld.shared.v2.f32 {{s{i}, n{i}}}, [r]; add.s32 r, r, {_STRIDE};"
+        f"setp.lt.u32 p, r, $3; mov.b32 n{i}, 0; mov.b32 s{i}, 0f7FFFFFFF;"  # NaN: never stays
+        f" @p ld.shared.f32 s{i}, [r]; @p ld.shared.f32 n{i}, [r + {_NUMBERS}];"
+        f" add.s32 r, r, {_STRIDE};"
         for i in range(_TOGETHER)
     ]
     write = [
         f"setp.eq.f32 p, s{i}, $1; setp.le.and.f32 p, n{i}, $2, p; setp.gt.or.f32 p, s{i}, $1, p;"
-        f" @p st.shared.v2.f32 [$0], {{s{i}, n{i}}}; @p add.s32 $0, $0, {_STRIDE};"
+        f" @p st.shared.f32 [$0], s{i}; @p st.shared.f32 [$0 + {_NUMBERS}], n{i};"
+        f" @p add.s32 $0, $0, {_STRIDE};"
         for i in range(_TOGETHER)
     ]
     registers = f".reg .pred p; .reg .b32 r; .reg .f32 s<{_TOGETHER}>; .reg .f32 n<{_TOGETHER}>;"
@@ -229,8 +243,8 @@ def _start(tile, half: int):
         ir.IntegerType.get_signless(32),
         llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(tile)),
     )
-    address = arith.addi(address, arith.muli(thread, _word(_ENTRY)))
-    return arith.addi(address, _word(half * DEPTH * _STRIDE))
+    address = arith.addi(address, arith.muli(thread, _word(_WORD)))
+    return arith.addi(address, _word(2 * half * _NUMBERS))
 
 
 def _end(start, filled, half: int):
