@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.block_sparse_attention import add_up, adds_up, value_scales
+from pallas_kernels.block_sparse_attention import BlockCSR, add_up, adds_up, value_scales
 from pallas_kernels.mesh_axes import vary_with
 from pallas_kernels.range_attention import range_attention
 from pallas_kernels.shapes import batchable, differentiated_as
-from sparsex_jax.branches import dynamic_branch, landmark_branch, local_branch, select_pattern
+from sparsex_jax.branches import dynamic_branch, landmark_branch, local_branch, select_remote
 from sparsex_jax.config import AttentionConfig
 from sparsex_jax.fusion import fuse
 from sparsex_jax.landmarks import Marks, all_landmarks, gather_landmarks
@@ -22,10 +22,10 @@ from sparsex_jax.scoring import BlockIndex, Blocks
 from sparsex_jax.spans import check_segment_ids, document_starts, pasts
 from sparsex_jax.token_chunks import even_size, map_chunks, update_by_chunks
 
-# Long sequences are taken in chunks of so many tokens, or more: with gradients each costs a pass
-# over all keys, without them only launches.
+# Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys,
+# and with gradients another one over their sums.
 _CHUNK = 2**15
-_MAX_CHUNKS = {"differentiable": 8, "in_place": 16}
+_MAX_CHUNKS = {"differentiable": 8, "in_place": 10}
 
 
 def sparse_attention(
@@ -86,7 +86,7 @@ def _adds_up(q, k, v, config: AttentionConfig, implementation: str | None) -> bo
     """Whether without gradients the dynamic branch can add up all branches in place."""
     tokens = q.shape[1]
     size = min(tokens, chunk_size(tokens, config.block_size, in_place=True))
-    if tokens <= config.window or not config.top_k or config.fusion != "sum" or tokens % size:
+    if tokens <= config.window or not config.top_k or config.fusion != "sum":
         return False
     if tokens < k.shape[1]:  # queries of a part of the tokens
         return False
@@ -156,18 +156,24 @@ def _attend(
 
     def write(first, queries: _Queries, out):
         """Writes the attention of a chunk of tokens, from position `first` on, to `out`."""
-        pattern = select_pattern(
-            queries.features, blocks, queries.limit, queries.document_start, k.shape[1],
-            config, implementation,
-        )  # fmt: skip
         local, landmarks = near(first, queries, keys)
         added = [(local[0], None)]
         if landmarks is not None:
-            added.append((landmarks[0], landmark_gate))
-        return add_up(
-            out, q, k, v, pattern, first,
-            gate=dynamic_gate, added=added, value_scales=scales, block_size=config.block_size,
-        )  # fmt: skip
+            added.append((landmarks[0], queries.landmark_gate))
+
+        def add_heads(i, out):
+            selected = (
+                jax.lax.dynamic_slice_in_dim(x, i * heads, heads, axis=2) for x in queries.selected
+            )
+            pattern = BlockCSR.from_selection(*selected, -(-tokens // config.block_size))
+            return add_up(
+                out, q, k, v, pattern, first, first_head=i * heads, gate=queries.dynamic_gate,
+                added=added, value_scales=scales, block_size=config.block_size,
+            )  # fmt: skip
+
+        if heads == k.shape[2]:
+            return add_heads(0, out)
+        return jax.lax.fori_loop(0, k.shape[2] // heads, add_heads, out)
 
     keys = _Keys(k, turned_k, v, blocks, marks)
     of_tokens = local_start, document_start, limit, span
@@ -177,7 +183,15 @@ def _attend(
     )  # fmt: skip
     size = chunk_size(q.shape[1], config.block_size, in_place=in_place)
     if in_place:
-        queries = queries._replace(landmark_gate=None, dynamic_gate=None)  # not by chunks
+        selected = select_remote(
+            query_features, blocks, queries.limit, queries.document_start, config, implementation
+        )
+        # What has led to the selection is not needed any more.
+        queries = queries._replace(
+            features=None, limit=None, document_start=None, selected=selected
+        )
+        # With few entries for a block all heads together, or there would be even more launches.
+        heads = k.shape[2] if tokens < _MAX_CHUNKS["in_place"] * _CHUNK else 1
         scales = value_scales(v, block_size=config.block_size)
         out = update_by_chunks(write, queries, jax.lax.empty(q.shape, q.dtype), size=size)
         return vary_with(q, out)
@@ -201,8 +215,9 @@ class _Queries(NamedTuple):
     dynamic_gate: jax.Array | None
     local_start: jax.Array
     document_start: jax.Array | None
-    limit: jax.Array
+    limit: jax.Array | None
     span: tuple[jax.Array, jax.Array] | None  # of all landmarks
+    selected: tuple[jax.Array, jax.Array] | None = None  # blocks and biases, as of `select_remote`
 
 
 class _Keys(NamedTuple):

@@ -85,23 +85,13 @@ def dynamic_branch(
       config: block size, top_k, search, fusion (the score is a bias with "sum" only).
       implementation: as in `sparse_attention`.
     """
-    pattern = select_pattern(
-        query_features, blocks, local_start, document_start, k.shape[1], config, implementation
-    )
-    return block_sparse_attention(
-        q, k, v, pattern, block_size=config.block_size, implementation=implementation
-    )
-
-
-def select_pattern(
-    query_features, blocks: BlockIndex, local_start, document_start, num_keys: int,
-    config: AttentionConfig, implementation: str | None,
-) -> BlockCSR:  # fmt: skip
-    """What `select_remote` finds, as a pattern over the blocks of `num_keys` keys."""
     index, bias = select_remote(
         query_features, blocks, local_start, document_start, config, implementation
     )
-    return BlockCSR.from_selection(index, bias, -(-num_keys // config.block_size))
+    pattern = BlockCSR.from_selection(index, bias, -(-k.shape[1] // config.block_size))
+    return block_sparse_attention(
+        q, k, v, pattern, block_size=config.block_size, implementation=implementation
+    )
 
 
 def select_remote(

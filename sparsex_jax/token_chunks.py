@@ -64,7 +64,8 @@ def update_by_chunks(f: Callable, per_token: Any, out: jax.Array, *, size: int) 
         returns what it has made of it.
       per_token: a pytree of arrays [B, T, ...].
       out: [B, T, ...].
-      size: tokens of a chunk, which must divide T; T or more calls f once, with everything.
+      size: tokens of a chunk; T or more calls f once, with everything. Where it does not divide T,
+        the last chunk ends with the sequence, and begins with tokens of the one before.
 
     Returns:
       `out` after the last chunk.
@@ -72,10 +73,16 @@ def update_by_chunks(f: Callable, per_token: Any, out: jax.Array, *, size: int) 
     tokens = out.shape[1]
     if tokens <= size:
         return f(0, per_token, out)
-    if tokens % size:
-        raise ValueError(f"size={size} must divide the {tokens} tokens")
-    operands = _split(per_token, tokens // size, size)
-    return lax.scan(lambda out, x: (f(*x, out), None), out, operands)[0]
+
+    def update(i, out):
+        def cut(x):
+            # XLA has the last chunk end with x; of a multiple of i it can do without copies.
+            begin, shape = (0, i * size, *[0] * (x.ndim - 2)), (len(x), size, *x.shape[2:])
+            return lax.dynamic_slice(x, begin, shape, allow_negative_indices=False)
+
+        return f(jnp.minimum(i * size, tokens - size), jax.tree.map(cut, per_token), out)
+
+    return lax.fori_loop(0, -(-tokens // size), update, out)
 
 
 def _split(per_token, chunks: int, size: int):

@@ -386,7 +386,7 @@ class TestMillionTokens:
     def test_forward_takes_less_than_q(self):
         inputs = self.inputs()
         compilation = compile_for("h200", self.forward, inputs)
-        assert compilation.temporary_bytes < 0.75 * 2 * inputs["q"].size
+        assert compilation.temporary_bytes < 0.95 * 2 * inputs["q"].size
         program = compilation.executable.as_text()
         # Neither q's chunks nor the result are copied: only kernels and RoPE touch them.
         calls = [x for x in program.splitlines() if 'custom_call_target="mosaic_gpu' in x]
@@ -417,15 +417,18 @@ class TestInPlace:
     )
 
     @pytest.mark.timeout(300, method="thread")
-    @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.long), True])
+    @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.long)])
     def test_equals_the_others(self, monkeypatch, packed):
-        inputs = make_inputs(self.CONFIG, 192, heads=8, kv_heads=1, dim=64)
+        """Documents in one chunk, or two KV heads one by one, in two chunks that overlap."""
+        tokens, kv_heads = (192, 1) if packed else (320, 2)
+        inputs = make_inputs(self.CONFIG, tokens, heads=8 * kv_heads, kv_heads=kv_heads, dim=64)
         gates = "salience", "landmark_gate", "dynamic_gate"
         inputs = {n: x if n in gates else jnp.asarray(x, jnp.bfloat16) for n, x in inputs.items()}
         if packed:
             inputs["segment_ids"] = np.repeat([0, 1], [64, 128])[None]
         else:
             monkeypatch.setattr(attention, "_CHUNK", 64)
+            monkeypatch.setitem(attention._MAX_CHUNKS, "in_place", 2)
         found = {}
         for name, dtype in (("xla", jnp.bfloat16), ("reference", jnp.float32)):
             typed = {n: x.astype(dtype) if n in "qkv" else x for n, x in inputs.items()}

@@ -68,7 +68,7 @@ def make_entries(sizes, rng, *, holes=True):
     filled_places = placed(np.ones(shape, bool), False)
     chunk = Chunk(
         None, jnp.asarray(placed(value, 0)), jnp.asarray(filled_places),
-        jnp.asarray(np.where(filled_places, scale, 1)), None, None, jnp.zeros(4, jnp.int32), None,
+        jnp.asarray(np.where(filled_places, scale, 1)), None, None, jnp.zeros(5, jnp.int32), None,
     )  # fmt: skip
     scale = scale[:, None, None]
     total = 2.0**-packing.SHIFT
@@ -110,15 +110,17 @@ class TestEntries:
         first, tokens = 8, sizes.chunk + 16
         heads = sizes.heads * sizes.groups
         out = jnp.full((sizes.batch, tokens, heads, sizes.head_dim), 7, jnp.bfloat16)
-        lse = jnp.full((sizes.batch, tokens, heads), 7, jnp.float32)
-        chunk = chunk._replace(span=jnp.array([0, 0, first, 0], jnp.int32))
+        lse = jnp.full((sizes.batch, sizes.heads, tokens, sizes.groups), 7, jnp.float32)
+        chunk = chunk._replace(span=jnp.array([0, 0, first, 0, 0], jnp.int32))
 
         @jax.jit
         def run(out, lse, chunk):
             return combine_entries(*operands, chunk, (out, lse), sizes, config)
 
         found = run(out, lse, chunk)
+        assert_same_bits(run(out, lse, chunk), found)
         expected = softmax(*entries)
+        found = found[0], found[1].swapaxes(1, 2).reshape(found[0].shape[:3])
         for x, y, tolerance in zip(found, expected, (2**-8, 2e-6), strict=True):
             x = np.asarray(x, np.float64)
             np.testing.assert_array_equal(x[:, :first], 7)
@@ -126,15 +128,15 @@ class TestEntries:
             x = x[:, first : first + sizes.chunk]
             np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
             np.testing.assert_array_equal(x[:, :2], 0 if x.ndim == 4 else -np.inf)
-        assert_same_bits(run(out, lse, chunk), found)
 
     def test_others_are_added(self, hopper):
+        """To two of three KV heads."""
         sizes, rng = make_sizes(2, 2, 8, 64, 8, 3), np.random.default_rng(1)
         entries, operands, chunk = make_entries(sizes, rng)
-        chunk = chunk._replace(span=jnp.array([0, 0, 16, 8], jnp.int32))
-        rows = [jnp.asarray(rng.normal(size=(2, 24, 16, 64)), jnp.bfloat16) for _ in range(2)]
-        gates = [jnp.asarray(rng.random((2, 32, 16)), jnp.float32) for _ in range(2)]
-        out = jnp.full((2, 32, 16, 64), 7, jnp.bfloat16)
+        chunk = chunk._replace(span=jnp.array([0, 0, 16, 8, 1], jnp.int32))
+        rows = [jnp.asarray(rng.normal(size=(2, 24, 24, 64)), jnp.bfloat16) for _ in range(2)]
+        gates = [jnp.asarray(rng.random((2, 24, 24)), jnp.float32) for _ in range(2)]
+        out = jnp.full((2, 32, 24, 64), 7, jnp.bfloat16)
 
         @jax.jit
         def run(out, rows, gates):
@@ -144,17 +146,18 @@ class TestEntries:
             )[0]
 
         found = np.asarray(run(out, rows, gates), np.float64)
-        rows = [np.asarray(x, np.float64)[:, 8:16] for x in rows]
-        gates = [np.asarray(x, np.float64)[:, 16:24, :, None] for x in gates]
+        rows = [np.asarray(x, np.float64)[:, 8:16, 8:] for x in rows]
+        gates = [np.asarray(x, np.float64)[:, 8:16, 8:, None] for x in gates]
         expected = gates[0] * softmax(*entries)[0] + rows[0] + gates[1] * rows[1]
-        np.testing.assert_allclose(found[:, 16:24], expected, rtol=2**-8, atol=2**-8)
+        np.testing.assert_allclose(found[:, 16:24, 8:], expected, rtol=2**-8, atol=2**-8)
         np.testing.assert_array_equal(np.delete(found, np.s_[16:24], axis=1), 7)
+        np.testing.assert_array_equal(found[:, :, :8], 7)
 
     def test_no_races(self, capfd):
         sizes = make_sizes(1, 2, 8, 64, 32, 3)
         _, operands, chunk = make_entries(sizes, np.random.default_rng(2))
-        chunk = chunk._replace(span=jnp.zeros(4, jnp.int32))
-        results = jnp.zeros((1, 32, 16, 64), jnp.bfloat16), jnp.zeros((1, 32, 16), jnp.float32)
+        chunk = chunk._replace(span=jnp.zeros(5, jnp.int32))
+        results = jnp.zeros((1, 32, 16, 64), jnp.bfloat16), jnp.zeros((1, 2, 32, 8), jnp.float32)
         with interpret(detect_races=True):
             jax.block_until_ready(
                 jax.jit(lambda *x: combine_entries(*operands, chunk, x, sizes, SMALL))(*results)
@@ -186,14 +189,15 @@ def added_up(q, k, v, blocks, branches, gates, implementation):
 
 class TestAddUp:
     @pytest.mark.parametrize(
-        "case",
+        ("case", "heads"),
         [
-            (1, 24, 192, 2, 8, 64, 2),
-            pytest.param((2, 16, 128, 1, 16, 128, 2), marks=pytest.mark.long),
+            ((1, 24, 192, 2, 8, 64, 2), 1),
+            pytest.param((1, 24, 192, 2, 8, 64, 2), 2, marks=pytest.mark.long),
+            pytest.param((2, 16, 128, 1, 16, 128, 2), 1, marks=pytest.mark.long),
         ],
     )
-    def test_a_part_of_the_queries(self, hopper, monkeypatch, case):
-        """In several chunks, of whose queries others come before and after."""
+    def test_a_part_of_the_queries(self, hopper, monkeypatch, case, heads):
+        """In several chunks, of whose queries others come before and after; some heads a call."""
         cut_small(monkeypatch, mosaic_gpu, programs=3)
         monkeypatch.setattr(mosaic_gpu, "_MIN_ENTRIES", 1)
         monkeypatch.setattr(mosaic_gpu, "_ENTRIES_PER_BLOCK", {"forward": 6})
@@ -202,7 +206,6 @@ class TestAddUp:
         branches, gates = make_branches(q, rng)
         around = [(0, 0), (8, 16), (0, 0), (0, 0)]
         whole_q = jnp.pad(q, around, constant_values=np.nan)
-        whole_gates = [jnp.pad(x, around[:3], constant_values=np.nan) for x in gates]
         assert adds_up(
             whole_q, k, v, tokens=q.shape[1], capacity=blocks.row_capacity, block_size=64,
             implementation="mosaic_gpu",
@@ -210,15 +213,19 @@ class TestAddUp:
 
         @jax.jit
         def run(q, k, v, blocks, first, branches, gates):
-            added = [(branches[0], None), (branches[1], gates[1])]
-            return add_up(
-                jnp.full(q.shape, 7, q.dtype), q, k, v, blocks, first,
-                gate=gates[0], added=added,
-                value_scales=value_scales(v, block_size=64), block_size=64,
-            )  # fmt: skip
+            out = jnp.full(q.shape, 7, q.dtype)
+            for head in range(0, k.shape[2], heads):
+                own = slice(head, head + heads)
+                out = add_up(
+                    out, q, k, v, jax.tree.map(lambda x, own=own: x[:, own], blocks), first,
+                    first_head=head, gate=gates[0],
+                    added=[(branches[0], None), (branches[1], gates[1])],
+                    value_scales=value_scales(v, block_size=64), block_size=64,
+                )  # fmt: skip
+            return out
 
-        found = run(whole_q, k, v, blocks, 8, branches, whole_gates)
-        assert_same_bits(run(whole_q, k, v, blocks, 8, branches, whole_gates), found)
+        found = run(whole_q, k, v, blocks, 8, branches, gates)
+        assert_same_bits(run(whole_q, k, v, blocks, 8, branches, gates), found)
         found = np.asarray(found, np.float32)
         np.testing.assert_array_equal(found[:, :8], 7)
         np.testing.assert_array_equal(found[:, -16:], 7)
@@ -250,12 +257,12 @@ class TestCompiled:
         rows, numbers = (1, 8192, 2 * groups, dim), (1, 8192, 2 * groups)
         half, wide = jnp.bfloat16, jnp.float32
 
-        def run(words, lse, value, filled, scale, span, rows, numbers):
+        def run(words, lse, value, filled, scale, span, rows, numbers, sums):
             chunk = Chunk(None, value, filled, scale, None, None, span, None)
             step = functools.partial(combine_entries, words, lse, chunk, sizes=sizes, config=config)
             added = Added(rows, None), Added(rows, numbers)
             return (
-                step(results=(rows + 1, numbers + 1)),
+                step(results=(rows + 1, sums + 1)),
                 step(results=(rows + 2, None), gate=numbers, added=added),
             )
 
@@ -263,8 +270,8 @@ class TestCompiled:
         compilation = compile_for(
             target, run, shape((entries, groups, packing.width(dim)), jnp.int32),
             shape((entries, groups), wide), shape((entries,), wide), shape((entries,), bool),
-            shape((entries,), wide), shape((4,), jnp.int32), shape(rows, half),
-            shape(numbers, wide),
+            shape((entries,), wide), shape((5,), jnp.int32), shape(rows, half),
+            shape(numbers, wide), shape((1, 2, 8192, groups), wide),
         )  # fmt: skip
         assert len(compilation.kernels) == 2
         for kernel in compilation.kernels:

@@ -55,10 +55,16 @@ def _padded_groups(groups: int) -> int:
     return 8 if groups <= 8 else 16
 
 
-def _cut(kernel: str, batch: int, tokens: int, sizes: Sizes) -> tuple[Sizes, int]:
-    """The sizes of a kernel's call on so many queries, and the number of its chunks."""
+def _cut(
+    kernel: str, batch: int, tokens: int, sizes: Sizes, heads: int | None = None
+) -> tuple[Sizes, int]:
+    """The sizes of a kernel's call on so many queries, and the number of its chunks.
+
+    Partial results may be as many as if it were for `heads` KV heads.
+    """
     sizes = dataclasses.replace(sizes, batch=batch)
-    entries = max(_MIN_ENTRIES, _ENTRIES_PER_BLOCK.get(kernel, _MAX_ENTRIES) * sizes.columns)
+    columns = sizes.columns // sizes.heads * (heads or sizes.heads)
+    entries = max(_MIN_ENTRIES, _ENTRIES_PER_BLOCK.get(kernel, _MAX_ENTRIES) * columns)
     most = max(1, min(entries, _MAX_ENTRIES) // (sizes.batch * sizes.heads * sizes.capacity))
     chunks = -(-tokens // most)
     return dataclasses.replace(sizes, chunk=_whole(-(-tokens // chunks))), chunks
@@ -108,7 +114,7 @@ def _put(target, rows, chunk: Chunk):
 def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
     tokens = q.shape[1]
     sizes, chunks = _cut("forward", len(q), tokens, sizes)
-    shape = len(q), _whole(tokens), q.shape[2]
+    batch, whole, heads = len(q), _whole(tokens), q.shape[2]
     config, combine_config = config_for("forward", sizes.head_dim), combine_config_for(sizes)
 
     def attend(chunk, results):
@@ -120,13 +126,19 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
         found = combine_by_token(*(by_token(x, sizes) for x in operands))
         return tuple(_put(x, y, chunk) for x, y in zip(results, found, strict=True))
 
-    empty = lax.empty((*shape, sizes.head_dim), q.dtype), lax.empty(shape, jnp.float32)
+    lse = batch, sizes.heads, whole, sizes.groups  # as the kernel writes it
+    if combine_config is None:
+        lse = batch, whole, heads
+    empty = lax.empty((batch, whole, heads, sizes.head_dim), q.dtype), lax.empty(lse, jnp.float32)
     if combine_config is None:  # else it must not vary, see `hopper.launch`
         empty = vary_with(q, empty)
     pattern = indptr, indices, values
     scales = packing.scales(v, sizes.block_size)
-    results = _for_chunks(chunks, pattern, sizes, shape[1], attend, empty, scales=scales)
-    return tuple(x[:, :tokens] for x in vary_with(q, results))
+    results = _for_chunks(chunks, pattern, sizes, whole, attend, empty, scales=scales)
+    out, lse = vary_with(q, results)
+    if combine_config is not None:
+        lse = lse.swapaxes(1, 2).reshape(batch, whole, heads)
+    return out[:, :tokens], lse[:, :tokens]
 
 
 def _query_gradient(q, k, v, indptr, indices, values, out_bar, lse, delta, *, sizes: Sizes):
@@ -260,15 +272,17 @@ def adds_up(q, k, tokens: int, capacity: int) -> bool:
     return combine_config_for(sizes) is not None
 
 
-def add_up(out, q, k, v, blocks: BlockCSR, first, gate, added, value_scales, block_size, scale):
+def add_up(
+    out, q, k, v, blocks: BlockCSR, first, first_head, gate, added, value_scales, block_size, scale
+):
     """See `pallas_kernels.block_sparse_attention.add_up`."""
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads, tokens = k.shape[2], blocks.indptr.shape[2] - 1
     sizes = Sizes(
-        batch, num_kv_heads, num_heads // num_kv_heads, head_dim, k.shape[1], block_size,
+        batch, blocks.indptr.shape[1], num_heads // num_kv_heads, head_dim, k.shape[1], block_size,
         blocks.num_columns, blocks.row_capacity, tokens, scale, regular=blocks.regular,
     )  # fmt: skip
-    sizes, chunks = _cut("forward", batch, tokens, sizes)
+    sizes, chunks = _cut("forward", batch, tokens, sizes, num_kv_heads)
     config, combine_config = config_for("forward", head_dim), combine_config_for(sizes)
     added = tuple(Added(*each) for each in added)
 
@@ -280,8 +294,9 @@ def add_up(out, q, k, v, blocks: BlockCSR, first, gate, added, value_scales, blo
 
     pattern = blocks.indptr, blocks.indices, blocks.values
     return _for_chunks(
-        chunks, pattern, sizes, tokens, attend, out, origin=first, scales=value_scales
-    )
+        chunks, pattern, sizes, tokens, attend, out,
+        origin=first, first_head=first_head, scales=value_scales,
+    )  # fmt: skip
 
 
 value_scales = packing.scales

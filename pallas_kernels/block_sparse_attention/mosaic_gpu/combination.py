@@ -1,8 +1,9 @@
 """The results of a query's entries as one: a kernel that streams them once.
 
-Rows of results are taken 64 at a time. `plan.entry_place` says how the results of such a tile lie
-in device memory: next to each other, a matrix of 64 rows for each entry that a query may have. So
-all copies are of whole matrices, and what a thread block reads is contiguous.
+Rows of results are taken 64 at a time, those of a few tokens for one KV head. `plan.entry_place`
+says how the results of such a tile lie in device memory: next to each other, a matrix of 64 rows
+for each entry that a query may have. So what a thread block reads is contiguous, and copied by
+whole matrices.
 
 The kernel may also add further arrays of rows, those of other branches of attention, each times a
 number per row: then nothing else has to read the results.
@@ -79,8 +80,8 @@ class Added(NamedTuple):
     """Rows to add to the result.
 
     Attributes:
-      rows: bf16 [B, T', Hq, D], of the tokens of the pattern.
-      gate: f32 [B, T, Hq], their factor; None for 1.
+      rows: bf16 [B, T', H * groups, D], of the tokens of the pattern and of all H KV heads.
+      gate: f32 [B, T', H * groups], their factor; None for 1.
     """
 
     rows: jax.Array
@@ -99,16 +100,14 @@ class _Combination:
 
     def __init__(self, sizes: Sizes, config: CombineConfig, gates: tuple[bool, ...], at):
         self.sizes, self.config, self.gates, self.at = sizes, config, gates, at
-        self.across = sizes.chunk * sizes.heads * sizes.groups // HALF  # tiles of a sequence
-        self.own = hopper.share(sizes.batch * self.across, at)
+        self.width = HALF // sizes.groups  # tokens of a tile
+        self.across = sizes.chunk // self.width  # tiles of a sequence and KV head
+        self.own = hopper.share(sizes.batch * sizes.heads * self.across, at)
         self.steps = sizes.capacity // config.matrices
         self.added = max(len(gates) - 1, 0)  # arrays
         self.gated = [n for n, gated in enumerate(gates) if gated]
-        # Of the chunk's first token, in `out` and the gates, and in what is added.
-        self.row, self.added_row = (
-            lax.div(at.span[n], TOGETHER) * (sizes.heads * sizes.groups * TOGETHER // HALF)
-            for n in (2, 3)
-        )
+        # The first token in the results, and in the pattern, as gates and what is added have it.
+        self.token, self.pattern_token, self.first_head = (at.span[n] for n in (2, 3, 4))
 
     @staticmethod
     def scratch(sizes: Sizes, config: CombineConfig, gates: tuple[bool, ...]):
@@ -128,7 +127,7 @@ class _Combination:
             "out_tile": hopper.operand_tile((computing, *rows)),
             "lse_tile": None if gates else plgpu.SMEM((computing, HALF), jnp.float32),
             "words_ring": Ring.barriers(slots, 1, consumers=1),
-            "added_ring": Ring.barriers(added_slots, 1, consumers=1),
+            "added_ring": Ring.barriers(added_slots, HALF // sizes.groups, consumers=1),
             "number_ring": Ring.barriers(places, 3 + gated, consumers=1),
         }
 
@@ -146,9 +145,10 @@ class _Combination:
         )
 
     def tile(self, i):
-        """(number, batch element, number within it) of this thread block's tile i."""
+        """(number, batch element, KV head, number within these) of this thread block's tile i."""
         tile = self.at.program + i * self.at.programs
-        return tile, lax.div(tile, self.across), lax.rem(tile, self.across)
+        sequence, heads = lax.div(tile, self.across), self.sizes.heads
+        return tile, lax.div(sequence, heads), lax.rem(sequence, heads), lax.rem(tile, self.across)
 
     def load(self):
         """Fills the rings, of all computing warpgroups in turns."""
@@ -170,7 +170,7 @@ class _Combination:
             for number in range(self.added):
                 for_each(n, functools.partial(self._load_added, number))
 
-    def _load_numbers(self, warpgroup, n, tile, b, row):
+    def _load_numbers(self, warpgroup, n, tile, b, h, row):
         at = self.at
         _, _, ring = self.rings(warpgroup)
         place = ring.claim(n)
@@ -182,10 +182,11 @@ class _Combination:
         ):
             plgpu.copy_gmem_to_smem(source.at[tile], target.at[place], ready)
         for number, gate in enumerate(self.gated):
-            source = getattr(at, f"gate{gate}").at[b, self.row + row]
+            own = lax.div(self.pattern_token, self.width) + row
+            source = getattr(at, f"gate{gate}").at[b, self.first_head + h, own]
             plgpu.copy_gmem_to_smem(source, at.gates_tile.at[place, number], ready)
 
-    def _load_entries(self, step, warpgroup, n, tile, b, row):
+    def _load_entries(self, step, warpgroup, n, tile, b, h, row):
         at, height = self.at, self.config.matrices * HALF
         ring, _, _ = self.rings(warpgroup)
         slot = ring.claim(n * self.steps + step)
@@ -193,12 +194,22 @@ class _Combination:
         source, ready = at.words.at[tile, rows], ring.ready.at[slot]
         plgpu.copy_gmem_to_smem(source, at.words_tile.at[slot], ready)
 
-    def _load_added(self, number, warpgroup, n, tile, b, row):
+    def _load_added(self, number, warpgroup, n, tile, b, h, row):
         at = self.at
         _, ring, _ = self.rings(warpgroup)
         slot = ring.claim(n * self.added + number)
-        source = getattr(at, f"rows{number}").at[b, self.added_row + row]
-        plgpu.copy_gmem_to_smem(source, at.added_tile.at[slot], ring.ready.at[slot])
+        first, h = self.pattern_token + row * self.width, self.first_head + h
+
+        def load(token):
+            source = getattr(at, f"rows{number}").at[b, first + token, h]
+            target = at.added_tile.at[slot, self._rows_of(token)]
+            plgpu.copy_gmem_to_smem(source, target, ring.ready.at[slot])
+
+        hopper.by_warp(self.width, load)
+
+    def _rows_of(self, token: int):
+        """Those of a tile that one of its tokens has."""
+        return pl.ds(token * self.sizes.groups, self.sizes.groups)
 
     def compute(self):
         """Combines tile after tile; results leave while the next tile is under way."""
@@ -271,16 +282,22 @@ class _Combination:
 
     def _store(self, n, acc, lse):
         at, own = self.at, self.at.warpgroup
-        _, b, row = self.tile(n * self.config.computing + own)
-        row = self.row + row
+        _, b, h, row = self.tile(n * self.config.computing + own)
+        h, first = self.first_head + h, self.token + row * self.width
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         at.out_tile[own] = acc.astype(at.out.dtype)
         if lse is not None:
             at.lse_tile[own] = lse
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(at.out_tile.at[own], at.out.at[b, row], commit_group=False)
+
+        def store(token):
+            source = at.out_tile.at[own, self._rows_of(token)]
+            plgpu.copy_smem_to_gmem(source, at.out.at[b, first + token, h], commit_group=False)
+
+        hopper.by_warp(self.width, store)
         if lse is not None:
-            plgpu.copy_smem_to_gmem(at.lse_tile.at[own], at.lse.at[b, row], commit_group=False)
+            target = at.lse.at[b, h, lax.div(first, self.width)]
+            plgpu.copy_smem_to_gmem(at.lse_tile.at[own], target, commit_group=False)
         plgpu.commit_smem_to_gmem_group()
 
 
@@ -303,11 +320,12 @@ def combine_entries(
         [entries, groups, 3 D / 8], each at its place; those of empty entries may be anything.
       lse: f32 [entries, groups], likewise, without the entries' values.
       chunk: the entries, planned with the scales that they are packed with.
-      results: out [B, T, Hkv * groups, D], and lse f32 [B, T, Hkv * groups], or None where there is
-        a gate or something is added; T and the chunk's first tokens are multiples of 8.
+      results: out [B, T, H * groups, D], and lse f32 [B, H, T, groups], or None where there is a
+        gate or something is added; T and the chunk's first tokens are multiples of 8. Of the H KV
+        heads, those of the chunk are written.
       sizes: of the call; the chunk is a multiple of 8.
       config: of the kernel.
-      gate: f32 [B, T, Hkv * groups], the factor of the combined results; None for 1.
+      gate: f32 [B, T', H * groups], the factor of the combined results; None for 1.
       added: what is added to them.
 
     Returns:
@@ -326,11 +344,16 @@ def combine_entries(
         x = x.reshape(tiles, -1)
         return jnp.pad(x, [(0, 0), (0, _tile_entries(sizes) - x.shape[1])])
 
-    def by_tile(x, *rest):
-        return x if x is None else x.reshape(len(x), -1, HALF, *rest)
+    def by_head(x):
+        """[B, tokens, heads, groups, ...]."""
+        return x.reshape(*x.shape[:2], -1, sizes.groups, *x.shape[3:])
+
+    def by_tile(x):
+        """[B, heads, tokens, groups] -> [B, heads, tiles, 64]."""
+        return x if x is None else x.reshape(*x.shape[:2], -1, HALF)
 
     def gate_by_tile(x):
-        return x if x is None else by_tile(x.astype(jnp.float32))
+        return x if x is None else by_tile(by_head(x.astype(jnp.float32)).swapaxes(1, 2))
 
     operands = {
         "words": words.reshape(tiles, sizes.capacity * HALF, -1),
@@ -341,7 +364,7 @@ def combine_entries(
         "gate0": gate_by_tile(gate),
     }
     for number, each in enumerate(added):
-        operands[f"rows{number}"] = by_tile(each.rows, sizes.head_dim)
+        operands[f"rows{number}"] = by_head(each.rows)
         operands[f"gate{1 + number}"] = gate_by_tile(each.gate)
     found = hopper.launch(
         "combine_entries",
@@ -350,7 +373,7 @@ def combine_entries(
         ),
         programs=config.programs,
         operands=operands,
-        updated={"out": by_tile(out, sizes.head_dim), "lse": by_tile(out_lse)},
+        updated={"out": by_head(out), "lse": by_tile(out_lse)},
         outputs={},
         scratch=_Combination.scratch(sizes, config, gates),
         warpgroups=config.computing + 1,

@@ -39,19 +39,18 @@ class Config:
 def entry_place(entry, sizes: Sizes):
     """Where the results of entries belong, an entry being numbered as in `Entries`.
 
-    The results of a token are rows, one for each of its query heads, and 64 rows make a tile. Of a
-    tile first come the results of the first entry of each row, then those of the second, and so on.
+    The results of a token are rows, one for each of the query heads of a KV head, and 64 rows, of
+    neighbouring tokens, make a tile. Of a tile first come the results of the first entry of each
+    row, then those of the second, and so on.
     """
     row, number = entry // sizes.capacity, entry % sizes.capacity
-    row, token = row // sizes.chunk, row % sizes.chunk
-    batch, head = row // sizes.heads, row % sizes.heads
-    unit, width = (batch * sizes.chunk + token) * sizes.heads + head, HALF // sizes.groups
-    return (unit // width * sizes.capacity + number) * width + unit % width
+    width = HALF // sizes.groups
+    return (row // width * sizes.capacity + number) * width + row % width
 
 
 def at_places(x, sizes: Sizes):
     """Numbers of entries [C, B, Hkv, chunk, capacity] -> [C, entries], each at its place."""
-    x = jnp.moveaxis(x, 2, 3).reshape(len(x), -1, HALF // sizes.groups, sizes.capacity)
+    x = x.reshape(len(x), -1, HALF // sizes.groups, sizes.capacity)
     return x.swapaxes(2, 3).reshape(len(x), -1)
 
 
@@ -59,7 +58,8 @@ def by_token(x, sizes: Sizes):
     """What is at the places, [entries, ...] -> [B, chunk, Hkv, capacity, ...]."""
     rest = x.shape[1:]
     x = x.reshape(-1, sizes.capacity, HALF // sizes.groups, *rest).swapaxes(1, 2)
-    return x.reshape(sizes.batch, sizes.chunk, sizes.heads, sizes.capacity, *rest)
+    x = x.reshape(sizes.batch, sizes.heads, sizes.chunk, sizes.capacity, *rest)
+    return x.swapaxes(1, 2)
 
 
 class Chunk(NamedTuple):
@@ -76,8 +76,8 @@ class Chunk(NamedTuple):
         those that have entries, the block's first and last tile, and the bits of the
         block's scale (`packing`); then the tokens of the tile's R = 64 / groups entries, then
         the entries' own places, or -1 for none.
-      span: int32 [4]: of the tiles the first and how many there are; the first token, and its
-        number among those of the pattern.
+      span: int32 [5]: of the tiles the first and how many there are; the first token, its number
+        among those of the pattern, and the first KV head.
       used: bool [columns]: whether a block has entries.
     """
 
@@ -105,7 +105,7 @@ class Plan(NamedTuple):
 
     Attributes:
       tiles: of one chunk after the other; what it says of tiles is counted within a chunk.
-      span: int32 [C, 4].
+      span: int32 [C, 5].
     """
 
     place: jax.Array
@@ -130,7 +130,9 @@ def most_tiles(sizes: Sizes) -> int:
 
 
 @functools.partial(jax.named_call, name="plan_chunks")
-def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0, scales=None) -> Plan:
+def plan_chunks(
+    first, indptr, indices, values, sizes: Sizes, origin=0, first_head=0, scales=None
+) -> Plan:
     """Plans all chunks of queries at once, since a plan is many small launches.
 
     Args:
@@ -140,6 +142,7 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0, scales=N
       values: f32 [B, Hkv, E].
       sizes: of the call.
       origin: the token that is the pattern's first, int32.
+      first_head: the KV head that is the pattern's first, int32.
       scales: f32 [B, Nb, Hkv], of the blocks (`packing`), where results are to be packed.
     """
     chunks, width = len(first), HALF // sizes.groups
@@ -154,7 +157,7 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0, scales=N
     chunk = tiles.run // sizes.columns
     token = entry // sizes.capacity % sizes.chunk + (origin + first)[chunk][:, None]
     row, block = tiles.run % sizes.columns // sizes.num_blocks, tiles.run % sizes.num_blocks
-    batch, head = row // sizes.heads, row % sizes.heads
+    batch, head = row // sizes.heads, first_head + row % sizes.heads
     numbers = [
         batch,
         head,
@@ -179,12 +182,13 @@ def plan_chunks(first, indptr, indices, values, sizes: Sizes, origin=0, scales=N
         mode="drop",
         unique_indices=True,
     )
-    span = jnp.stack([bounds[:-1], jnp.diff(bounds), origin + first, first], axis=1)
+    span = [bounds[:-1], jnp.diff(bounds), origin + first, first, jnp.full_like(first, first_head)]
+    span = jnp.stack(span, axis=1)
     scale = None
     if scales is not None:
         _, b, h = (x[..., None, None] for x in jnp.ogrid[:1, : sizes.batch, : sizes.heads])
         block = jnp.clip(entries.block, 0, sizes.num_blocks - 1)
-        scale = at_places(jnp.where(entries.filled, scales[b, block, h], 1), sizes)
+        scale = at_places(jnp.where(entries.filled, scales[b, block, first_head + h], 1), sizes)
     place, value, filled = (
         at_places(x, sizes) for x in (entries.place, entries.value, entries.filled)
     )
