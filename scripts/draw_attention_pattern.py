@@ -51,7 +51,7 @@ def attention_pattern(config: AttentionConfig, tokens: int, seed: int = 0) -> np
     leaves = leaf_nodes(salience, 0, config.segment_length, config.landmarks_per_segment)
     pyramid = build_pyramid(leaves, config, sliding=False)
     segments = (local_start // config.segment_length)[None]
-    landmarks = np.asarray(visible_landmarks(pyramid, segments, None, config))[0, 0]
+    landmarks = np.asarray(visible_landmarks(pyramid, segments, None, config)[0])[0, 0]
 
     # Neighbouring queries want similar things, as in a trained model.
     steps = jax.random.normal(query_key, (1, tokens, 1, config.score_dim))

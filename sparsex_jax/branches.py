@@ -212,12 +212,12 @@ def landmark_ranges(
         ]
         first_block = leader_start // config.block_size
     past = remote_end(leader[None], leader_start, config) - leader_start
-    listed = visible_landmarks(pyramid, past // config.segment_length, first_block, config)
+    listed, count = visible_landmarks(pyramid, past // config.segment_length, first_block, config)
     listed = pad(listed, -1, _TOGETHER, fill=-1)
     length = listed.shape[-1]
     keys, values, bias = gather_keys(k, v, salience, listed.reshape(*listed.shape[:2], -1))
-    begin = number * length
-    end = begin + length
+    begin = jnp.broadcast_to(number * length, (len(k), tokens))
+    end = begin + count[:, number]
     if document_start is not None:  # a group's later tokens may begin a document: no remote past
         document_start = document_start.at[:, positions - document_origin].get(mode="clip")
         begin = jnp.where(

@@ -125,7 +125,7 @@ def visible_landmarks(
     segments: jax.Array,
     first_block: jax.Array | None,
     config: AttentionConfig,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """The landmarks that queries see.
 
     Args:
@@ -135,7 +135,8 @@ def visible_landmarks(
       config: as for the pyramid.
 
     Returns:
-      int32 [B, Hkv, Q, levels * (r + 1) * m], -1 where there is none.
+      Their tokens, int32 [B, Hkv, Q, levels * (r + 1) * m], then -1; and of how many places of it a
+      query sees what is there, int32 [B, Q].
     """
     slots = jnp.arange(config.nodes_per_level + 1, dtype=jnp.int32)
     found = []
@@ -151,7 +152,28 @@ def visible_landmarks(
         token = token.reshape(*token.shape[:2], queries, slots.size, -1)
         seen = (slots < count[..., None])[:, None, :, :, None]
         found.append(jnp.where(seen, token, -1).reshape(*token.shape[:3], -1))
-    return jnp.concatenate(found, axis=-1)
+    each = found[0].shape[-1]  # places of a level
+    sizes = jnp.stack([count * (each // slots.size) for _, count in spans], axis=-1)
+    return _without_gaps(jnp.concatenate(found, axis=-1), sizes)
+
+
+def _without_gaps(listed: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Moves together what stands at the beginning of each of a list's parts.
+
+    Args:
+      listed: int32 [B, Hkv, Q, parts * size].
+      sizes: of what counts in each part, int32 [B, Q, parts].
+
+    Returns:
+      The list, with -1 at its end; and how long it is before that, int32 [B, Q].
+    """
+    place = jnp.arange(listed.shape[-1], dtype=jnp.int32)
+    ends = jnp.cumsum(sizes, axis=-1)
+    gaps = listed.shape[-1] // sizes.shape[-1] - sizes
+    before = place[:, None] >= ends[:, :, None]  # parts that end before a place
+    source = place + jnp.sum(jnp.where(before, gaps[:, :, None], 0), axis=-1, dtype=jnp.int32)
+    listed = jnp.take_along_axis(listed, source[:, None], axis=-1, mode="clip")
+    return jnp.where(place < ends[:, None, :, -1:], listed, -1), ends[..., -1]
 
 
 @jax.custom_vjp

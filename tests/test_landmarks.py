@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsex_jax.landmarks import gather_keys
+from sparsex_jax.config import AttentionConfig
+from sparsex_jax.landmarks import (
+    build_pyramid,
+    gather_keys,
+    leaf_nodes,
+    visible_landmarks,
+    visible_nodes,
+)
 
 
 def test_gradients_of_keys_that_are_listed_often():
@@ -32,3 +39,28 @@ def test_gradients_are_summed_in_f32():
         return jnp.sum(gather_keys(k, k, jnp.zeros((1, 2, 1)), token)[0])
 
     assert gradient(k).ravel().tolist() == [0, 300]
+
+
+def test_what_is_seen_stands_together():
+    """Whatever nodes of the levels are missing; of queries with any number of segments before."""
+    config = AttentionConfig(
+        window=8, block_size=8, segment_length=8, landmarks_per_segment=2, nodes_per_level=2
+    )
+    salience = jax.random.normal(jax.random.key(0), (1, 8 * 21, 2))
+    leaves = leaf_nodes(salience, 0, config.segment_length, config.landmarks_per_segment)
+    pyramid = build_pyramid(leaves, config, sliding=False)
+    segments = jnp.arange(22, dtype=jnp.int32)[None]
+    listed, length = visible_landmarks(pyramid, segments, None, config)
+    spans = visible_nodes(segments[0], len(pyramid), config.nodes_per_level)
+    assert listed.shape == (1, 2, 22, len(pyramid) * 3 * 2)
+    for query in range(22):
+        for head in range(2):
+            expected = [
+                nodes.token[0, head, first[query] : first[query] + count[query]].ravel()
+                for nodes, (first, count) in zip(pyramid, spans, strict=True)
+            ]
+            expected = np.concatenate(expected)
+            assert len(expected) == length[0, query]
+            rest = np.full(listed.shape[3] - len(expected), -1)
+            np.testing.assert_array_equal(listed[0, head, query], [*expected, *rest])
+    assert set(np.asarray(length[0])) >= {0, 2, 4, 8, 10, 12}

@@ -180,7 +180,7 @@ def test_counted_keys():
     leaves = leaf_nodes(salience, 0, SMALL.segment_length, SMALL.landmarks_per_segment)
     pyramid = build_pyramid(leaves, SMALL, sliding=False)
     segments = jnp.asarray(start // SMALL.segment_length)[None]
-    marks = int(np.sum(np.asarray(visible_landmarks(pyramid, segments, None, SMALL)) >= 0))
+    marks = int(np.sum(np.asarray(visible_landmarks(pyramid, segments, None, SMALL)[0]) >= 0))
     attended = {
         "local": int(np.sum(np.arange(WORK.tokens) - start + 1)),
         "landmarks": marks,
