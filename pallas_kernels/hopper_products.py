@@ -14,7 +14,6 @@ from pallas_kernels import hopper_lanes
 from pallas_kernels.hopper import HALF
 
 _MATRIX = plgpu.Layout.WGMMA
-_SWIZZLED = plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(2 * HALF)
 
 
 def begin(rows, others):
@@ -29,7 +28,9 @@ def begin(rows, others):
     (count, dim), size = others.shape, others.shape[0] // 2
     result = plgpu.ShapeDtypeStruct((HALF, count), jnp.float32, _MATRIX)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_SWIZZLED),) * 2, return_type=result)
+    swizzled = plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(2 * HALF)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled),) * 2, return_type=result)
     def start(_, *operands):
         single = ir.F32Type.get()
         numbers = llvm.inline_asm(

@@ -157,23 +157,14 @@ def _attend(
     def write(first, queries: _Queries, out):
         """Writes the attention of a chunk of tokens, from position `first` on, to `out`."""
         local, landmarks = near(first, queries, keys)
+        pattern = BlockCSR.from_selection(*queries.selected, -(-tokens // config.block_size))
         added = [(local[0], None)]
         if landmarks is not None:
             added.append((landmarks[0], queries.landmark_gate))
-
-        def add_heads(i, out):
-            selected = (
-                jax.lax.dynamic_slice_in_dim(x, i * heads, heads, axis=2) for x in queries.selected
-            )
-            pattern = BlockCSR.from_selection(*selected, -(-tokens // config.block_size))
-            return add_up(
-                out, q, k, v, pattern, first, first_head=i * heads, gate=queries.dynamic_gate,
-                added=added, value_scales=scales, block_size=config.block_size,
-            )  # fmt: skip
-
-        if heads == k.shape[2]:
-            return add_heads(0, out)
-        return jax.lax.fori_loop(0, k.shape[2] // heads, add_heads, out)
+        return add_up(
+            out, q, k, v, pattern, first, heads=heads, gate=queries.dynamic_gate, added=added,
+            value_scales=scales, block_size=config.block_size,
+        )  # fmt: skip
 
     keys = _Keys(k, turned_k, v, blocks, marks)
     of_tokens = local_start, document_start, limit, span

@@ -140,27 +140,26 @@ def add_up(
     blocks: BlockCSR,
     first,
     *,
-    first_head=0,
+    heads: int | None = None,
     gate,
     added,
     value_scales,
     block_size: int,
     scale: float | None = None,
 ):
-    """Block-sparse attention of some tokens and heads, with other branches added, written in place.
+    """Block-sparse attention of some tokens, with other branches added, written in place.
 
     Not differentiable, and only for what `adds_up` takes.
 
     Args:
-      out: [B, T, Hq, D], of which the tokens and heads of the pattern are written. Inside
-        `jax.shard_map` it must not vary, as far as JAX knows, and nor does the result:
-        `jax.lax.empty` does not.
+      out: [B, T, Hq, D], of which the tokens of the pattern are written. Inside `jax.shard_map` it
+        must not vary, as far as JAX knows, and nor does the result: `jax.lax.empty` does not.
       q: [B, T, Hq, D].
       k: [B, N, Hkv, D].
       v: [B, N, Hkv, D].
-      blocks: of T' tokens and of some KV heads.
-      first: the first of these tokens, int32, a multiple of 8.
-      first_head: the first of these KV heads, int32.
+      blocks: of T' tokens.
+      first: the first of these, int32, a multiple of 8.
+      heads: KV heads that are taken at a time; None for all.
       gate: f32 [B, T', Hq], what the attention to the blocks is multiplied with; None for 1.
       added: pairs of rows [B, T', Hq, D] to add, and what they are multiplied with, as `gate`.
       value_scales: of all values, from the function of that name.
@@ -172,9 +171,9 @@ def add_up(
     """
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     first = jnp.asarray(first, jnp.int32)
-    first_head = jnp.asarray(first_head, jnp.int32)
-    operands = vary_alike(q, k, v, blocks, first, first_head, gate, tuple(added), value_scales)
-    return dispatch.deferred(f"{__name__}.mosaic_gpu", "add_up")(out, *operands, block_size, scale)
+    operands = vary_alike(q, k, v, blocks, first, gate, tuple(added), value_scales)
+    run = dispatch.deferred(f"{__name__}.mosaic_gpu", "add_up")
+    return run(out, *operands, block_size, scale, heads)
 
 
 __all__ = ["BlockCSR", "add_up", "adds_up", "block_sparse_attention", "value_scales"]

@@ -38,14 +38,14 @@ def tiny(monkeypatch, tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Three candidates; those with 1 stage take 3 ms, with 2 stages 1 ms, others 2 ms."""
-    candidates = [selection.Config(stages, programs=2) for stages in (3, 1, 2)]
+    """Three candidates; those with 1 place take 3 ms, with 2 places 1 ms, others 2 ms."""
+    candidates = [selection.Config(2, places, programs=2) for places in (3, 1, 2)]
     monkeypatch.setattr(tuning.Kernel, "candidates", lambda *_: candidates)
     real = tuner.Tuner._try
 
     def tell(self, case, config):
         def measure(call, samples, seconds):
-            times = {1: 3.0, 2: 1.0}.get(config.stages, 2.0) * np.linspace(0.9, 1.1, samples)
+            times = {1: 3.0, 2: 1.0}.get(config.places, 2.0) * np.linspace(0.9, 1.1, samples)
             return Timing(times / 1e3, 1)
 
         monkeypatch.setattr(tuner, "measure", measure)
@@ -104,13 +104,13 @@ def test_the_fastest_right_candidate_is_stored(clock, tmp_path, capsys):
     evidence = entry["evidence"]
     assert evidence["milliseconds"] == pytest.approx(1) and evidence["samples"] == 5
     assert evidence["milliseconds_q1"] < 1 < evidence["milliseconds_q3"]
-    assert evidence["default"]["config"] == {"stages": 3, "places": 2, "programs": 2}
+    assert evidence["default"]["config"] == {"stages": 2, "places": 3, "programs": 2}
     assert evidence["default"]["milliseconds"] == pytest.approx(2)
     assert evidence["candidates"] == {"measured": 3} and evidence["tokens"] == 192
     assert evidence["command"].startswith("sparsex tune --length 192")
     assert {"commit", "date", "hardware", "versions"} < evidence.keys()
     shown = capsys.readouterr().out
-    assert "select at 64, stages=1 places=2 programs=2: 3 ms (2.85 to 3.15)" in shown
+    assert "select at 64, stages=2 places=1 programs=2: 3 ms (2.85 to 3.15)" in shown
     assert "select at 64: stages=2 places=2 programs=2, 2 times as fast as the default" in shown
     with dispatch.targeting(HOPPER):
         assert selection.config_for(64) == selection.Config(2, programs=2)
@@ -118,18 +118,18 @@ def test_the_fastest_right_candidate_is_stored(clock, tmp_path, capsys):
 
 def test_candidates_that_are_wrong_or_fail_are_never_stored(clock, tmp_path, capsys, monkeypatch):
     def broken(config, index, score):
-        if config.stages == 1:
+        if config.places == 1:
             raise ValueError("no such\ninstruction")
-        return index, score * (2 if config.stages == 2 else 1)
+        return index, score * (2 if config.places == 2 else 1)
 
     monkeypatch.setattr(selection, "select", plainly(broken))
     with dispatch.targeting(HOPPER):
         assert tune() == 0
     (entry,) = entries(tmp_path)
-    assert entry["config"] == {"stages": 3, "places": 2, "programs": 2}
+    assert entry["config"] == {"stages": 2, "places": 3, "programs": 2}
     assert entry["evidence"]["candidates"] == {"measured": 1, "failed": 1, "wrong": 1}
     shown = capsys.readouterr().out
-    assert "stages=1 places=2 programs=2: failed: ValueError: no such instruction" in shown
+    assert "stages=2 places=1 programs=2: failed: ValueError: no such instruction" in shown
     assert "stages=2 places=2 programs=2: wrong: outputs differ" in shown
     assert "select at 64: the default stands" in shown
 
@@ -137,12 +137,12 @@ def test_candidates_that_are_wrong_or_fail_are_never_stored(clock, tmp_path, cap
 def test_a_default_that_is_wrong_gives_way(clock, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         selection, "select",
-        plainly(lambda config, index, score: (index - (config.stages == 3), score)),
+        plainly(lambda config, index, score: (index - (config.places == 3), score)),
     )  # fmt: skip
     with dispatch.targeting(HOPPER):
         assert tune() == 0
     (entry,) = entries(tmp_path)
-    assert entry["config"]["stages"] == 2
+    assert entry["config"]["places"] == 2
     assert entry["evidence"]["default"]["milliseconds"] is None
     assert "since the default has no time" in capsys.readouterr().out
 
@@ -156,7 +156,7 @@ def test_nothing_is_stored_when_nothing_is_right(clock, tmp_path, monkeypatch, c
         assert tune() == 1
     assert not (tmp_path / FILE).exists()
     shown = capsys.readouterr().out
-    assert "stages=3 places=2 programs=2: out of memory: RESOURCE_EXHAUSTED" in shown
+    assert "stages=2 places=3 programs=2: out of memory: RESOURCE_EXHAUSTED" in shown
     assert "no config is right; nothing was stored" in shown
 
 

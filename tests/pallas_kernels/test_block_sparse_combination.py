@@ -67,7 +67,7 @@ def make_entries(sizes, rng, *, holes=True):
     scale = 2.0 ** rng.integers(3, 5, size=sizes.entries).astype(np.float32)
     filled_places = placed(np.ones(shape, bool), False)
     chunk = Chunk(
-        None, jnp.asarray(placed(value, 0)), jnp.asarray(filled_places),
+        None, jnp.asarray(placed(value, -np.inf)), jnp.asarray(filled_places),
         jnp.asarray(np.where(filled_places, scale, 1)), None, None, jnp.zeros(5, jnp.int32), None,
     )  # fmt: skip
     scale = scale[:, None, None]
@@ -135,7 +135,7 @@ class TestEntries:
         entries, operands, chunk = make_entries(sizes, rng)
         chunk = chunk._replace(span=jnp.array([0, 0, 16, 8, 1], jnp.int32))
         rows = [jnp.asarray(rng.normal(size=(2, 24, 24, 64)), jnp.bfloat16) for _ in range(2)]
-        gates = [jnp.asarray(rng.random((2, 24, 24)), jnp.float32) for _ in range(2)]
+        gates = [jnp.asarray(rng.random((2, 3, 24, 8)), jnp.float32) for _ in range(2)]
         out = jnp.full((2, 32, 24, 64), 7, jnp.bfloat16)
 
         @jax.jit
@@ -147,7 +147,8 @@ class TestEntries:
 
         found = np.asarray(run(out, rows, gates), np.float64)
         rows = [np.asarray(x, np.float64)[:, 8:16, 8:] for x in rows]
-        gates = [np.asarray(x, np.float64)[:, 8:16, 8:, None] for x in gates]
+        gates = [np.asarray(x, np.float64)[:, 1:, 8:16].swapaxes(1, 2) for x in gates]
+        gates = [x.reshape(2, 8, 16, 1) for x in gates]
         expected = gates[0] * softmax(*entries)[0] + rows[0] + gates[1] * rows[1]
         np.testing.assert_allclose(found[:, 16:24, 8:], expected, rtol=2**-8, atol=2**-8)
         np.testing.assert_array_equal(np.delete(found, np.s_[16:24], axis=1), 7)
@@ -213,16 +214,12 @@ class TestAddUp:
 
         @jax.jit
         def run(q, k, v, blocks, first, branches, gates):
-            out = jnp.full(q.shape, 7, q.dtype)
-            for head in range(0, k.shape[2], heads):
-                own = slice(head, head + heads)
-                out = add_up(
-                    out, q, k, v, jax.tree.map(lambda x, own=own: x[:, own], blocks), first,
-                    first_head=head, gate=gates[0],
-                    added=[(branches[0], None), (branches[1], gates[1])],
-                    value_scales=value_scales(v, block_size=64), block_size=64,
-                )  # fmt: skip
-            return out
+            return add_up(
+                jnp.full(q.shape, 7, q.dtype), q, k, v, blocks, first,
+                heads=heads, gate=gates[0],
+                added=[(branches[0], None), (branches[1], gates[1])],
+                value_scales=value_scales(v, block_size=64), block_size=64,
+            )  # fmt: skip
 
         found = run(whole_q, k, v, blocks, 8, branches, gates)
         assert_same_bits(run(whole_q, k, v, blocks, 8, branches, gates), found)
@@ -254,16 +251,16 @@ class TestCompiled:
         sizes = make_sizes(1, 2, groups, dim, 4096, capacity)
         config = combine_config_for(sizes)
         shape = jax.ShapeDtypeStruct
-        rows, numbers = (1, 8192, 2 * groups, dim), (1, 8192, 2 * groups)
+        rows = 1, 8192, 2 * groups, dim
         half, wide = jnp.bfloat16, jnp.float32
 
-        def run(words, lse, value, filled, scale, span, rows, numbers, sums):
+        def run(words, lse, value, filled, scale, span, rows, sums):
             chunk = Chunk(None, value, filled, scale, None, None, span, None)
             step = functools.partial(combine_entries, words, lse, chunk, sizes=sizes, config=config)
-            added = Added(rows, None), Added(rows, numbers)
+            added = Added(rows, None), Added(rows, sums)
             return (
                 step(results=(rows + 1, sums + 1)),
-                step(results=(rows + 2, None), gate=numbers, added=added),
+                step(results=(rows + 2, None), gate=sums, added=added),
             )
 
         entries = sizes.entries
@@ -271,7 +268,7 @@ class TestCompiled:
             target, run, shape((entries, groups, packing.width(dim)), jnp.int32),
             shape((entries, groups), wide), shape((entries,), wide), shape((entries,), bool),
             shape((entries,), wide), shape((5,), jnp.int32), shape(rows, half),
-            shape(numbers, wide), shape((1, 2, 8192, groups), wide),
+            shape((1, 2, 8192, groups), wide),
         )  # fmt: skip
         assert len(compilation.kernels) == 2
         for kernel in compilation.kernels:

@@ -165,7 +165,7 @@ def merge(tile, filled, count: int):
     @plgpu.inline_mgpu(arg_types=(_LIST, _MATRIX), return_type=result)
     def merge(_, tile, filled):
         lane = arith.remui(mgpu.utils.thread_idx(), _word(4))
-        own: list = [[None] * (count // 4) for _ in range(2)]
+        own = [[None] * (count // 4) for _ in range(2)]
         rows = [_Merge(tile, filled, half) for half in range(2)]
         for column in range(count):  # of both rows, since each waits for shared memory
             i = column // 8 * 2 + column % 2

@@ -126,9 +126,8 @@ def _forward(q, k, v, indptr, indices, values, *, sizes: Sizes):
         found = combine_by_token(*(by_token(x, sizes) for x in operands))
         return tuple(_put(x, y, chunk) for x, y in zip(results, found, strict=True))
 
-    lse = batch, sizes.heads, whole, sizes.groups  # as the kernel writes it
-    if combine_config is None:
-        lse = batch, whole, heads
+    by_head = batch, sizes.heads, whole, sizes.groups  # as the kernel writes lse
+    lse = (batch, whole, heads) if combine_config is None else by_head
     empty = lax.empty((batch, whole, heads, sizes.head_dim), q.dtype), lax.empty(lse, jnp.float32)
     if combine_config is None:  # else it must not vary, see `hopper.launch`
         empty = vary_with(q, empty)
@@ -273,18 +272,26 @@ def adds_up(q, k, tokens: int, capacity: int) -> bool:
 
 
 def add_up(
-    out, q, k, v, blocks: BlockCSR, first, first_head, gate, added, value_scales, block_size, scale
+    out, q, k, v, blocks: BlockCSR, first, gate, added, value_scales, block_size, scale, heads
 ):
     """See `pallas_kernels.block_sparse_attention.add_up`."""
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads, tokens = k.shape[2], blocks.indptr.shape[2] - 1
+    heads = heads or num_kv_heads
     sizes = Sizes(
-        batch, blocks.indptr.shape[1], num_heads // num_kv_heads, head_dim, k.shape[1], block_size,
+        batch, heads, num_heads // num_kv_heads, head_dim, k.shape[1], block_size,
         blocks.num_columns, blocks.row_capacity, tokens, scale, regular=blocks.regular,
     )  # fmt: skip
     sizes, chunks = _cut("forward", batch, tokens, sizes, num_kv_heads)
     config, combine_config = config_for("forward", head_dim), combine_config_for(sizes)
-    added = tuple(Added(*each) for each in added)
+
+    def by_head(gate):
+        if gate is None:
+            return None
+        gate = gate.astype(jnp.float32).reshape(batch, tokens, num_kv_heads, sizes.groups)
+        return gate.swapaxes(1, 2)
+
+    gate, added = by_head(gate), tuple(Added(rows, by_head(each)) for rows, each in added)
 
     def attend(chunk, out):
         words, lse = forward(q, k, v, chunk, sizes, config)
@@ -292,11 +299,17 @@ def add_up(
             words, lse, chunk, (out, None), sizes, combine_config, gate=gate, added=added
         )[0]
 
-    pattern = blocks.indptr, blocks.indices, blocks.values
-    return _for_chunks(
-        chunks, pattern, sizes, tokens, attend, out,
-        origin=first, first_head=first_head, scales=value_scales,
-    )  # fmt: skip
+    def add_heads(i, out):
+        pattern = (
+            lax.dynamic_slice_in_dim(x, i * heads, heads, axis=1)
+            for x in (blocks.indptr, blocks.indices, blocks.values)
+        )
+        return _for_chunks(
+            chunks, tuple(pattern), sizes, tokens, attend, out,
+            origin=first, first_head=i * heads, scales=value_scales,
+        )  # fmt: skip
+
+    return loop(num_kv_heads // heads, add_heads, out)
 
 
 value_scales = packing.scales

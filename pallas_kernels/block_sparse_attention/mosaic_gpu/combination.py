@@ -81,7 +81,7 @@ class Added(NamedTuple):
 
     Attributes:
       rows: bf16 [B, T', H * groups, D], of the tokens of the pattern and of all H KV heads.
-      gate: f32 [B, T', H * groups], their factor; None for 1.
+      gate: f32 [B, H, T', groups], their factor; None for 1.
     """
 
     rows: jax.Array
@@ -92,9 +92,9 @@ class _Combination:
     """A thread block that takes every `programs`-th tile.
 
     Its computing warpgroups take tiles in turns, each with slots of its own, which the loader fills
-    alternately. `at` has the references: words, sums (lse of entries), values, factors, span, out,
+    alternately. `at` has the references: words, sums (lse of entries), values, scales, span, out,
     lse and, by their number, rows0, gate0, ... in device memory; words_tile, sums_tile,
-    values_tile, factors_tile, gates_tile, added_tile, out_tile and lse_tile in shared memory; and
+    values_tile, scales_tile, gates_tile, added_tile, out_tile and lse_tile in shared memory; and
     the rings' barriers.
     """
 
@@ -121,7 +121,7 @@ class _Combination:
             "words_tile": packing.tile(slots, config.matrices * HALF, sizes.head_dim),
             "sums_tile": plgpu.SMEM((places, sizes.capacity, HALF), jnp.float32),
             "values_tile": plgpu.SMEM((places, _tile_entries(sizes)), jnp.float32),
-            "factors_tile": plgpu.SMEM((places, _tile_entries(sizes)), jnp.float32),
+            "scales_tile": plgpu.SMEM((places, _tile_entries(sizes)), jnp.float32),
             "gates_tile": plgpu.SMEM((places, gated, HALF), jnp.float32) if gated else None,
             "added_tile": hopper.operand_tile((added_slots, *rows)) if adds else None,
             "out_tile": hopper.operand_tile((computing, *rows)),
@@ -178,7 +178,7 @@ class _Combination:
         for source, target in (
             (at.sums, at.sums_tile),
             (at.values, at.values_tile),
-            (at.factors, at.factors_tile),
+            (at.scales, at.scales_tile),
         ):
             plgpu.copy_gmem_to_smem(source.at[tile], target.at[place], ready)
         for number, gate in enumerate(self.gated):
@@ -241,7 +241,8 @@ class _Combination:
             for matrix in range(self.config.matrices):
                 number = step * self.config.matrices + matrix
                 weights = jnp.exp2(logits(number) - top)
-                factors = weights * self._of_entries(at.factors_tile, place, number)
+                scale = self._of_entries(at.scales_tile, place, number)
+                factors = weights * packing.SHIFTED * scale
                 words = at.words_tile.at[slot, pl.ds(matrix * HALF, HALF)]
                 words = plgpu.load(words, layout=plgpu.Layout.WGMMA)
                 # Whatever an empty entry's place holds, it is numbers when unpacked.
@@ -325,7 +326,7 @@ def combine_entries(
         heads, those of the chunk are written.
       sizes: of the call; the chunk is a multiple of 8.
       config: of the kernel.
-      gate: f32 [B, T', H * groups], the factor of the combined results; None for 1.
+      gate: f32 [B, H, T', groups], the factor of the combined results; None for 1.
       added: what is added to them.
 
     Returns:
@@ -337,35 +338,29 @@ def combine_entries(
         gates = (gate is not None, *(each.gate is not None for each in added))
     tiles = sizes.batch * sizes.chunk * sizes.heads * sizes.groups // HALF
 
-    factors = packing.unpacking_factor(chunk.scale)
-    values = jnp.where(chunk.filled, chunk.value, -jnp.inf)
-
     def entries_by_tile(x):
         x = x.reshape(tiles, -1)
         return jnp.pad(x, [(0, 0), (0, _tile_entries(sizes) - x.shape[1])])
 
     def by_head(x):
-        """[B, tokens, heads, groups, ...]."""
-        return x.reshape(*x.shape[:2], -1, sizes.groups, *x.shape[3:])
+        """[B, tokens, heads, groups, D]."""
+        return x.reshape(*x.shape[:2], -1, sizes.groups, sizes.head_dim)
 
     def by_tile(x):
         """[B, heads, tokens, groups] -> [B, heads, tiles, 64]."""
         return x if x is None else x.reshape(*x.shape[:2], -1, HALF)
 
-    def gate_by_tile(x):
-        return x if x is None else by_tile(by_head(x.astype(jnp.float32)).swapaxes(1, 2))
-
     operands = {
         "words": words.reshape(tiles, sizes.capacity * HALF, -1),
         "sums": lse.reshape(tiles, sizes.capacity, HALF),
-        "values": entries_by_tile(values),
-        "factors": entries_by_tile(factors),
+        "values": entries_by_tile(chunk.value),
+        "scales": entries_by_tile(chunk.scale),
         "span": chunk.span,
-        "gate0": gate_by_tile(gate),
+        "gate0": by_tile(gate),
     }
     for number, each in enumerate(added):
         operands[f"rows{number}"] = by_head(each.rows)
-        operands[f"gate{1 + number}"] = gate_by_tile(each.gate)
+        operands[f"gate{1 + number}"] = by_tile(each.gate)
     found = hopper.launch(
         "combine_entries",
         hopper.roles(

@@ -24,7 +24,7 @@ _OWN = -0x7800_7801  # all but the bits to spare
 _FREE = ((11, 0x000F000F), (7, 0x00F000F0), (3, 0x0F000F00))  # what goes where, of 12 bits each
 # About half of 2^112, so that neither what is summed up nor its factor leaves f32's range.
 SHIFT = 60
-UNPACKED = 2.0 ** (_TOP - SHIFT)
+SHIFTED, UNPACKED = 2.0**SHIFT, 2.0 ** (_TOP - SHIFT)
 
 
 def width(head_dim: int) -> int:
@@ -60,21 +60,15 @@ def packing_factor(scale, total):
     return 1 / (total * 2.0**_TOP * scale)
 
 
-def unpacking_factor(scale):
-    """What unpacked numbers are to be multiplied with, and then, summed or not, with `UNPACKED`.
-
-    One factor for both could be more than f32 holds, or so little that what is summed is lost.
-    """
-    return scale * 2.0**SHIFT
-
-
 def pack(x):
     """Packs what was multiplied by its factor: f32 [64, D] -> int32 [64, 3 D / 8]."""
     return pack_pairs(hopper_lanes.narrow(x))
 
 
 def unpack(words):
-    """The packed numbers, yet to be multiplied as `unpacking_factor` says.
+    """The packed numbers, yet to be multiplied with `SHIFTED`, their block's scale and `UNPACKED`.
+
+    One factor for all three could be more than f32 holds, or so little that sums would be lost.
 
     Args:
       words: int32 [64, 3 D / 8].
@@ -95,7 +89,7 @@ def unpack_entries(words, scale):
     Returns:
       f32 [entries, groups, D].
     """
-    factor = unpacking_factor(scale)[:, None, None]
+    factor = (SHIFTED * scale)[:, None, None]
     return hopper_lanes.plain_widen(unpack_pairs(words)) * factor * UNPACKED
 
 

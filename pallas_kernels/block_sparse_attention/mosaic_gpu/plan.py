@@ -67,7 +67,7 @@ class Chunk(NamedTuple):
 
     Attributes:
       place: int32 [entries]: of each entry in the pattern; out of bounds if empty.
-      value: f32 [entries]: the score bias; 0 if empty.
+      value: f32 [entries]: the score bias; -inf if empty.
       filled: bool [entries]: whether an entry is not empty.
       scale: f32 [entries]: that of each entry's block (`packing`); 1 if empty. None where results
         are not packed.
@@ -182,15 +182,14 @@ def plan_chunks(
         mode="drop",
         unique_indices=True,
     )
-    span = [bounds[:-1], jnp.diff(bounds), origin + first, first, jnp.full_like(first, first_head)]
-    span = jnp.stack(span, axis=1)
+    heads = jnp.full_like(first, first_head)
+    span = jnp.stack([bounds[:-1], jnp.diff(bounds), origin + first, first, heads], axis=1)
     scale = None
     if scales is not None:
         _, b, h = (x[..., None, None] for x in jnp.ogrid[:1, : sizes.batch, : sizes.heads])
         block = jnp.clip(entries.block, 0, sizes.num_blocks - 1)
         scale = at_places(jnp.where(entries.filled, scales[b, block, first_head + h], 1), sizes)
-    place, value, filled = (
-        at_places(x, sizes) for x in (entries.place, entries.value, entries.filled)
-    )
+    value = jnp.where(entries.filled, entries.value, -jnp.inf)
+    place, value, filled = (at_places(x, sizes) for x in (entries.place, value, entries.filled))
     slot = slot.reshape(chunks, -1)
     return Plan(place, value, filled, scale, slot, described, span, used)
