@@ -1,8 +1,8 @@
 """The groups of 8 blocks in which the best blocks of each query lie: those with the best maxima.
 
 A tile of 128 queries walks over its blocks, 512 a step. For each half of the queries a warpgroup
-multiplies, eight times, 64 queries and 64 blocks, one block of each group: the maxima are a tile
-of 64 queries and 64 groups. Of that it keeps the best of each query: `candidates` up to 16 of them,
+multiplies 64 queries and eight times 64 blocks, one block of each group: the maxima are a tile of
+64 queries and 64 groups. Of that it keeps the best of each query: `candidates` up to 16 of them,
 `lists` more.
 """
 
