@@ -141,15 +141,13 @@ def half_of(warpgroup):
     return pl.ds(pl.multiple_of(warpgroup * HALF, HALF), HALF)
 
 
-def keep(x, axis: int, at_least=None, below=None, number=None):
+def keep(x, axis: int, at_least=None, below=None):
     """x [M, N], with -inf where a row's (axis 0) or column's (1) number is out of bounds.
 
-    A bound is a number, or one for each index along the other axis. `number` are the numbers
-    [M, N] where they are at hand, of the bounds' type: an iota might be held in registers.
+    A bound is a number, or one for each index along the other axis.
     """
     along = along_rows if axis else along_columns
-    if number is None:
-        number = plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=plgpu.Layout.WGMMA)
+    number = plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=plgpu.Layout.WGMMA)
     # One bound after the other: both at once would take twice the registers.
     if at_least is not None:
         x = jnp.where(number >= _spread(at_least, along, x.shape), x, -jnp.inf)

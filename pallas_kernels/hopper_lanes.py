@@ -136,7 +136,7 @@ def _merged(numbers):
 def hide(x, first, last):
     """x f32 [64, N] with -inf in the columns before a row's `first` and from its `last` on.
 
-    No register holds the number of a column meanwhile.
+    As `hopper.keep`, but that no register holds the number of a column meanwhile.
 
     Args:
       x: f32 [64, N].

@@ -27,7 +27,6 @@ def begin(rows, others):
     """
     (count, dim), size = others.shape, others.shape[0] // 2
     result = plgpu.ShapeDtypeStruct((HALF, count), jnp.float32, _MATRIX)
-
     swizzled = plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(2 * HALF)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzled),) * 2, return_type=result)

@@ -25,7 +25,7 @@ from sparsex_jax.token_chunks import even_size, map_chunks, update_by_chunks
 # Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys,
 # and with gradients another one over their sums.
 _CHUNK = 2**15
-_MAX_CHUNKS = {"differentiable": 8, "in_place": 10}
+_MAX_CHUNKS = {"differentiable": 8, "in_place": 13}
 
 
 def sparse_attention(

@@ -139,7 +139,7 @@ def visible_landmarks(
       query sees what is there, int32 [B, Q].
     """
     slots = jnp.arange(config.nodes_per_level + 1, dtype=jnp.int32)
-    found = []
+    found, sizes = [], []
     spans = visible_nodes(segments, len(pyramid), config.nodes_per_level)
     for level, (nodes, (first, count)) in enumerate(zip(pyramid, spans, strict=True)):
         index = first[..., None] + slots
@@ -152,9 +152,8 @@ def visible_landmarks(
         token = token.reshape(*token.shape[:2], queries, slots.size, -1)
         seen = (slots < count[..., None])[:, None, :, :, None]
         found.append(jnp.where(seen, token, -1).reshape(*token.shape[:3], -1))
-    each = found[0].shape[-1]  # places of a level
-    sizes = jnp.stack([count * (each // slots.size) for _, count in spans], axis=-1)
-    return _without_gaps(jnp.concatenate(found, axis=-1), sizes)
+        sizes.append(count * nodes.token.shape[3])
+    return _without_gaps(jnp.concatenate(found, axis=-1), jnp.stack(sizes, axis=-1))
 
 
 def _without_gaps(listed: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -386,7 +386,7 @@ class TestMillionTokens:
     def test_forward_takes_less_than_q(self):
         inputs = self.inputs()
         compilation = compile_for("h200", self.forward, inputs)
-        assert compilation.temporary_bytes < 0.95 * 2 * inputs["q"].size
+        assert compilation.temporary_bytes < 0.75 * 2 * inputs["q"].size
         program = compilation.executable.as_text()
         # Neither q's chunks nor the result are copied: only kernels and RoPE touch them.
         calls = [x for x in program.splitlines() if 'custom_call_target="mosaic_gpu' in x]

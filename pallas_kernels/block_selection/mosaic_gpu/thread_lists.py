@@ -207,6 +207,7 @@ def _drop_code():
 
     Those stay whose score is above $1, or is $1 with a number up to $2.
     """
+    # All is set first: what may or may not be loaded would be alive from before the loops.
     read = [
         f"setp.lt.u32 p, r, $3; mov.b32 n{i}, 0; mov.b32 s{i}, 0f7FFFFFFF;"  # NaN: never stays
         f" @p ld.shared.f32 s{i}, [r]; @p ld.shared.f32 n{i}, [r + {_NUMBERS}];"
