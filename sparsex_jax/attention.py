@@ -120,24 +120,23 @@ def _attend(
     elif has_landmarks and config.landmarks == "all":
         marks, span = all_landmarks(k, v, salience, limit, document_start, config)
 
+    # Without documents there is no padding that might hold anything.
+    how = {"all_finite": segment_ids is None, "implementation": implementation}
+
     def near(first, queries: _Queries, keys: _Keys):
         """The branches that choose no blocks, of a chunk of queries from the `first` on."""
         first += before
         local = local_branch(
-            queries.q, keys.k, keys.v, first, queries.local_start,
-            config=config, implementation=implementation,
-        )  # fmt: skip
+            queries.q, keys.k, keys.v, first, queries.local_start, config=config, **how
+        )
         landmarks = None
         if pyramid is not None:
             landmarks = landmark_branch(
-                queries.q, *keys.marks, pyramid, first, document_start,
-                config=config, implementation=implementation,
-            )  # fmt: skip
+                queries.q, *keys.marks, pyramid, first, document_start, config=config, **how
+            )
         elif span is not None:
             marked_k, marked_v, bias = keys.marks
-            landmarks = range_attention(
-                queries.q, marked_k, marked_v, *queries.span, bias, implementation=implementation
-            )
+            landmarks = range_attention(queries.q, marked_k, marked_v, *queries.span, bias, **how)
         return local, landmarks
 
     def attend(first, queries: _Queries, keys: _Keys):

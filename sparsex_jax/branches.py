@@ -32,6 +32,7 @@ def local_branch(
     local_start: jax.Array,
     *,
     config: AttentionConfig,
+    all_finite: bool = False,
     implementation: str | None = None,
 ) -> Branch:
     """Attention of each query to its window, with RoPE.
@@ -43,6 +44,7 @@ def local_branch(
       first_position: of the queries, int32.
       local_start: a(t), int32 [B, T].
       config: window, block size, RoPE.
+      all_finite: promises that all operands and the cotangents are, see `range_attention`.
       implementation: as in `sparse_attention`.
     """
     tokens = q.shape[1]
@@ -56,8 +58,9 @@ def local_branch(
     )
     end = first_position + 1 + jnp.arange(tokens, dtype=jnp.int32)
     return range_attention(
-        q, k, v, local_start - first_key, end - first_key, implementation=implementation
-    )
+        q, k, v, local_start - first_key, end - first_key,
+        all_finite=all_finite, implementation=implementation,
+    )  # fmt: skip
 
 
 def dynamic_branch(
@@ -155,12 +158,13 @@ def landmark_branch(
     document_start: jax.Array | None,
     *,
     config: AttentionConfig,
+    all_finite: bool = False,
     implementation: str | None = None,
     document_origin: jax.Array | int = 0,
 ) -> Branch:
     """Attention of each query, q [B, T, Hq, D], to the landmarks that the pyramid shows it.
 
-    The other arguments are those of `landmark_ranges`, and the implementation of the primitive.
+    The other arguments are those of `landmark_ranges`, and two of `range_attention`.
     """
     if not pyramid:
         return _no_keys(q)
@@ -168,7 +172,7 @@ def landmark_branch(
         k, v, salience, pyramid, first_position, q.shape[1], document_start, config,
         document_origin,
     )  # fmt: skip
-    return range_attention(q, *ranges, implementation=implementation)
+    return range_attention(q, *ranges, all_finite=all_finite, implementation=implementation)
 
 
 def landmark_ranges(

@@ -35,8 +35,9 @@ dispatch.register(
 
 
 def range_attention(
-    q, k, v, start, end, key_bias=None, *, scale: float | None = None, implementation=None
-) -> tuple[jax.Array, jax.Array]:
+    q, k, v, start, end, key_bias=None, *, scale: float | None = None, all_finite=False,
+    implementation=None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Softmax attention where query t sees the keys `start_t <= n < end_t`.
 
     Differentiable in q, k, v and key_bias, from the cotangents of both results. The result at t
@@ -51,6 +52,9 @@ def range_attention(
       end: integer [T] or [B, T], non-decreasing in t; clipped to [0, N].
       key_bias: f32 [B, N, Hkv], added to the logits of its key; -inf removes the key.
       scale: of the products q.k; None for 1/sqrt(D).
+      all_finite: promises that no operand or cotangent is infinite or NaN, keys that no query sees
+        and queries that see no key included (key_bias may be -inf). Implementations that would
+        hide those first need not, which saves passes over q, v and the cotangent of out.
       implementation: "xla", "reference", ...; None picks by platform.
 
     Returns:
@@ -76,5 +80,5 @@ def range_attention(
         checks.check_floating(key_bias=key_bias)
         key_bias = key_bias.astype(jnp.promote_types(jnp.float32, q.dtype))
     scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-    operands = *vary_alike(q, k, v, start, end, key_bias), scale
+    operands = *vary_alike(q, k, v, start, end, key_bias), scale, bool(all_finite)
     return dispatch.select("range_attention", implementation, *operands)(*operands)

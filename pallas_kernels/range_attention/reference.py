@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def range_attention(q, k, v, start, end, key_bias, scale):
+def range_attention(q, k, v, start, end, key_bias, scale, _all_finite=False):
     """See `pallas_kernels.range_attention.range_attention`; start and end are int32 [B, T]."""
     batch, tokens, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[1:3]

@@ -358,7 +358,7 @@ def attend_bwd(scale, residuals, cotangents):
 _attend.defvjp(_attend_fwd, attend_bwd)
 
 
-def range_attention(q, k, v, start, end, key_bias, scale):
+def range_attention(q, k, v, start, end, key_bias, scale, _all_finite=False):
     """See `pallas_kernels.range_attention.range_attention`; start and end are int32 [B, T]."""
     batch, tokens, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[1:3]

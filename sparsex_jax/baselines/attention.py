@@ -52,18 +52,16 @@ def baseline_attention(
         check_segment_ids(segment_ids, (batch, tokens), pattern.block_size)
         document_start = document_starts(segment_ids)[:, before:]
     local_start, first_block, _ = pasts(positions, document_start, pattern)
+    # Without documents there is no padding that might hold anything.
+    how = {"all_finite": segment_ids is None, "implementation": implementation}
     far_q, far_k = q, k
     if pattern.turns_remote:
         far_q = rotate_from(q, before, pattern.rope_base)
         far_k = rotate_from(k, 0, pattern.rope_base)
     if pattern.kind == "dense" and pattern.turns_remote:
         start = jnp.zeros_like(positions) if document_start is None else document_start
-        return range_attention(
-            far_q, far_k, v, start, positions + 1, implementation=implementation
-        )[0]
-    local = local_branch(
-        q, k, v, before, local_start, config=pattern, implementation=implementation
-    )  # fmt: skip
+        return range_attention(far_q, far_k, v, start, positions + 1, **how)[0]
+    local = local_branch(q, k, v, before, local_start, config=pattern, **how)
     remote = None
     if tokens > pattern.window:
         remote = remote_branch(

@@ -100,7 +100,7 @@ def _local(work: Workload, inputs: Inputs):
     positions, start = _limits(work)
     out, _ = range_attention(
         inputs["q"], inputs["k"], inputs["v"], start, positions + 1,
-        implementation=work.implementation,
+        all_finite=True, implementation=work.implementation,
     )  # fmt: skip
     return (out,), ()
 
@@ -111,7 +111,7 @@ def _landmarks(work: Workload, inputs: Inputs):
     )
     out, _ = landmark_branch(
         inputs["q"], *marks, pyramid, 0, None,
-        config=work.config, implementation=work.implementation,
+        config=work.config, all_finite=True, implementation=work.implementation,
     )  # fmt: skip
     return (out,), ()
 

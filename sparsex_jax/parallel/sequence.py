@@ -150,24 +150,23 @@ def sparse_attention(
             config=config, implementation=implementation, strategy=strategy,
         )  # fmt: skip
 
+    # Without documents there is no padding that might hold anything.
+    how = {"all_finite": segment_ids is None, "implementation": implementation}
+
     def attend(first, queries: _Queries, keys: _Keys):
         """Attention of a chunk of the device's tokens, whose first is its token `first`."""
         local = local_branch(
-            queries.q, keys.k, keys.v, reach + first, queries.local_start,
-            config=config, implementation=implementation,
-        )  # fmt: skip
+            queries.q, keys.k, keys.v, reach + first, queries.local_start, config=config, **how
+        )
         landmarks = None
         if pyramid is not None:
             landmarks = landmark_branch(
                 queries.q, *keys.marks, pyramid, sequence.first + first, document_start,
-                config=config, implementation=implementation,
-                document_origin=sequence.first - config.block_size,
+                config=config, document_origin=sequence.first - config.block_size, **how,
             )  # fmt: skip
         elif span is not None:
             marked_k, marked_v, bias = keys.marks
-            landmarks = range_attention(
-                queries.q, marked_k, marked_v, *queries.span, bias, implementation=implementation
-            )
+            landmarks = range_attention(queries.q, marked_k, marked_v, *queries.span, bias, **how)
         gates = queries.landmark_gate, queries.dynamic_gate
         return fuse(local, landmarks, queries.dynamic, *gates, config)
 

@@ -1,5 +1,7 @@
 """range_attention on Hopper GPUs: interpreted or on a GPU (make test-gpu), and compiled for one."""
 
+import functools
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -26,8 +28,10 @@ from tests.pallas_kernels.test_range_attention import (
 pytestmark = pytest.mark.timeout(300, method="thread")
 
 
-def attend(q, k, v, start, end, key_bias=None):
-    return range_attention(q, k, v, start, end, key_bias, implementation="mosaic_gpu")
+def attend(q, k, v, start, end, key_bias=None, *, all_finite=False):
+    return range_attention(
+        q, k, v, start, end, key_bias, all_finite=all_finite, implementation="mosaic_gpu"
+    )
 
 
 def bfloat16_operands(batch, tokens, keys, num_kv_heads, groups, dim, *, biased=False):
@@ -89,6 +93,22 @@ class TestSmall:
     @pytest.mark.parametrize("biased", [True, False])
     def test_what_no_query_sees_may_be_nan(self, hopper, biased):
         assert_unseen_may_be_nan("mosaic_gpu", jnp.bfloat16, 64, biased)
+
+    def test_same_if_all_is_finite(self, hopper):
+        t = np.arange(75)
+        start = np.maximum(t, 20) - 17
+        end = np.where(t < 20, start, start + 40)  # 20 queries see nothing, 3 + 4 keys nobody
+        q, k, v, bias = bfloat16_operands(1, 75, 101, 2, 3, 64, biased=True)
+
+        for given in ((), (bias,)):
+            hidden, promised = (
+                jax.jit(functools.partial(forward_and_backward, all_finite=x))(
+                    q, k, v, start, end, *given
+                )
+                for x in (False, True)
+            )
+            assert np.all(hidden[1][0][:, :20] == 0) and np.all(hidden[1][1][:, :3] == 0)
+            assert_same_bits(promised, hidden)
 
     def test_strictly_causal(self, hopper):
         assert_strictly_causal(jax.jit(attend), jnp.bfloat16, 64, 100)
@@ -190,8 +210,11 @@ def abstract_operands(tokens, dim, *, batch=1, num_heads=16, num_kv_heads=2, bia
     return shape(tokens, num_heads, dim), keys, keys, bound, bound, *bias
 
 
-def forward_and_backward(q, k, v, start, end, *key_bias):
-    out, vjp = jax.vjp(lambda *x: attend(*x[:3], start, end, *x[3:]), q, k, v, *key_bias)
+def forward_and_backward(q, k, v, start, end, *key_bias, all_finite=False):
+    def f(*x):
+        return attend(*x[:3], start, end, *x[3:], all_finite=all_finite)
+
+    out, vjp = jax.vjp(f, q, k, v, *key_bias)
     return out, vjp(out)
 
 
@@ -298,6 +321,11 @@ class TestCompiled:
         # Copies without what nobody sees: of k and v, and of q and its cotangent.
         assert forward.temporary_bytes < 4 * k.size + size / 16
         assert both.temporary_bytes < 4 * k.size + 4 * q.size + size / 8
+        forward, both = (
+            compile_for("h200", functools.partial(f, all_finite=True), *operands)
+            for f in (attend, forward_and_backward)
+        )
+        assert forward.temporary_bytes < size / 16 and both.temporary_bytes < size / 8
 
     @pytest.mark.long
     def test_64_million_tokens(self):

@@ -37,13 +37,15 @@ def _hide_unseen_keys(k, v, start, end, key_bias):
     return tuple(jnp.where(seen[..., None], x, 0) for x in (k, v))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, start, end, key_bias, scale):
-    return _attend_fwd(q, k, v, start, end, key_bias, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend(q, k, v, start, end, key_bias, scale, all_finite):
+    return _attend_fwd(q, k, v, start, end, key_bias, scale, all_finite)[0]
 
 
-def _attend_fwd(q, k, v, start, end, key_bias, scale):
-    shown_k, shown_v = _hide_unseen_keys(k, v, start, end, key_bias)
+def _attend_fwd(q, k, v, start, end, key_bias, scale, all_finite):
+    shown_k, shown_v = k, v
+    if not all_finite:
+        shown_k, shown_v = _hide_unseen_keys(k, v, start, end, key_bias)
     if key_bias is None:
         shown_k = k  # logits are masked, whatever they are
     config = config_for("forward", q.shape[3], biased=key_bias is not None)
@@ -53,7 +55,7 @@ def _attend_fwd(q, k, v, start, end, key_bias, scale):
     return (out, lse), (q, k, v, start, end, key_bias, out, lse)
 
 
-def _attend_bwd(scale, residuals, cotangents):
+def _attend_bwd(scale, all_finite, residuals, cotangents):
     q, k, v, start, end, key_bias, out, lse = residuals
     if q.shape[3] > _WIDEST_BACKWARD:
         return _wide_bwd(scale, residuals, cotangents)
@@ -61,9 +63,10 @@ def _attend_bwd(scale, residuals, cotangents):
     seen = lse > -jnp.inf
     delta = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - lse_bar
     lse, delta = jnp.where(seen, lse * LOG2E, 0), jnp.where(seen, delta, 0)
-    k, v = _hide_unseen_keys(k, v, start, end, key_bias)
-    # Queries without keys, and their cotangents, may hold anything, too.
-    q, out_bar = (jnp.where(seen[..., None], x, 0) for x in (q, out_bar))
+    if not all_finite:
+        k, v = _hide_unseen_keys(k, v, start, end, key_bias)
+        # Queries without keys, and their cotangents, may hold anything, too.
+        q, out_bar = (jnp.where(seen[..., None], x, 0) for x in (q, out_bar))
     operands = q, k, v, start, end, key_bias, out_bar, lse, delta
     q_bar, (k_bar, v_bar, bias_bar) = (
         shapes.batchable(functools.partial(f, scale=scale, config=config_for(name, q.shape[3])))(
@@ -100,18 +103,18 @@ def _attend_few(q, k, v, start, end, key_bias, *, scale):
     return attend_ranges(q, k, v, start, end, key_bias, num_keys=num_keys, scale=scale)
 
 
-def range_attention(q, k, v, start, end, key_bias, scale):
+def range_attention(q, k, v, start, end, key_bias, scale, all_finite=False):
     """See `pallas_kernels.range_attention.range_attention`; start and end are int32 [B, T]."""
     if 0 in (*q.shape, k.shape[1]):
         return xla.range_attention(q, k, v, start, end, key_bias, scale)
-    many = functools.partial(_attend_many, scale=scale)
+    many = functools.partial(_attend_many, scale=scale, all_finite=all_finite)
     few = shapes.batchable(functools.partial(_attend_few, scale=scale))
     return (shapes.differentiated_as(many, few) if takes(q) else many)(
         q, k, v, start, end, key_bias
     )
 
 
-def _attend_many(q, k, v, start, end, key_bias, *, scale):
+def _attend_many(q, k, v, start, end, key_bias, *, scale, all_finite):
     tokens = q.shape[1]
     # Copies by TMA begin at multiples of 8 rows, so arrays are made to end at such.
     q, start, end = (shapes.pad(x, 1, 8, mode) for x, mode in (
@@ -119,7 +122,7 @@ def _attend_many(q, k, v, start, end, key_bias, *, scale):
     k, v = (shapes.pad(x, 1, 8) for x in (k, v))
     if key_bias is not None:
         key_bias = shapes.pad(key_bias, 1, 8).swapaxes(1, 2)
-    out, lse = _attend(q, k, v, start, end, key_bias, scale)
+    out, lse = _attend(q, k, v, start, end, key_bias, scale, all_finite)
     return out[:, :tokens], lse[:, :tokens]
 
 

@@ -47,7 +47,7 @@ def _attend_bwd(scale, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def range_attention(q, k, v, start, end, key_bias, scale):
+def range_attention(q, k, v, start, end, key_bias, scale, _all_finite=False):
     """See `pallas_kernels.range_attention.range_attention`; start and end are int32 [B, T]."""
     if 0 in (*q.shape, k.shape[1]):
         return xla.range_attention(q, k, v, start, end, key_bias, scale)
