@@ -4,7 +4,7 @@ The whole op over a sequence; its branches are in `sparsex_jax.branches`.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ def _attend(
         marks, span = all_landmarks(k, v, salience, limit, document_start, config)
 
     # Without documents there is no padding that might hold anything.
-    how = {"all_finite": segment_ids is None, "implementation": implementation}
+    how: dict[str, Any] = {"all_finite": segment_ids is None, "implementation": implementation}
 
     def near(first, queries: _Queries, keys: _Keys):
         """The branches that choose no blocks, of a chunk of queries from the `first` on."""

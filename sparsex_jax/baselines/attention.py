@@ -5,6 +5,8 @@ arXiv:2007.14062), each in its causal form: global tokens are seen by later ones
 past only.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -53,7 +55,7 @@ def baseline_attention(
         document_start = document_starts(segment_ids)[:, before:]
     local_start, first_block, _ = pasts(positions, document_start, pattern)
     # Without documents there is no padding that might hold anything.
-    how = {"all_finite": segment_ids is None, "implementation": implementation}
+    how: dict[str, Any] = {"all_finite": segment_ids is None, "implementation": implementation}
     far_q, far_k = q, k
     if pattern.turns_remote:
         far_q = rotate_from(q, before, pattern.rope_base)

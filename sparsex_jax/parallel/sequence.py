@@ -8,7 +8,7 @@ All of it runs within `jax.shard_map`, over the axis "seq". What a device needs 
 - the keys and values of selected blocks, or what attention to them gives (`ring`, `dispatch`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,7 @@ def sparse_attention(
         )  # fmt: skip
 
     # Without documents there is no padding that might hold anything.
-    how = {"all_finite": segment_ids is None, "implementation": implementation}
+    how: dict[str, Any] = {"all_finite": segment_ids is None, "implementation": implementation}
 
     def attend(first, queries: _Queries, keys: _Keys):
         """Attention of a chunk of the device's tokens, whose first is its token `first`."""
