@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_sparse_attention import BlockCSR, add_up, adds_up, value_scales
+from pallas_kernels.dispatch import target_device
 from pallas_kernels.mesh_axes import vary_with
 from pallas_kernels.range_attention import range_attention
 from pallas_kernels.shapes import batchable, differentiated_as
@@ -23,8 +24,10 @@ from sparsex_jax.spans import check_segment_ids, document_starts, pasts
 from sparsex_jax.token_chunks import even_size, map_chunks, update_by_chunks
 
 # Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys,
-# and with gradients another one over their sums.
+# and with gradients another one over their sums. What fits into one chunk is not computed anew by
+# the backward pass, for which GPUs have the memory.
 _CHUNK = 2**15
+_GPU_CHUNK = 2**17  # with gradients
 _MAX_CHUNKS = {"differentiable": 8, "in_place": 13}
 
 
@@ -192,7 +195,9 @@ def _attend(
 def chunk_size(tokens: int, block_size: int, *, in_place: bool = False) -> int:
     """Tokens of a chunk, a multiple of the block size."""
     most = _MAX_CHUNKS["in_place" if in_place else "differentiable"]
-    chunks = min(most, -(-tokens // _CHUNK)) or 1
+    on_gpu = target_device().platform == "gpu"
+    least = _GPU_CHUNK if on_gpu and not in_place else _CHUNK
+    chunks = min(most, -(-tokens // least)) or 1
     return even_size(tokens, chunks, block_size)
 
 

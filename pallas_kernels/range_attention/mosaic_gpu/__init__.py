@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import shapes
@@ -62,6 +63,8 @@ def _attend_bwd(scale, all_finite, residuals, cotangents):
     out_bar, lse_bar = cotangents
     seen = lse > -jnp.inf
     delta = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - lse_bar
+    # Or XLA would transpose before it adds, and read numbers one by one.
+    delta = lax.optimization_barrier(delta)
     lse, delta = jnp.where(seen, lse * LOG2E, 0), jnp.where(seen, delta, 0)
     if not all_finite:
         k, v = _hide_unseen_keys(k, v, start, end, key_bias)
