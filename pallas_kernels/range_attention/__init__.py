@@ -35,7 +35,7 @@ dispatch.register(
 
 
 def range_attention(
-    q, k, v, start, end, key_bias=None, *, scale: float | None = None, all_finite=False,
+    q, k, v, start, end, key_bias=None, *, scale: float | None = None, all_finite: bool = False,
     implementation=None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Softmax attention where query t sees the keys `start_t <= n < end_t`.
