@@ -24,10 +24,10 @@ from sparsex_jax.spans import check_segment_ids, document_starts, pasts
 from sparsex_jax.token_chunks import even_size, map_chunks, update_by_chunks
 
 # Long sequences are taken in chunks of so many tokens, or more: each costs a pass over all keys,
-# and with gradients another one over their sums. What fits into one chunk is not computed anew by
-# the backward pass, for which GPUs have the memory.
+# and with gradients another one over their sums.
 _CHUNK = 2**15
-_GPU_CHUNK = 2**17  # with gradients
+# Or all at once, up to so many on GPUs, with gradients: then nothing is computed anew.
+_WHOLE = 2**17
 _MAX_CHUNKS = {"differentiable": 8, "in_place": 13}
 
 
@@ -195,9 +195,9 @@ def _attend(
 def chunk_size(tokens: int, block_size: int, *, in_place: bool = False) -> int:
     """Tokens of a chunk, a multiple of the block size."""
     most = _MAX_CHUNKS["in_place" if in_place else "differentiable"]
-    on_gpu = target_device().platform == "gpu"
-    least = _GPU_CHUNK if on_gpu and not in_place else _CHUNK
-    chunks = min(most, -(-tokens // least)) or 1
+    chunks = min(most, -(-tokens // _CHUNK)) or 1
+    if not in_place and tokens <= _WHOLE and target_device().platform == "gpu":
+        chunks = 1
     return even_size(tokens, chunks, block_size)
 
 
