@@ -64,7 +64,7 @@ def sparse_attention(
       landmark_gate: f32 [B, M, Hq], factor of the landmark branch; None is 1.
       dynamic_gate: f32 [B, M, Hq], factor of the dynamic branch; None is 1.
       segment_ids: int [B, T], one number a document, each starting at a multiple of S; None is one
-        document a row.
+        document a row, of finite numbers alone.
       implementation: of the primitives, as in `pallas_kernels`; None picks by platform.
 
     Returns:
