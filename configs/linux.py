@@ -14,7 +14,7 @@ from pathlib import Path
 from sparsex_jax.commands.train import load_preset
 from sparsex_jax.config import StageConfig
 
-MIX = (("definitions", 0.45), ("descriptions", 0.2), ("text", 0.2), ("retrieval", 0.15))
+MIX = (("definitions", 0.4), ("descriptions", 0.2), ("text", 0.3), ("retrieval", 0.1))
 
 
 def about_code(stage: StageConfig) -> StageConfig:

@@ -13,7 +13,7 @@ from sparsex_jax.baselines.pattern import Pattern, random_blocks
 from sparsex_jax.branches import select_remote
 from sparsex_jax.cache.baselines import AllTokens, FirstTokens
 from sparsex_jax.cache.device import DeviceRemote
-from sparsex_jax.cache.engine import Cache, whole_units
+from sparsex_jax.cache.engine import SUFFIX_UNIT, Cache
 from sparsex_jax.cache.layer import LayerCache, extend_layer
 from sparsex_jax.cache.model import Layers, extend, join_layers, kinds_of, split_layers
 from sparsex_jax.cache.tiers import Tier
@@ -57,34 +57,48 @@ class _Keys(NamedTuple):
         return cls(place.T, jnp.where((place >= 0).T[:, None], logits, -jnp.inf))
 
 
-@nnx.jit
 def explain(
-    model: Transformer,
-    layers: Layers,
-    token: jax.Array,
-    place: jax.Array,
-    span: tuple[jax.Array, jax.Array],
-    length: jax.Array,
+    model: Transformer, cache: Cache, tokens: np.ndarray, place: int, span: tuple[int, int]
 ) -> Attended:
-    """Reads one more token and tells what of the past it attends to.
+    """Reads tokens behind a context and tells what of the past the last of them attends to.
 
     Landmarks do not count. The dynamic branch and the window each have a softmax of their own with
     fusion="sum"; else, and in baselines, it is one.
 
     Args:
-      model: whose caches these are.
-      layers: of one sequence, in the tier "device"; they are not changed.
-      token: int32 scalar.
-      place: position of a token before it, int32 scalar.
+      model: whose cache it is.
+      cache: of one sequence, in the tier "device", with room for the tokens; it can be used again.
+      tokens: int [Q], Q >= 1.
+      place: position of a token before the last one.
       span: begin and end of the tokens around that one.
-      length: tokens before, int32 scalar.
     """
-    softmaxes, _ = _read_one(model, layers, token, length, jnp.int32(1))
+    kinds = kinds_of(cache.layers)
+    kept, appended = split_layers(cache.layers)
+    counts = np.int32(cache.length), np.int32(len(tokens) - 1)
+    found, appended = _explain(
+        model, kept, _filled(tokens[:-1]), np.int32(tokens[-1]), np.int32(place),
+        tuple(map(np.int32, span)), counts, appended=appended, kinds=kinds,
+    )  # fmt: skip
+    cache.layers = join_layers(kinds, kept, appended)
+    return found
+
+
+@functools.partial(nnx.jit, donate_argnames="appended", static_argnames="kinds")
+def _explain(
+    model: Transformer, kept, before, token, place, span, counts,
+    *, appended, kinds: tuple[Any, ...],
+):  # fmt: skip
+    """For `explain`; counts are the tokens of the cache, and of `before`."""
+    length, asked = counts
+    layers = join_layers(kinds, kept, appended)
+    layers = extend(model, layers, before[None], length, asked, logits=False)[1]
+    softmaxes, layers = _read_one(model, layers, token, length + asked)
     found = [_measure(parts, place, span) for layer in softmaxes for parts in layer]
-    return Attended(
+    attended = Attended(
         jnp.stack([each.selected for each in found]).any(),
         jnp.stack([each.weight for each in found]).max(),
     )
+    return attended, split_layers(layers)[1]
 
 
 def why_unknown(tier: Tier, config: ModelConfig) -> str | None:
@@ -125,7 +139,7 @@ def attention_of_answer(
     kept, appended = split_layers(cache.layers)
     counts = np.int32(cache.length), np.int32(len(question) - 1), np.int32(len(answer))
     before = _filled(question[:-1])
-    read = _filled(np.append(question[-1:], answer[:-1]))
+    read = _filled(np.append(question[-1:], answer[:-1]), 4 * SUFFIX_UNIT)
     total, appended = _attention_of(
         model, kept, before, read, counts, appended=appended, kinds=kinds
     )  # fmt: skip
@@ -133,9 +147,9 @@ def attention_of_answer(
     return np.asarray(total[: cache.length])
 
 
-def _filled(tokens: np.ndarray) -> np.ndarray:
-    """Tokens int32 [N], and zeros up to `whole_units`, one at least."""
-    size = whole_units(max(len(tokens), 1))
+def _filled(tokens: np.ndarray, unit: int = SUFFIX_UNIT) -> np.ndarray:
+    """Tokens int32 [N], and zeros up to the next multiple of a unit, one at least."""
+    size = unit * max(1, -(-len(tokens) // unit))
     return np.pad(tokens.astype(np.int32), (0, size - len(tokens)))
 
 
@@ -149,27 +163,24 @@ def _attention_of(
     layers = extend(model, layers, before[None], length, asked, logits=False)[1]
     capacity = max(x.remote.k.shape[1] for x in layers if isinstance(x.remote, DeviceRemote))
 
-    def read_token(carry, token_and_number):
+    def read_token(number, carry):
         layers, total = carry
-        token, number = token_and_number
-        valid = (number < answered).astype(jnp.int32)
-        softmaxes, layers = _read_one(model, layers, token, length + asked + number, valid)
+        softmaxes, layers = _read_one(model, layers, read[number], length + asked + number)
         sparse = [x for x, kind in zip(softmaxes, kinds, strict=True) if kind is DeviceRemote]
         for parts in itertools.chain.from_iterable(sparse):
             places, shares = _shares(parts)
-            squared = valid * jnp.sum(jnp.nan_to_num(shares) ** 2, axis=1)
+            squared = jnp.sum(jnp.nan_to_num(shares) ** 2, axis=1)
             places = jnp.where(places < 0, capacity, places)
             total = total.at[places].add(squared, mode="drop")
-        return (layers, total), None
+        return layers, total
 
-    numbers = jnp.arange(len(read), dtype=jnp.int32)
     start = layers, jnp.zeros(capacity, jnp.float32)
-    (layers, total), _ = jax.lax.scan(read_token, start, (read, numbers))
+    layers, total = jax.lax.fori_loop(0, answered, read_token, start)
     return total, split_layers(layers)[1]
 
 
 def _read_one(
-    model: Transformer, layers: Layers, token: jax.Array, length: jax.Array, valid: jax.Array
+    model: Transformer, layers: Layers, token: jax.Array, length: jax.Array
 ) -> tuple[list[list[list[_Keys]]], Layers]:
     """Reads a token: what it may attend to in each softmax of each layer, and the new caches."""
     x: jax.Array | None = model.embed(token[None, None])
@@ -178,7 +189,7 @@ def _read_one(
         attention = block.attention
         normed = block.attention_norm(x)
         queries = attention.query_side(normed, attention.mix(normed, layer.recent.history))
-        x, after = extend_layer(block, layer, x, length, valid, attending=1)
+        x, after = extend_layer(block, layer, x, length, jnp.int32(1), attending=1)
         softmaxes.append(_softmaxes(queries, after, length, attention.attention_config()))
         read.append(after)
     return softmaxes, tuple(read)

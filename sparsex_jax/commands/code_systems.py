@@ -57,23 +57,27 @@ def _answer(
     text: str,
     right: bool,
     seconds: float,
-    provenance: bool | None = None,
+    **more: Any,
 ) -> "Answer":
     from sparsex_jax.tasks import Answer
 
     depth = 100 * question.position / len(context.tokens)
     return Answer(
-        number, depth, question.text, (question.target,), text, float(right), seconds,
-        provenance=provenance,
+        number, depth, question.text, (question.target,), text, float(right), seconds, **more
     )  # fmt: skip
 
 
 def _row(
-    system: str, task: str, length: int, answers: Sequence["Answer"], **more: Any
+    system: str,
+    task: str,
+    length: int,
+    answers: Sequence["Answer"],
+    diagnosed: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
     from sparsex_jax.tasks import summarize
 
-    return summarize(system, task, length, answers, diagnosed=False) | more
+    return summarize(system, task, length, answers, diagnosed=diagnosed) | more
 
 
 class Retrieval:
@@ -228,16 +232,22 @@ class ModelSystem(System):
                 began = time.perf_counter()
                 found, text = reader.answer(engine, cache, question)
                 seconds = share + time.perf_counter() - began
-                right, provenance = context.is_right(question, text), None
-                if right and sources is not None:
+                right = context.is_right(question, text)
+                more: dict[str, Any] = {}
+                if sources is not None and right:
                     attention = attention_of_answer(reader.model, cache, question.prompt, found)
-                    provenance = is_at_definition(attention, context, question, sources)
-                answer = _answer(number, context, question, text, right, seconds, provenance)
-                log.add(cell, [answer])
+                    more["provenance"] = is_at_definition(attention, context, question, sources)
+                elif sources is not None:
+                    more["diagnosis"] = why_wrong(reader.model, cache, context, question, found)
+                log.add(cell, [_answer(number, context, question, text, right, seconds, **more)])
                 advance()
 
     def rows(self, task, length, samples, contexts, log) -> list[dict[str, Any]]:
-        """A row, of the answers or of why there are none; `provenance` is a share of the right."""
+        """A row, of the answers or of why there are none or wrong ones.
+
+        `provenance` is a share of the right ones.
+        """
+        from sparsex_jax.cache.explain import why_unknown
         from sparsex_jax.tasks import make_row
 
         (cell,) = self.cells(task, length)
@@ -251,7 +261,8 @@ class ModelSystem(System):
         told = [x.provenance for x in answers if x.provenance is not None]
         if told:
             more["provenance"] = sum(told) / len(told)
-        return [_row(self._system, task, length, answers, **more)]
+        diagnosed = why_unknown(self._reader.tier, self._reader.model.config) is None
+        return [_row(self._system, task, length, answers, diagnosed, **more)]
 
 
 def sources_of(context: "CodeContext", tokenizer: "Tokenizer") -> "Sources":
@@ -271,6 +282,23 @@ def is_at_definition(
     file = int(np.searchsorted(context.bounds, begin, side="right")) - 1
     first, last = sources.lines[begin], sources.lines[end - 1]
     return any(x.path == context.names[file] and first <= x.first <= last for x in places)
+
+
+def why_wrong(
+    model: "Transformer",
+    cache: "Cache",
+    context: "CodeContext",
+    question: "Question",
+    generated: np.ndarray,
+) -> str:
+    """Why the first wrong token of an answer was not copied from the definition."""
+    from sparsex_jax.tasks.diagnosis import count_right, why_missed
+
+    wanted, begin = context.answer(question)
+    right = min(count_right(generated, wanted), len(wanted) - 1)
+    tokens = np.concatenate((question.prompt, wanted[:right]))
+    first, end = context.spans[question.function]
+    return why_missed(model, cache, tokens, begin + right, (int(first), int(end)))
 
 
 class ReaderSystem(System):

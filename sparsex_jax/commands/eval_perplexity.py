@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from sparsex_jax.commands.arguments import (
 )
 from sparsex_jax.config import ConfigError
 
+if TYPE_CHECKING:
+    from sparsex_jax.tasks import Tokenizer
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -28,8 +31,10 @@ class Arguments:
       lengths: tokens of a sequence; 4096, 4K and 1M are understood.
       sequences: at most so many, two or more, evenly spread over the text; by default all that it
         has.
-      haystack: folder of text files; by default the held-out split of the sources of Python's
-        standard library.
+      data: folder made by scripts/prepare_linux.py: its test split is read, by models that were
+        trained with its tokenizer.
+      haystack: folder of text files; by default, without `data`, the held-out split of the sources
+        of Python's standard library.
       held_out: of the haystack takes only the files, one in ten, that training on it
         (--data.haystack) leaves out.
       out: results file (JSON); by default results/HARDWARE/perplexity.json (cpu, h200, ...).
@@ -38,6 +43,7 @@ class Arguments:
     checkpoints: tuple[Path, ...] = (SHIPPED_MODEL,)
     lengths: tuple[str, ...] = ("4K", "32K")
     sequences: int | None = None
+    data: Path | None = None
     haystack: Path | None = None
     held_out: bool = False
     out: Path | None = None
@@ -53,13 +59,14 @@ def perplexity(arguments: Arguments, command: str) -> None:
     from sparsex_jax.benchmarks.results import check_writable, default_path, write_results
     from sparsex_jax.benchmarks.tables.quality import perplexity_table
     from sparsex_jax.commands.answering import why_missing
-    from sparsex_jax.commands.model import load, name_of, open_haystack
-    from sparsex_jax.tasks import load as load_tokenizer
+    from sparsex_jax.commands.model import load, name_of
     from sparsex_jax.tasks.perplexity import cut, make_row, sequence_losses
     from sparsex_jax.training import model_crc32
     from sparsex_jax.training.checkpoints import to_json
 
     lengths = parse_lengths(arguments.lengths)
+    if arguments.data is not None and (arguments.haystack is not None or arguments.held_out):
+        raise ConfigError("data and haystack both name the text: use one of them")
     if not arguments.checkpoints:
         raise ConfigError("checkpoints must name at least one: use runs/a/model, say")
     if arguments.sequences is not None and arguments.sequences < 2:
@@ -67,9 +74,7 @@ def perplexity(arguments: Arguments, command: str) -> None:
     path = arguments.out or default_path("perplexity")
     check_writable(path)
     console = make_console()
-    tokenizer = load_tokenizer()
-    corpus, description = open_haystack(arguments.haystack, tokenizer, held_out=arguments.held_out)
-    stream = corpus.all_tokens()
+    stream, tokenizer, description = _open_text(arguments)
     texts = {length: cut(stream, length, arguments.sequences) for length in lengths}
     console.print(f"text: {description}", markup=False, soft_wrap=True)
     config: dict[str, Any] = {
@@ -104,3 +109,20 @@ def perplexity(arguments: Arguments, command: str) -> None:
         write_results(path, "perplexity", command, config, rows)
     console.print(perplexity_table(rows, format_length), markup=False, soft_wrap=True)
     console.print(f"results: {path}", markup=False, soft_wrap=True)
+
+
+def _open_text(arguments: Arguments) -> tuple[np.ndarray, "Tokenizer", str]:
+    """The text as tokens, the tokenizer, and where the text comes from, in words."""
+    from sparsex_jax.commands.model import open_haystack
+    from sparsex_jax.tasks import load
+    from sparsex_jax.tasks.code.prepared import PreparedCode
+
+    if arguments.data is None:
+        tokenizer = load()
+        corpus, description = open_haystack(
+            arguments.haystack, tokenizer, held_out=arguments.held_out
+        )
+        return corpus.all_tokens(), tokenizer, description
+    prepared = PreparedCode(arguments.data)
+    description = f"{prepared.index['source']}, test split, prepared {prepared.fingerprint}"
+    return prepared.split("test").tokens, prepared.tokenizer, description

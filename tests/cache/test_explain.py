@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -77,15 +76,13 @@ def heads_of(model, tokens):
 @pytest.mark.parametrize("name", LAYERS)
 def test_selection_and_weights(name):
     model, tokens = make(LAYERS[name]), make_tokens(1, LENGTH)
-    cache = Engine(model, 128, chunk=32).prefill(tokens[:, :-1])
+    context = 91
+    cache = Engine(model, 192, chunk=32).prefill(tokens[:, :context])
     softmaxes = heads_of(model, tokens)
     selected = set().union(*softmaxes)
     for begin in (0, 13, 40, 64, 90):
         span = begin, begin + 6
-        found = explain(
-            model, cache.layers, jnp.int32(tokens[0, -1]), jnp.int32(begin + 1),
-            tuple(map(jnp.int32, span)), jnp.int32(LENGTH - 1),
-        )  # fmt: skip
+        found = explain(model, cache, tokens[0, context:], begin + 1, span)
         assert bool(found.selected) == (begin + 1 in selected)
         expected = max(sum(x.get(p, 0) for p in range(*span)) for x in softmaxes)
         np.testing.assert_allclose(found.weight, expected, rtol=1e-3, atol=1e-6)

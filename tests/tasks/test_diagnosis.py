@@ -43,17 +43,13 @@ def test_names(selected, weight, expected, tokenizer, haystack, monkeypatch):
             seen.append(tokens)
             return self
 
-        layers = ()
-
-    def explain(model, layers, token, place, span, length):
-        assert (token, place) == (sample.answer[2], sample.sources[3])
-        assert sample.lines == ((int(span[0]), int(span[1])),)
-        assert length == len(sample.prompt) + 2
+    def explain(model, cache, tokens, place, span):
+        np.testing.assert_array_equal(tokens, [sample.prompt[-1], *sample.answer[:3]])
+        assert place == sample.sources[3] and sample.lines == (span,)
         return Attended(jnp.bool_(selected), jnp.float32(weight))
 
     monkeypatch.setattr(diagnosis, "explain", explain)
     generated = sample.answer.copy()
     generated[3:] = -1
     assert diagnosis.diagnose(None, Engine(), sample, generated) == expected
-    whole = np.concatenate((sample.prompt, sample.answer[:2]))
-    np.testing.assert_array_equal(seen, [whole[None]])
+    np.testing.assert_array_equal(seen, [sample.prompt[None, :-1]])

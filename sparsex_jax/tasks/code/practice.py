@@ -1,5 +1,7 @@
 """Texts to train on: stretches of source files, then questions about functions in them."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from sparsex_jax.config import StageConfig
@@ -17,6 +19,8 @@ _STRETCH = 512  # tokens of a stretch at least
 _NEAR = 4096  # tokens of a stretch behind which its function lies at most
 _LARGEST = 256  # tokens of a function's doc and beginning, so that every stretch holds one
 _LOOK_BACK = 256  # tokens that a line end is looked for in
+_ALIKE = 0.5  # of the texts: about functions that are like each other
+_BEGINNING = 16  # tokens of a body by which they are
 
 
 class CodePractice:
@@ -26,6 +30,9 @@ class CodePractice:
     for; others in them are asked for, too. As in the test, names that are asked for are of one
     definition of the stretches, and kernel-doc comments of functions that are described are
     removed. What is left of the length is filled with text of another random place, in front.
+
+    Half of the texts are about functions that are hard to tell apart: the names of all begin alike,
+    or end alike, or their bodies begin alike.
 
     Args:
       stage: how many questions.
@@ -47,6 +54,21 @@ class CodePractice:
         }
         self._suits["definitions"] &= called[functions["name"]]
         self._askable = {source: np.flatnonzero(suits) for source, suits in self._suits.items()}
+        ranks = list(self._ranks())
+        self._alike: dict[str, list[np.ndarray]] = {}
+        for source, found in self._askable.items():
+            once = found[np.unique(functions["name"][found], return_index=True)[1]]
+            self._alike[source] = [once[np.argsort(rank[once], kind="stable")] for rank in ranks]
+
+    def _ranks(self) -> Iterator[np.ndarray]:
+        """What functions are sorted by: those that are like each other become neighbours."""
+        functions, tokens = self.split.functions, self.split.tokens
+        yield functions["name"]
+        backwards = np.argsort(np.array([name[::-1] for name in self.split.names]))
+        yield np.argsort(backwards)[functions["name"]]
+        body = np.minimum(functions["body"], len(tokens) - _BEGINNING)
+        beginnings = tokens[body[:, None] + np.arange(_BEGINNING)].astype(">u2")
+        yield np.unique(beginnings.view(f"V{2 * _BEGINNING}").ravel(), return_inverse=True)[1]
 
     def check(self, source: str) -> None:
         """Raises ValueError where no function can be asked for."""
@@ -95,7 +117,7 @@ class CodePractice:
         number = int(rng.integers(1, max(1, count // _STRETCH), endpoint=True))
         cuts = np.sort(rng.integers(0, count - number * _STRETCH + 1, number - 1))
         sizes = np.diff(np.concatenate([[0], cuts, [count - number * _STRETCH]])) + _STRETCH
-        chosen = rng.choice(self._askable[source], number)
+        chosen = self._choose(source, number, rng)
         spans = []
         for i, size in zip(chosen, sizes, strict=True):
             begin, end = int(self._begin[i]), int(self._end[i])
@@ -108,6 +130,14 @@ class CodePractice:
             first = max(0, min(first, len(self.split.tokens) - int(size)))
             spans.append((first, first + int(size)))
         return spans, chosen
+
+    def _choose(self, source: str, number: int, rng: np.random.Generator) -> np.ndarray:
+        """Functions at random, or neighbours in an order of those that are alike."""
+        if rng.random() >= _ALIKE:
+            return rng.choice(self._askable[source], number)
+        order = self._alike[source][rng.integers(len(self._alike[source]))]
+        first = int(rng.integers(len(order)))
+        return order[(first + np.arange(number)) % len(order)]
 
     def _order(
         self,

@@ -162,10 +162,13 @@ class CodeContext:
             for (i, text), target in zip(asked.items(), targets, strict=True)
         ]
 
-    def answer(self, question: Question) -> np.ndarray:
-        """What a right answer generates, int32."""
+    def answer(self, question: Question) -> tuple[np.ndarray, int]:
+        """What a right answer generates, int32, and where that begins among the tokens."""
         function = self._wording.split.functions[self._inside[question.function]]
-        return self._wording.answer(question.task, function)
+        name_end = question.position + function["name_end"] - function["name_begin"]
+        named = question.task == "name_to_definition"
+        begin = name_end if named else self.spans[question.function][0]
+        return self._wording.answer(question.task, function), int(begin)
 
     def is_right(self, question: Question, answer: str) -> bool:
         """Whether an answer is that to a question rather than to one about another function.

@@ -10,6 +10,7 @@ from sparsex_jax import cli
 from sparsex_jax.baselines import retrieval
 from sparsex_jax.cache import Engine
 from sparsex_jax.commands import code_systems
+from sparsex_jax.tasks.evaluation import DIAGNOSES
 from sparsex_jax.training import export_model
 from tests.test_cli import fail
 
@@ -35,6 +36,8 @@ def test_a_model_and_bm25_answer_the_same_questions(model, folder, tmp_path, fai
     for row in rows:
         assert (row["samples"], row["contexts"], row["tokens"]) == (4, 2, 6144)
         assert row["system"] == "bm25" or row["correct"] == 0
+        if row["system"] == "sparsex":
+            assert sum(row[name] for name in DIAGNOSES) == 4
         assert row["low"] <= row["accuracy"] <= row["high"]
     assert all(row["correct"] >= 3 for row in rows if (row["system"], row["chunks"]) == ("bm25", 5))
     config = json.loads(out.read_text())["config"]
@@ -70,6 +73,12 @@ def test_a_model_has_its_tokenizer_with_it(model, folder, tmp_path, capsys, fail
     assert cli.run(command) == 0
     text = ["--checkpoints", model, "--haystack", folder, "--out", tmp_path / "perplexity.json"]
     assert "tokenizer" in fail("eval", "perplexity", *text, "--lengths", 64)
+    text[2:4] = "--data", folder
+    assert cli.run([str(x) for x in ("eval", "perplexity", *text, "--lengths", 1024)]) == 0
+    results = json.loads((tmp_path / "perplexity.json").read_text())
+    assert results["config"]["text"].startswith("project, test split, prepared ")
+    assert 5 < results["rows"][0]["loss"] < 9
+    assert "use one of them" in fail("eval", "perplexity", *text, "--haystack", folder)
 
 
 def test_bm25_alone_needs_no_model(folder, tmp_path, capsys):

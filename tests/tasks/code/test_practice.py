@@ -10,10 +10,11 @@ from sparsex_jax.tasks import make_dataset, tokenizer_of
 from sparsex_jax.tasks.code.practice import LEAST_LENGTH, SOURCES, CodePractice
 from sparsex_jax.tasks.code.wording import BODY
 
+STAGE = StageConfig(steps=1, length=LEAST_LENGTH, batch_size=1, questions=8)
 
-def texts(source, prepared, count, tokens=LEAST_LENGTH, questions=8):
-    stage = StageConfig(steps=1, length=tokens, batch_size=1, questions=questions)
-    practice = CodePractice(stage, prepared.split("train"), prepared.tokenizer)
+
+def texts(source, prepared, count, tokens=LEAST_LENGTH):
+    practice = CodePractice(STAGE, prepared.split("train"), prepared.tokenizer)
     for seed in range(count):
         found, is_answer = practice(source, tokens, np.random.default_rng(seed))
         assert len(found) == len(is_answer) == tokens
@@ -60,6 +61,20 @@ def test_what_is_described_has_no_comment(prepared):
             assert not context[: context.rindex(answer)].endswith("*/\n")
             asked += 1
     assert asked > 60
+
+
+def test_many_texts_are_about_functions_that_are_alike(prepared):
+    practice = CodePractice(STAGE, prepared.split("train"), prepared.tokenizer)
+    functions, names = practice.split.functions, practice.split.names
+    counts = {"begin": 0, "end": 0, "body": 0}
+    for seed in range(300):
+        chosen = practice._choose("definitions", 3, np.random.default_rng(seed))
+        parts = [names[functions["name"][i]].split("_") for i in chosen]
+        counts["begin"] += len({first for first, *_ in parts}) == 1
+        counts["end"] += len({last for *_, last in parts}) == 1
+        begins = functions["body"][chosen]
+        counts["body"] += len({tuple(practice.split.tokens[i : i + 4]) for i in begins}) == 1
+    assert min(counts.values()) > 25  # of 50 that are neighbours by it; of 300 at random, 3
 
 
 def test_batches_of_both_sources_and_text(folder, prepared):

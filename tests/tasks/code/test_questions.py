@@ -77,8 +77,10 @@ def test_names_are_defined_once_and_called(context, text, wording):
 def test_right_answers_are_right_and_others_are_not(task, context, wording):
     questions = context.questions(task)
     for question, other in zip(questions, [*questions[1:], questions[0]], strict=True):
+        answer, begin = context.answer(question)
+        np.testing.assert_array_equal(context.tokens[begin : begin + len(answer)], answer)
         right, wrong = (
-            wording.generated(task, np.append(context.answer(q), [-1] * 3))
+            wording.generated(task, np.append(context.answer(q)[0], [-1] * 3))
             for q in (question, other)
         )
         assert words(right) == words(question.target)
