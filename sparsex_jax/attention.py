@@ -43,6 +43,7 @@ def sparse_attention(
     block_mass: jax.Array | None = None,
     landmark_gate: jax.Array | None = None,
     dynamic_gate: jax.Array | None = None,
+    recency: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -63,6 +64,8 @@ def sparse_attention(
         where nodes are searched.
       landmark_gate: f32 [B, M, Hq], factor of the landmark branch; None is 1.
       dynamic_gate: f32 [B, M, Hq], factor of the dynamic branch; None is 1.
+      recency: f32 [B, M, Hkv], nats that a selected block's score loses with each doubling of its
+        distance (`branches.select_remote`); needed where the config has it.
       segment_ids: int [B, T], one number a document, each starting at a multiple of S; None is one
         document a row, of finite numbers alone.
       implementation: of the primitives, as in `pallas_kernels`; None picks by platform.
@@ -75,7 +78,7 @@ def sparse_attention(
     """
     operands = (
         q, k, v, salience, query_features, block_features, block_mass, landmark_gate, dynamic_gate,
-        segment_ids,
+        recency, segment_ids,
     )  # fmt: skip
     check_arguments(*operands[:3], config, *operands[3:])
     attend = functools.partial(_attend, config=config, implementation=implementation)
@@ -101,7 +104,8 @@ def _adds_up(q, k, v, config: AttentionConfig, implementation: str | None) -> bo
 
 def _attend(
     q, k, v, salience, query_features, block_features, block_mass, landmark_gate, dynamic_gate,
-    segment_ids, *, config: AttentionConfig, implementation: str | None, in_place: bool = False,
+    recency, segment_ids, *, config: AttentionConfig, implementation: str | None,
+    in_place: bool = False,
 ):  # fmt: skip
     """`sparse_attention` of arguments that fit; `in_place` is not differentiable."""
     batch, tokens = k.shape[:2]
@@ -152,7 +156,8 @@ def _attend(
                 far = rotate_from(queries.q, before + first, config.rope_base), keys.turned_k
             dynamic = dynamic_branch(
                 *far, keys.v, queries.features, keys.blocks, queries.limit,
-                queries.document_start, config=config, implementation=implementation,
+                queries.document_start, recency=queries.recency, config=config,
+                implementation=implementation,
             )  # fmt: skip
         return fuse(local, landmarks, dynamic, queries.landmark_gate, queries.dynamic_gate, config)
 
@@ -171,17 +176,18 @@ def _attend(
     keys = _Keys(k, turned_k, v, blocks, marks)
     of_tokens = local_start, document_start, limit, span
     queries = _Queries(
-        q, query_features, landmark_gate, dynamic_gate,
+        q, query_features, landmark_gate, dynamic_gate, recency,
         *jax.tree.map(lambda x: x[:, before:], of_tokens),
     )  # fmt: skip
     size = chunk_size(q.shape[1], config.block_size, in_place=in_place)
     if in_place:
         selected = select_remote(
-            query_features, blocks, queries.limit, queries.document_start, config, implementation
-        )
+            query_features, blocks, queries.limit, queries.document_start, config, implementation,
+            recency,
+        )  # fmt: skip
         # What has led to the selection is not needed any more.
         queries = queries._replace(
-            features=None, limit=None, document_start=None, selected=selected
+            features=None, recency=None, limit=None, document_start=None, selected=selected
         )
         # With few entries for a block all heads together, or there would be even more launches.
         heads = k.shape[2] if tokens < _MAX_CHUNKS["in_place"] * _CHUNK else 1
@@ -208,6 +214,7 @@ class _Queries(NamedTuple):
     features: jax.Array | None
     landmark_gate: jax.Array | None
     dynamic_gate: jax.Array | None
+    recency: jax.Array | None
     local_start: jax.Array
     document_start: jax.Array | None
     limit: jax.Array | None
@@ -227,7 +234,7 @@ class _Keys(NamedTuple):
 
 def check_arguments(
     q, k, v, config, salience, query_features, block_features, block_mass, landmark_gate,
-    dynamic_gate, segment_ids,
+    dynamic_gate, recency, segment_ids,
 ):  # fmt: skip
     """Raises ValueError where arguments of `sparse_attention` do not fit."""
     if q.ndim != 4 or k.ndim != 4:
@@ -256,6 +263,7 @@ def check_arguments(
         ("block_mass", block_mass, (batch, blocks, kv_heads), in_nodes, True),
         ("landmark_gate", landmark_gate, (batch, tokens, heads), has_landmarks and gated, False),
         ("dynamic_gate", dynamic_gate, (batch, tokens, heads), has_dynamic and gated, False),
+        ("recency", recency, (batch, tokens, kv_heads), has_dynamic and config.recency, True),
     ):
         if value is None:
             if used and needed:
@@ -263,8 +271,8 @@ def check_arguments(
         elif not used:
             raise ValueError(
                 f"{name} is given, but landmarks={config.landmarks!r}, top_k={config.top_k},"
-                f" fusion={config.fusion!r}, search_node_size={config.search_node_size} do not use"
-                " it: leave it out"
+                f" fusion={config.fusion!r}, search_node_size={config.search_node_size},"
+                f" recency={config.recency} do not use it: leave it out"
             )
         elif value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape} but must be {shape}")

@@ -72,6 +72,7 @@ def dynamic_branch(
     local_start: jax.Array,
     document_start: jax.Array | None,
     *,
+    recency: jax.Array | None = None,
     config: AttentionConfig,
     implementation: str | None = None,
 ) -> Branch:
@@ -85,11 +86,12 @@ def dynamic_branch(
       blocks: of the N keys.
       local_start: a(t), int32 [T] or [B, T].
       document_start: of the first whole block of each token's document, int32 [B, T], or None.
+      recency: f32 [B, T, Hkv], or None: see `select_remote`.
       config: block size, top_k, search, fusion (the score is a bias with "sum" only).
       implementation: as in `sparse_attention`.
     """
     index, bias = select_remote(
-        query_features, blocks, local_start, document_start, config, implementation
+        query_features, blocks, local_start, document_start, config, implementation, recency
     )
     pattern = BlockCSR.from_selection(index, bias, -(-k.shape[1] // config.block_size))
     return block_sparse_attention(
@@ -104,30 +106,52 @@ def select_remote(
     document_start: jax.Array | None,
     config: AttentionConfig,
     implementation: str | None = None,
+    recency: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The K remote blocks that score best for each query, of those searched, and their biases.
 
-    Arguments as in `dynamic_branch`.
+    With `config.near_reach` K // 2 are the best of so many tokens before a(t), or of half of the
+    remote past, and the others of what lies before.
+
+    Arguments as in `dynamic_branch`, but
+
+      recency: f32 [B, T, Hkv], what a block's bias loses for each time that 1 + its distance / W
+        doubles, in nats, the distance being that of its end from a(t); None for nothing.
 
     Returns:
-      index, int32 [B, T, Hkv, K], -1 where there is none, and bias, f32 likewise: the score, or 0
-      with fusion="softmax".
+      index, int32 [B, T, Hkv, K], -1 where there is none, and bias, f32 likewise: the score less
+      what recency takes, or 0 with fusion="softmax".
     """
     size = config.block_size
     limit = local_start // size
     start = None if document_start is None else document_start // size
-    if blocks.nodes is None:
-        index, score = select_blocks(
-            query_features, blocks.features, limit, config.top_k,
-            start=start, implementation=implementation,
-        )  # fmt: skip
-    else:
-        index, score = select_blocks_in_nodes(
-            query_features, blocks.features, blocks.nodes, limit, config.top_k,
+
+    def best(count, start, limit):
+        if blocks.nodes is None:
+            return select_blocks(
+                query_features, blocks.features, limit, count,
+                start=start, implementation=implementation,
+            )  # fmt: skip
+        return select_blocks_in_nodes(
+            query_features, blocks.features, blocks.nodes, limit, count,
             node_size=config.search_node_size, beam=config.search_beam, start=start,
             implementation=implementation,
         )  # fmt: skip
-    return index, jnp.zeros_like(score) if config.fusion == "softmax" else score
+
+    if not config.near_reach:
+        index, score = best(config.top_k, start, limit)
+    else:
+        half = ((0 if start is None else start) + limit) // 2
+        middle = jnp.maximum(limit - config.near_reach // size, half)
+        near = config.top_k // 2
+        parts = best(near, middle, limit), best(config.top_k - near, start, middle)
+        index, score = (jnp.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
+    if config.fusion == "softmax":
+        return index, jnp.zeros_like(score)
+    if recency is not None:
+        distance = size * (limit[..., None, None] - 1 - index)
+        score -= recency[..., None] * jnp.log2(1 + distance / config.window)
+    return index, score
 
 
 class Ranges(NamedTuple):

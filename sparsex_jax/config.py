@@ -97,6 +97,12 @@ class AttentionConfig:
         in very long contexts and may miss some (`select_blocks_in_nodes`): 8 to 64, a multiple of
         8. 0 searches all blocks.
       search_beam: nodes whose blocks a query's search looks at, besides those that its past cuts.
+      near_reach: tokens before a(t), a multiple of `block_size`, of whose blocks K // 2 are
+        selected, and the others of those before, so that what is near is not crowded out in a
+        long context; where that is more than half of the remote past, half. 0 selects all K of
+        everything.
+      recency: whether the bias of a selected block falls with its distance, by as much as a query
+        and KV head choose (with fusion="sum").
       rope_base: base of the rotary frequencies of the local branch.
     """
 
@@ -111,6 +117,8 @@ class AttentionConfig:
     score_dim: int = 64
     search_node_size: int = 0
     search_beam: int = 32
+    near_reach: int = 0
+    recency: bool = False
     rope_base: float = 10_000.0
 
     def __post_init__(self):
@@ -151,6 +159,20 @@ class AttentionConfig:
             not node or self.search_beam * node >= self.top_k,
             f"search_beam={self.search_beam} nodes of search_node_size={node} blocks hold fewer"
             f" than top_k={self.top_k}: use search_beam={-(-self.top_k // max(node, 1))} or more",
+        )
+
+        _require(
+            self.near_reach >= 0 and self.near_reach % self.block_size == 0,
+            f"near_reach={self.near_reach} must be a multiple of block_size={self.block_size}, or 0"
+            f" to select blocks of everything: {_multiples(self.near_reach, self.block_size)}",
+        )
+        _require(
+            not self.near_reach or self.top_k != 1,
+            "top_k=1 with near_reach has no half: use top_k=2 or more, or near_reach=0",
+        )
+        _require(
+            not self.recency or self.fusion == "sum",
+            "recency with fusion='softmax', where blocks have no bias: use fusion='sum'",
         )
 
     @property

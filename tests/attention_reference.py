@@ -65,7 +65,7 @@ def searched_blocks(u, c, mass, first, end, config):
 
 def sparse_attention_reference(
     q, k, v, config, salience=None, u=None, c=None, gate_g=None, gate_d=None, segment_ids=None,
-    mass=None,
+    mass=None, recency=None,
 ):  # fmt: skip
     """(out [B, T, Hq, D], selected blocks {(b, t, kv head): [block, ...]})."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -95,9 +95,19 @@ def sparse_attention_reference(
                         of_query, of_blocks, masses, first // s, a // s, config
                     )
                     scores = {n: float(of_query @ of_blocks[n]) for n in searched}
-                    best = sorted(scores, key=lambda n: (-scores[n], n))[: config.top_k]
+                    order = sorted(scores, key=lambda n: (-scores[n], n))
+                    best = order[: config.top_k]
+                    if config.near_reach:
+                        middle = max(a - config.near_reach, s * ((first + a) // (2 * s))) // s
+                        near = [n for n in order if n >= middle][: config.top_k // 2]
+                        far = [n for n in order if n < middle]
+                        best = near + far[: config.top_k - config.top_k // 2]
                     selected[b, t, h] = best
                     far = [j for n in best for j in range(n * s, (n + 1) * s)]
+                    if recency is not None:
+                        for n in best:
+                            distance = a - (n + 1) * s
+                            scores[n] -= recency[b, t, h] * np.log2(1 + distance / config.window)
                     bias = [scores[n] for n in best for _ in range(s)]
                 if config.fusion == "softmax":
                     everything = np.concatenate((near, far)).astype(int)

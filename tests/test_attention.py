@@ -23,6 +23,7 @@ SMALL = AttentionConfig(
 )  # fmt: skip
 SOFTMAX = dataclasses.replace(SMALL, fusion="softmax", landmarks="off")
 ALL = dataclasses.replace(SMALL, landmarks="all")
+NEAR = dataclasses.replace(SMALL, top_k=3, near_reach=24, recency=True)
 
 
 def make_inputs(config, tokens, *, batch=1, heads=4, kv_heads=2, dim=8, seed=0, dtype=np.float32):
@@ -45,6 +46,8 @@ def make_inputs(config, tokens, *, batch=1, heads=4, kv_heads=2, dim=8, seed=0, 
         inputs["landmark_gate"] = np.abs(normal(batch, tokens, heads))
     if config.fusion == "sum" and config.top_k:
         inputs["dynamic_gate"] = np.abs(normal(batch, tokens, heads))
+    if config.recency and config.top_k:
+        inputs["recency"] = np.abs(normal(batch, tokens, kv_heads))
     return inputs
 
 
@@ -71,6 +74,7 @@ def dense_causal(q, k, v):
     [
         SMALL,
         SOFTMAX,
+        NEAR,
         dataclasses.replace(SMALL, landmarks="all"),
         dataclasses.replace(SMALL, landmarks="off"),
         dataclasses.replace(SMALL, top_k=0),
@@ -88,7 +92,7 @@ def test_equals_its_definition(config, tokens):
     )
 
 
-@pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL])
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL, NEAR])
 def test_packed_documents_equal_their_definition_and_separate_ones(config):
     lengths = (40, 8, 72)  # each a whole number of blocks
     segment_ids = np.repeat([3, 1, 2], lengths)[None]
@@ -135,6 +139,7 @@ def test_softmax_fusion_over_all_blocks_is_dense():
     ("config", "tokens", "lengths"),
     [
         (SMALL, 150, (40, 8, 64, 40)),
+        (NEAR, 150, None),
         pytest.param(SOFTMAX, 144, None, marks=pytest.mark.long),
         pytest.param(ALL, 144, (40, 8, 64, 40), marks=pytest.mark.long),
     ],
@@ -160,6 +165,7 @@ def test_chunks_of_tokens_equal_the_whole(config, tokens, lengths, monkeypatch):
     ("config", "lengths"),
     [
         (SMALL, (40, 8, 64, 38)),
+        (NEAR, None),
         pytest.param(SOFTMAX, None, marks=pytest.mark.long),
         pytest.param(ALL, None, marks=pytest.mark.long),
     ],
@@ -170,7 +176,7 @@ def test_queries_of_the_last_tokens_get_what_they_get_among_all(config, lengths,
     inputs = make_inputs(config, tokens, seed=3)
     cotangent = np.random.default_rng(5).standard_normal(inputs["q"].shape).astype(np.float32)
     cotangent[:, :-count] = 0
-    of_queries = {"q", "query_features", "landmark_gate", "dynamic_gate"} & set(inputs)
+    of_queries = {"q", "query_features", "landmark_gate", "dynamic_gate", "recency"} & set(inputs)
     last = inputs | {name: inputs[name][:, -count:] for name in of_queries}
 
     def results(inputs):

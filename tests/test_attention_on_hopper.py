@@ -86,8 +86,9 @@ class TestInPlace:
     """Without gradients, on Hopper GPUs, the branches are added up by one kernel; interpreted."""
 
     CONFIG = AttentionConfig(
-        window=64, top_k=2, segment_length=64, landmarks_per_segment=2, nodes_per_level=2
-    )
+        window=64, top_k=2, segment_length=64, landmarks_per_segment=2, nodes_per_level=2,
+        near_reach=128, recency=True,
+    )  # fmt: skip
 
     @pytest.mark.timeout(300, method="thread")
     @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -95,7 +96,7 @@ class TestInPlace:
         """Documents in one chunk, or two KV heads one by one, in two chunks that overlap."""
         tokens, kv_heads = (192, 1) if packed else (320, 2)
         inputs = make_inputs(self.CONFIG, tokens, heads=8 * kv_heads, kv_heads=kv_heads, dim=64)
-        gates = "salience", "landmark_gate", "dynamic_gate"
+        gates = "salience", "landmark_gate", "dynamic_gate", "recency"
         inputs = {n: x if n in gates else jnp.asarray(x, jnp.bfloat16) for n, x in inputs.items()}
         if packed:
             inputs["segment_ids"] = np.repeat([0, 1], [64, 128])[None]

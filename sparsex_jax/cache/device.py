@@ -163,7 +163,7 @@ class DeviceRemote(NamedTuple):
         if config.top_k:
             dynamic = dynamic_branch(
                 queries.q, self.k, self.v, queries.features, self.block_index, local_start, None,
-                config=config, implementation=implementation,
+                recency=queries.recency, config=config, implementation=implementation,
             )  # fmt: skip
         return None, dynamic, self
 

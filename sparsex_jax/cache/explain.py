@@ -227,8 +227,9 @@ def _remote_keys(
         if not config.top_k:
             return None
         index, bias = select_remote(
-            queries.features, remote.block_index, local_start[None], None, config
-        )
+            queries.features, remote.block_index, local_start[None], None, config,
+            recency=queries.recency,
+        )  # fmt: skip
         return _of_blocks(queries.q, remote.k[0], index[0, 0], bias[0, 0], config.block_size)
     if isinstance(remote, FirstTokens):
         place = jnp.arange(remote.k.shape[1], dtype=jnp.int32)

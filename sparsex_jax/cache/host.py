@@ -265,8 +265,9 @@ class HostRemote(NamedTuple):
         if config.top_k:
             size = config.block_size
             index, bias = select_remote(
-                queries.features, self.block_index, local_start, None, config, implementation
-            )
+                queries.features, self.block_index, local_start, None, config, implementation,
+                queries.recency,
+            )  # fmt: skip
             if queries.q.shape[1] == 1:
                 slots, after = self._fetch(index[0, 0], size)
                 blocks = BlockCSR.from_selection(slots[None, None], bias, self.used.shape[1])

@@ -34,4 +34,6 @@ def why_not_in(tier: Tier, config: ModelConfig) -> str | None:
     baselines = baselines_in(config.layers)
     if baselines and tier != "device":
         return f"tier={tier!r} is for sparse layers, and this model has {baselines} ones"
+    if tier == "compressed" and config.attention.recency:
+        return "tier='compressed' selects no blocks, and this model has a recency of them"
     return None

@@ -32,6 +32,9 @@ class Arguments:
       length: tokens of a sequence; 4096, 32K and 2M are understood.
       contexts: most tokens that a token is predicted from, each less than the length; the whole
         sequence is always among them.
+      stride: tokens from the begin of one sequence to that of the next, by default the length. With
+        less they overlap, and a bucket no wider has nearly all of the text, as others have: then
+        their losses differ by what came before rather than by what they are about.
       sequences: at most so many, two or more; by default all that the test split has.
       chunk: tokens that are read at a time; auto fits them to the device.
       out: results file (JSON); by default results/HARDWARE/lm.json (cpu, h200, ...).
@@ -41,6 +44,7 @@ class Arguments:
     checkpoints: tuple[Path, ...]
     length: str = "2M"
     contexts: tuple[str, ...] = ("4K", "32K", "128K")
+    stride: str | None = None
     sequences: int | None = None
     chunk: str = "auto"
     out: Path | None = None
@@ -64,11 +68,11 @@ def lm(arguments: Arguments, command: str) -> None:
     from sparsex_jax.training import model_crc32
     from sparsex_jax.training.checkpoints import to_json
 
-    length, contexts = _checked_lengths(arguments)
+    length, contexts, stride = _checked_lengths(arguments)
     chunk = chunk_size() if arguments.chunk == "auto" else parse_length(arguments.chunk, "chunk")
     prepared = PreparedCode(arguments.data)
     stream = prepared.split("test").tokens
-    sequences = cut(stream, length, arguments.sequences)
+    sequences = cut(stream, length, arguments.sequences, stride)
     path = arguments.out or default_path("lm")
     check_writable(path)
     console = make_console()
@@ -78,6 +82,7 @@ def lm(arguments: Arguments, command: str) -> None:
         "text_tokens": len(stream),
         "models": [],
         "sequences": len(sequences),
+        "stride": stride,
         "chunk": chunk,
     }
     rows: list[dict[str, Any]] = []
@@ -104,7 +109,9 @@ def lm(arguments: Arguments, command: str) -> None:
                 found, missing = [], why_missing(error)
         losses = np.array(found)
         compared, first = first, losses if first is None else first
-        rows += make_rows(model.config.system, name, length, context, losses, compared, **missing)
+        rows += make_rows(
+            model.config.system, name, length, context, losses, compared, stride, **missing
+        )
         write_results(path, "lm", command, config, rows)
         last = rows[-1]
         outcome = last["note"] if missing else f"{last['loss']:.4f} nats in the last bucket"
@@ -117,8 +124,8 @@ def _show(bar, task, begin: int, tokens: int) -> None:
     bar.update(task, completed=begin + tokens)
 
 
-def _checked_lengths(arguments: Arguments) -> tuple[int, list[int]]:
-    """The length and all contexts, the longest first."""
+def _checked_lengths(arguments: Arguments) -> tuple[int, list[int], int]:
+    """The length, all contexts, the longest first, and the stride."""
     length = parse_length(arguments.length)
     contexts = parse_lengths(arguments.contexts) if arguments.contexts else []
     if not arguments.checkpoints:
@@ -130,4 +137,9 @@ def _checked_lengths(arguments: Arguments) -> tuple[int, list[int]]:
             raise ConfigError(
                 f"contexts={context} must lie between 2 and length={length}: use {length // 2}"
             )
-    return length, [length, *reversed(contexts)]
+    stride = length if arguments.stride is None else parse_length(arguments.stride, "stride")
+    if stride > length:
+        raise ConfigError(
+            f"stride={stride} leaves text out between sequences: use at most length={length}"
+        )
+    return length, [length, *reversed(contexts)], stride

@@ -17,6 +17,8 @@ from sparsex_jax.parallel.rules import enter_split, own_part, whole
 from sparsex_jax.scoring import BlockIndex, Blocks, pool_blocks, query_features, rms_normalize
 from sparsex_jax.selection_loss import selection_loss
 
+_RECENCY = -3.0  # at first 0.05 nats for each doubling of the distance
+
 
 class KeySide(NamedTuple):
     """What a token contributes as something to be attended to.
@@ -44,12 +46,14 @@ class QuerySide(NamedTuple):
       features: u, scaled, [B, T, Hkv, d_s], or None in a local layer (so the two below).
       landmark_gate: f32 [B, T, Hq].
       dynamic_gate: f32 [B, T, Hq].
+      recency: f32 [B, T, Hkv], see `branches.select_remote`; None without.
     """
 
     q: jax.Array
     features: jax.Array | None
     landmark_gate: jax.Array | None
     dynamic_gate: jax.Array | None
+    recency: jax.Array | None = None
 
 
 class Remembered(NamedTuple):
@@ -111,6 +115,10 @@ class SparseXAttention(nnx.Module):
         self.gates = Linear(
             (dim, 2 * config.num_heads), ("model", None), jnp.float32, scale=0.0, rngs=rngs
         )
+        if config.attention.recency:
+            self.recency = Linear(
+                (dim, heads), ("model", "kv_heads"), jnp.float32, scale=0.0, rngs=rngs
+            )
 
     def mix(self, x, history=None, age=None) -> jax.Array:
         """The short convolution, [B, T, C] to [B, T, C]; arguments as in `CausalConvolution`."""
@@ -133,7 +141,10 @@ class SparseXAttention(nnx.Module):
         projected = self._heads(self.score_query(mixed), self.config.num_kv_heads)
         features = query_features(projected, whole(self.log_scale))
         gates = jnp.split(2 * nnx.sigmoid(self.gates(x)), 2, axis=-1)
-        return QuerySide(q, features, *(own_part(gate, axis=2) for gate in gates))
+        recency = None
+        if self.config.attention.recency:
+            recency = nnx.softplus(self.recency(mixed) + _RECENCY)
+        return QuerySide(q, features, *(own_part(gate, axis=2) for gate in gates), recency)
 
     def attention_config(self, top_k: int | None = None) -> AttentionConfig:
         """The layer's own attention config; `top_k` replaces the config's in a sparse layer."""
@@ -223,6 +234,7 @@ class SparseXAttention(nnx.Module):
             learned["query_features"] = queries.features
             blocks = pool_blocks(keys.block_inputs, keys.block_logits, config)
             learned |= {"block_features": blocks.features, "block_mass": blocks.mass}
+            learned["recency"] = queries.recency
         if config.fusion == "sum":
             if config.landmarks != "off":
                 learned["landmark_gate"] = queries.landmark_gate

@@ -91,6 +91,7 @@ def sparse_attention(
     block_mass: jax.Array | None = None,
     landmark_gate: jax.Array | None = None,
     dynamic_gate: jax.Array | None = None,
+    recency: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
     strategy: str = "auto",
@@ -110,6 +111,7 @@ def sparse_attention(
       block_mass: f32 [B, T // S, Hkv].
       landmark_gate: f32 [B, T, Hq].
       dynamic_gate: f32 [B, T, Hq].
+      recency: f32 [B, T, Hkv].
       segment_ids: int [B, T].
       implementation: of the primitives.
       strategy: "ring", "dispatch" or "auto" (`cheaper_strategy`).
@@ -123,7 +125,7 @@ def sparse_attention(
     """
     check_arguments(
         q, k, v, config, salience, query_features, block_features, block_mass, landmark_gate,
-        dynamic_gate, segment_ids,
+        dynamic_gate, recency, segment_ids,
     )  # fmt: skip
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"q {q.shape} must have all tokens of k {k.shape} where they are split")
@@ -146,7 +148,7 @@ def sparse_attention(
     dynamic = None
     if sequence.length > config.window and config.top_k:
         dynamic = _dynamic_branch(
-            q, k, v, query_features, Blocks(block_features, block_mass), sequence,
+            q, k, v, query_features, Blocks(block_features, block_mass), recency, sequence,
             config=config, implementation=implementation, strategy=strategy,
         )  # fmt: skip
 
@@ -237,13 +239,13 @@ def _gather_tokens(tree):
 
 
 def _dynamic_branch(
-    q, k, v, query_features, blocks: Blocks, sequence: _Sequence, *, config: AttentionConfig,
-    implementation: str | None, strategy: str,
+    q, k, v, query_features, blocks: Blocks, recency, sequence: _Sequence, *,
+    config: AttentionConfig, implementation: str | None, strategy: str,
 ) -> Branch:  # fmt: skip
     """Attention of each query to the K blocks that score best, wherever in the sequence."""
     index, bias = select_remote(
         query_features, BlockIndex.of(_gather_tokens(blocks), config), sequence.limit,
-        sequence.document_start, config, implementation,
+        sequence.document_start, config, implementation, recency,
     )  # fmt: skip
     if config.fusion == "softmax":
         positions = sequence.first + jnp.arange(q.shape[1], dtype=jnp.int32)

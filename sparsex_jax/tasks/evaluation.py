@@ -75,10 +75,14 @@ def wilson_interval(correct: float, samples: int, z: float = _Z) -> tuple[float,
     return low, high
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """A mean of independent values, two or more, and its 95 % interval by the normal law."""
+def mean_interval(values: np.ndarray, overlap: float = 1.0) -> tuple[float, float, float]:
+    """A mean of values, two or more, and its 95 % interval by the normal law.
+
+    Values are taken for independent but for `overlap`, the number of them that share what they are
+    measured on: so many count as one.
+    """
     mean = float(np.mean(values))
-    spread = _Z * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    spread = _Z * float(np.std(values, ddof=1)) * math.sqrt(overlap / len(values))
     return mean, mean - spread, mean + spread
 
 

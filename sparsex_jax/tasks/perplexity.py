@@ -12,7 +12,9 @@ from sparsex_jax.modules.transformer import Transformer
 from sparsex_jax.tasks.evaluation import mean_interval
 
 
-def cut(stream: np.ndarray, length: int, most: int | None = None) -> np.ndarray:
+def cut(
+    stream: np.ndarray, length: int, most: int | None = None, stride: int | None = None
+) -> np.ndarray:
     """Sequences one after another, int32 [sequences, length + 1].
 
     All that fit, each of which begins with the last token of the one before, or fewer of them,
@@ -22,11 +24,13 @@ def cut(stream: np.ndarray, length: int, most: int | None = None) -> np.ndarray:
       stream: int [N], text as tokens.
       length: tokens read, and as many predicted, of each.
       most: sequences at most; None for all that fit.
+      stride: tokens from the begin of one to that of the next; None for `length`.
 
     Raises:
       ValueError: fewer than two fit, which leaves no interval.
     """
-    count = (len(stream) - 1) // length
+    stride = length if stride is None else stride
+    count = (len(stream) - 1 - length) // stride + 1
     if count < 2:
         raise ValueError(
             f"the text has {len(stream)} tokens: lengths must be at most {(len(stream) - 1) // 2}"
@@ -34,7 +38,7 @@ def cut(stream: np.ndarray, length: int, most: int | None = None) -> np.ndarray:
         )
     wanted = count if most is None else min(count, most)
     number = np.arange(wanted) * count // wanted
-    place = number[:, None] * length + np.arange(length + 1)
+    place = number[:, None] * stride + np.arange(length + 1)
     return stream[place].astype(np.int32)
 
 

@@ -67,13 +67,15 @@ def make_rows(
     context: int,
     losses: np.ndarray,
     compared: np.ndarray | None,
+    stride: int,
     status: str = "measured",
     note: str | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of a results file, one a bucket; numbers are None where there are no losses.
 
     `more` is how much more the loss is than in what is compared with, sequence by sequence.
-    Intervals are of 95 %, by the normal distribution, and take sequences for independent.
+    Intervals are of 95 %, by the normal distribution, and take sequences for independent, or, where
+    they overlap in a bucket, so many of them that do not.
 
     Args:
       system: what attends.
@@ -82,6 +84,7 @@ def make_rows(
       context: most tokens that a token is predicted from.
       losses: nats per token, [sequences, buckets].
       compared: those of what this is compared with; None for none.
+      stride: tokens from the begin of one sequence to that of the next.
       status: "out_of_memory" where there are no losses.
       note: the figure that shows the status.
     """
@@ -94,9 +97,11 @@ def make_rows(
             "note": note,
         }  # fmt: skip
         if len(losses):
-            row |= zip(("loss", "low", "high"), mean_interval(losses[:, number]), strict=True)
+            overlap = max(1.0, (end - begin) / stride)
+            found = mean_interval(losses[:, number], overlap)
+            row |= zip(("loss", "low", "high"), found, strict=True)
             if compared is not None and len(compared):
-                found = mean_interval(losses[:, number] - compared[:, number])
+                found = mean_interval(losses[:, number] - compared[:, number], overlap)
                 row |= zip(("more", "more_low", "more_high"), found, strict=True)
         rows.append(row)
     return rows

@@ -51,6 +51,19 @@ def test_exact_tiers_equal_the_forward_pass():
 
 
 @pytest.mark.usefixtures("small_host")
+def test_exact_tiers_know_what_is_near():
+    attention = dataclasses.replace(ATTENTION, near_reach=24, recency=True, top_k=3)
+    model = make(dataclasses.replace(SPARSE_FIRST, attention=attention))
+    tokens = make_tokens(1, 150)
+    expected = greedy(model, tokens, 20)
+    for tier in ("device", "host"):
+        found = Engine(model, capacity=256, chunk=48, tier=tier).generate(tokens, 20)
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ConfigError, match="has a recency of them: use tier='device'"):
+        Engine(model, capacity=256, tier="compressed")
+
+
+@pytest.mark.usefixtures("small_host")
 def test_an_answer_leaves_nothing_behind_in_the_host_tier():
     """Long answers become old blocks, are selected and cached; another answer has others there."""
     tokens, found = make_tokens(1, 120), {}

@@ -25,7 +25,7 @@ MODEL = ModelConfig(
     vocab_size=32, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24, layers="s",
     attention=AttentionConfig(
         window=16, block_size=8, top_k=2, segment_length=16, landmarks_per_segment=2,
-        nodes_per_level=2, score_dim=4,
+        nodes_per_level=2, score_dim=4, near_reach=24, recency=True,
     ),
     loss_chunk=64, dtype="float32", remat="layer",
 )  # fmt: skip

@@ -22,7 +22,8 @@ CONFIG = AttentionConfig(
 )  # fmt: skip
 SOFTMAX = dataclasses.replace(CONFIG, fusion="softmax", landmarks="off")
 ALL = dataclasses.replace(CONFIG, landmarks="all")
-NODES = dataclasses.replace(CONFIG, search_node_size=8, search_beam=1)
+NEAR = dataclasses.replace(CONFIG, near_reach=24, recency=True)
+NODES = dataclasses.replace(NEAR, search_node_size=8, search_beam=1)
 TOKENS = 32 * COUNT
 # Documents that begin and end within devices' parts, at their borders, and one of several parts.
 LENGTHS = (40, 24, 8, 88, 32, 64)
@@ -79,6 +80,7 @@ def assert_same(config, found, expected):
         pytest.param(CONFIG, "ring", True, marks=pytest.mark.long),
         (NODES, "dispatch", True),
         pytest.param(CONFIG, "dispatch", True, marks=pytest.mark.long),
+        pytest.param(NEAR, "ring", True, marks=pytest.mark.long),
         pytest.param(SOFTMAX, "ring", False, marks=pytest.mark.long),
         pytest.param(SOFTMAX, "dispatch", False, marks=pytest.mark.long),
         pytest.param(ALL, "auto", False, marks=pytest.mark.long),

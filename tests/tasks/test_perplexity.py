@@ -27,6 +27,7 @@ def test_every_token_but_the_first_is_predicted_once():
     spread = cut(np.arange(1000), 30, most=4)
     np.testing.assert_array_equal(spread[:, 0], [0, 8 * 30, 16 * 30, 24 * 30])
     assert len(cut(np.arange(100), 30, most=7)) == 3
+    np.testing.assert_array_equal(cut(np.arange(100), 30, stride=10)[:, 0], np.arange(0, 70, 10))
     assert len(cut(np.arange(61), 30)) == 2
     with pytest.raises(ValueError, match="has 60 tokens: lengths must be at most 29 .* not 30"):
         cut(np.arange(60), 30)

@@ -14,8 +14,9 @@ from sparsex_jax.tasks.tokenizer import Tokenizer
 # The sources of a mix, and what they ask for.
 SOURCES = {"definitions": "name_to_definition", "descriptions": "description_to_function"}
 LEAST_LENGTH = 1024  # tokens into which every text fits
-_SHARE = 0.4  # of a text, that questions with answers take at most
-_STRETCH = 512  # tokens of a stretch at least
+_SHARE = 0.25  # of a text, that questions with answers take at most
+_STRETCH = 256  # tokens of a stretch at least
+_CALLS = 0.25  # of the stretches: around a call of a function that is asked for
 _NEAR = 4096  # tokens of a stretch behind which its function lies at most
 _LARGEST = 256  # tokens of a function's doc and beginning, so that every stretch holds one
 _LOOK_BACK = 256  # tokens that a line end is looked for in
@@ -26,10 +27,11 @@ _BEGINNING = 16  # tokens of a body by which they are
 class CodePractice:
     """Makes texts of exactly a number of tokens, at least `LEAST_LENGTH`.
 
-    A text is several stretches of random places of the split, each around a function that is asked
-    for; others in them are asked for, too. As in the test, names that are asked for are of one
-    definition of the stretches, and kernel-doc comments of functions that are described are
-    removed. What is left of the length is filled with text of another random place, in front.
+    A text is several stretches of the split, in random order, each around a function that is asked
+    for, or around a call of one; others in them are asked for, too. As in the test, names that are
+    asked for are of one definition of the stretches, and kernel-doc comments of functions that are
+    described are removed. What is left of the length is filled with text of another random place,
+    in front.
 
     Half of the texts are about functions that are hard to tell apart: the names of all begin alike,
     or end alike, or their bodies begin alike.
@@ -48,7 +50,11 @@ class CodePractice:
         self._end = functions["body"] + BODY
         fits = self._end - self._begin <= _LARGEST
         fits &= self._end <= split.bounds[functions["file"] + 1]
-        called = np.bincount(split.calls["name"], minlength=len(split.names)) > 0
+        calls = split.calls[np.argsort(split.calls["name"], kind="stable")]
+        self._call_positions = calls["position"].astype(np.int64)
+        # Calls of name i are those from _first_call[i] on, before _first_call[i + 1].
+        self._first_call = np.searchsorted(calls["name"], np.arange(len(split.names) + 1))
+        called = np.diff(self._first_call) > 0
         self._suits = {
             source: fits & self.wording.askable(task) for source, task in SOURCES.items()
         }
@@ -113,23 +119,41 @@ class CodePractice:
     def _draw(
         self, source: str, count: int, rng: np.random.Generator
     ) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """Stretches of so many tokens together, each with a function that can be asked for."""
-        number = int(rng.integers(1, max(1, count // _STRETCH), endpoint=True))
+        """Stretches of so many tokens together, or fewer, and functions in them to ask for first.
+
+        Stretches that overlap are one.
+        """
+        number = 1 + int(max(0, count // _STRETCH - 1) * np.sqrt(rng.random()))
         cuts = np.sort(rng.integers(0, count - number * _STRETCH + 1, number - 1))
         sizes = np.diff(np.concatenate([[0], cuts, [count - number * _STRETCH]])) + _STRETCH
-        chosen = self._choose(source, number, rng)
-        spans = []
-        for i, size in zip(chosen, sizes, strict=True):
-            begin, end = int(self._begin[i]), int(self._end[i])
-            spare = min(int(size) - (end - begin), _NEAR, begin)
-            first = begin - int(rng.integers(0, spare, endpoint=True))
-            line_ends = np.flatnonzero(
-                self.tokenizer.line_end[self.split.tokens[first : min(begin, first + _LOOK_BACK)]]
-            )
-            first = first + int(line_ends[0]) + 1 if len(line_ends) else begin
-            first = max(0, min(first, len(self.split.tokens) - int(size)))
-            spans.append((first, first + int(size)))
-        return spans, chosen
+        chosen = self._choose(source, number - int(_CALLS * number), rng)
+        places = [(int(self._begin[i]), int(self._end[i])) for i in chosen]
+        places += [(call, call + 1) for call in self._calls_of(chosen, rng)]
+        spans: list[tuple[int, int]] = []
+        for place, size in sorted(zip(places, sizes.tolist(), strict=False)):
+            begin, end = self._around(*place, size, rng)
+            if spans and begin <= spans[-1][1]:
+                begin, end = spans[-1][0], max(end, spans.pop()[1])
+            spans.append((begin, end))
+        return [spans[i] for i in rng.permutation(len(spans))], chosen
+
+    def _calls_of(self, chosen: np.ndarray, rng: np.random.Generator) -> list[int]:
+        """Where some of the functions are called, a third of them or fewer."""
+        names = self.split.functions["name"][rng.permutation(chosen)[: len(chosen) // 3]]
+        first, behind = self._first_call[names], self._first_call[names + 1]
+        called = behind > first
+        return self._call_positions[rng.integers(first[called], behind[called])].tolist()
+
+    def _around(self, begin: int, end: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
+        """A stretch of `size` tokens that has a span, from a line start where one is near."""
+        spare = max(0, min(size - (end - begin), _NEAR, begin))
+        first = begin - int(rng.integers(0, spare, endpoint=True))
+        line_ends = np.flatnonzero(
+            self.tokenizer.line_end[self.split.tokens[first : min(begin, first + _LOOK_BACK)]]
+        )
+        first = first + int(line_ends[0]) + 1 if len(line_ends) else begin
+        first = max(0, min(first, len(self.split.tokens) - size))
+        return first, first + size
 
     def _choose(self, source: str, number: int, rng: np.random.Generator) -> np.ndarray:
         """Functions at random, or neighbours in an order of those that are alike."""

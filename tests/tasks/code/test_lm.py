@@ -39,16 +39,22 @@ def test_less_context_is_that_of_windows(context=33):
 
 def test_rows_compare_sequence_by_sequence():
     losses = np.array([[1.0, 0.5], [2.0, 1.5], [3.0, 2.0]])
-    whole = make_rows("sparsex", "a", 2048, 2048, losses, None)
+    whole = make_rows("sparsex", "a", 2048, 2048, losses, None, 2048)
     assert [(row["begin"], row["end"], row["loss"]) for row in whole] == [
         (0, 1024, 2.0), (1024, 2048, pytest.approx(4 / 3)),
     ]  # fmt: skip
-    less = make_rows("sparsex", "a", 2048, 512, losses + 0.25, losses)
+    less = make_rows("sparsex", "a", 2048, 512, losses + 0.25, losses, 2048)
     for row in less:
         assert [row[name] for name in ("more", "more_low", "more_high")] == pytest.approx(
             [0.25] * 3
         )
-    full = make_rows("dense", "b", 2048, 2048, np.zeros(0), losses, "out_of_memory", "9 bytes")
+    # Overlapping by three quarters of a bucket, four sequences say as much as one.
+    near = make_rows("sparsex", "a", 2048, 2048, losses, None, 256)
+    for row, other in zip(near, whole, strict=True):
+        assert row["high"] - row["loss"] == pytest.approx(2 * (other["high"] - other["loss"]))
+    full = make_rows(
+        "dense", "b", 2048, 2048, np.zeros(0), losses, 2048, "out_of_memory", "9 bytes"
+    )
     assert all(row["loss"] is None and row["note"] == "9 bytes" for row in full)
 
 
@@ -76,4 +82,7 @@ def test_command(model, folder, tmp_path, fail, capsys):
     )
     assert "contexts=4096 must lie between 2 and length=2048" in fail(*command, "--contexts", "4K")
     assert "sequences=1 leave no interval" in fail(*short[:-1], 1)
+    assert cli.run([str(word) for word in (*short, "--stride", "1K")]) == 0
+    assert json.loads(out.read_text())["config"]["stride"] == 1024
+    assert "stride=4096 leaves text out" in fail(*short, "--stride", "4K")
     assert "lengths must be at most" in fail(*short, "--length", "1M")
