@@ -160,7 +160,6 @@ class AttentionConfig:
             f"search_beam={self.search_beam} nodes of search_node_size={node} blocks hold fewer"
             f" than top_k={self.top_k}: use search_beam={-(-self.top_k // max(node, 1))} or more",
         )
-
         _require(
             self.near_reach >= 0 and self.near_reach % self.block_size == 0,
             f"near_reach={self.near_reach} must be a multiple of block_size={self.block_size}, or 0"

@@ -216,7 +216,7 @@ def test_chunks_of_tokens_under_shard_map(monkeypatch):
 @pytest.mark.parametrize(
     ("seed", "chunk"), [(0, 150), pytest.param(1, 150, marks=pytest.mark.long), (2, 48)]
 )
-@pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL])
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL, NEAR])
 def test_causality_is_strict(config, seed, chunk, monkeypatch):
     monkeypatch.setattr(attention, "_CHUNK", chunk)
     tokens = 150
@@ -242,7 +242,7 @@ def test_causality_is_strict(config, seed, chunk, monkeypatch):
     np.testing.assert_array_equal(index[0][:, :changed], index[1][:, :changed])
 
 
-@pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL])
+@pytest.mark.parametrize("config", [SMALL, SOFTMAX, ALL, NEAR])
 def test_gradients_against_finite_differences(config):
     with jax.enable_x64(True):
         inputs = make_inputs(config, 60, heads=2, kv_heads=1, dim=4, dtype=np.float64)
@@ -287,7 +287,7 @@ def test_gradients_against_the_reference_implementation(config):
 
 
 @pytest.mark.parametrize(
-    "config", [SMALL, *(pytest.param(x, marks=pytest.mark.long) for x in (SOFTMAX, ALL))]
+    "config", [SMALL, *(pytest.param(x, marks=pytest.mark.long) for x in (SOFTMAX, ALL, NEAR))]
 )
 def test_gradients_of_packed_documents(config):
     lengths = config.block_size * np.random.default_rng(0).integers(1, 12, 24)
@@ -396,6 +396,9 @@ def test_unused_arguments_are_refused():
         ({"top_k": -1}, "top_k=-1"),
         ({"landmarks": "some"}, "landmarks='some'"),
         ({"block_size": 0}, "block_size=0 must be positive"),
+        ({"near_reach": 100}, "near_reach=100 must be a multiple .*: use 64 or 128"),
+        ({"near_reach": 64, "top_k": 1}, "use top_k=2 or more"),
+        ({"recency": True, "fusion": "softmax", "landmarks": "off"}, "where blocks have no bias"),
     ],
 )
 def test_bad_configs(fields, message):
