@@ -23,11 +23,15 @@ def about_code(stage: StageConfig) -> StageConfig:
     return dataclasses.replace(stage, mix=MIX, loss_tokens=loss_tokens)
 
 
-def longer(length: int, steps: int) -> StageConfig:
-    """A stage of one text at a time, whose questions are among the last 12K tokens."""
+def longer(length: int, steps: int, top_k: int) -> StageConfig:
+    """A stage of one text at a time, whose questions are among the last 12K tokens.
+
+    With up to as many blocks as are selected when the model is asked.
+    """
     return dataclasses.replace(
-        stages[-1], length=length, steps=steps, batch_size=1, questions=128, loss_tokens=12288
-    )
+        stages[-1], length=length, steps=steps, batch_size=1, questions=128, loss_tokens=12288,
+        top_k=top_k,
+    )  # fmt: skip
 
 
 needle = load_preset(Path(__file__).with_name("needle.py"))
@@ -43,5 +47,5 @@ config = dataclasses.replace(
             needle.model.attention, window=512, near_reach=32768, recency=True
         ),
     ),
-    stages=(*stages, longer(1 << 17, 5000), longer(1 << 19, 800)),
+    stages=(*stages, longer(1 << 17, 5000, top_k=32), longer(1 << 19, 800, top_k=64)),
 )
