@@ -139,6 +139,7 @@ def attention_of_answer(
     kept, appended = split_layers(cache.layers)
     counts = np.int32(cache.length), np.int32(len(question) - 1), np.int32(len(answer))
     before = _filled(question[:-1])
+    # A program for answers of many lengths: what is filled up is not read.
     read = _filled(np.append(question[-1:], answer[:-1]), 4 * SUFFIX_UNIT)
     total, appended = _attention_of(
         model, kept, before, read, counts, appended=appended, kinds=kinds

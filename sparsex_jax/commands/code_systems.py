@@ -190,8 +190,12 @@ class ModelSystem(System):
     """A model: reads a context once and answers all questions about it."""
 
     def __init__(self, reader: Reader):
+        from sparsex_jax.cache.explain import why_unknown
+
         self._reader, self._system = reader, reader.model.config.system
         self._engine: tuple[int, Engine] | None = None  # of the length asked last
+        # Whether it is known what answers attend to.
+        self._explains = why_unknown(reader.tier, reader.model.config) is None
 
     def cells(self, task: str, length: int) -> list["Cell"]:
         """One."""
@@ -213,7 +217,7 @@ class ModelSystem(System):
             log.add_missing(cell, missing)
 
     def _read(self, context, length, pending, log, advance) -> None:
-        from sparsex_jax.cache.explain import attention_of_answer, why_unknown
+        from sparsex_jax.cache.explain import attention_of_answer
         from sparsex_jax.commands.answering import prefill_within
 
         reader = self._reader
@@ -224,7 +228,7 @@ class ModelSystem(System):
         cache = prefill_within(engine, context.tokens[None], reader.limit).block_until_ready()
         share = (time.perf_counter() - began) / sum(map(len, pending.values()))
         sources = None
-        if why_unknown(reader.tier, reader.model.config) is None:
+        if self._explains:
             sources = sources_of(context, reader.wording.tokenizer)
         for task, questions in pending.items():
             (cell,) = self.cells(task, length)
@@ -247,7 +251,6 @@ class ModelSystem(System):
 
         `provenance` is a share of the right ones.
         """
-        from sparsex_jax.cache.explain import why_unknown
         from sparsex_jax.tasks import make_row
 
         (cell,) = self.cells(task, length)
@@ -261,8 +264,7 @@ class ModelSystem(System):
         told = [x.provenance for x in answers if x.provenance is not None]
         if told:
             more["provenance"] = sum(told) / len(told)
-        diagnosed = why_unknown(self._reader.tier, self._reader.model.config) is None
-        return [_row(self._system, task, length, answers, diagnosed, **more)]
+        return [_row(self._system, task, length, answers, self._explains, **more)]
 
 
 def sources_of(context: "CodeContext", tokenizer: "Tokenizer") -> "Sources":

@@ -51,7 +51,7 @@ def diagnose(
     right, place = first_error(sample, generated)
     cache = engine.prefill(sample.prompt[None, :-1])
     tokens = np.concatenate((sample.prompt[-1:], sample.answer[:right]))
-    (span,) = [span for span in sample.lines if span[0] <= place < span[1]][:1]
+    span = next(span for span in sample.lines if span[0] <= place < span[1])
     return why_missed(model, cache, tokens, place, span)
 
 

@@ -33,8 +33,9 @@ def cut(
     count = (len(stream) - 1 - length) // stride + 1
     if count < 2:
         raise ValueError(
-            f"the text has {len(stream)} tokens: lengths must be at most {(len(stream) - 1) // 2}"
-            f" for two sequences, not {length}, or use more text"
+            f"the text has {len(stream)} tokens: lengths must be at most"
+            f" {max((len(stream) - 1) // 2, len(stream) - 1 - stride)} for two sequences, not"
+            f" {length}, or use more text"
         )
     wanted = count if most is None else min(count, most)
     number = np.arange(wanted) * count // wanted

@@ -126,10 +126,13 @@ class CodePractice:
         number = 1 + int(max(0, count // _STRETCH - 1) * np.sqrt(rng.random()))
         cuts = np.sort(rng.integers(0, count - number * _STRETCH + 1, number - 1))
         sizes = np.diff(np.concatenate([[0], cuts, [count - number * _STRETCH]])) + _STRETCH
-        chosen = self._choose(source, number - int(_CALLS * number), rng)
+        calls = int(_CALLS * number)
+        chosen = self._choose(source, number - calls, rng)
         places = [(int(self._begin[i]), int(self._end[i])) for i in chosen]
-        places += [(call, call + 1) for call in self._calls_of(chosen, rng)]
+        called = self._calls_of(rng.permutation(chosen)[:calls], rng)
+        places += [(place, place + 1) for place in called]
         spans: list[tuple[int, int]] = []
+        # Fewer places than sizes where functions are not called.
         for place, size in sorted(zip(places, sizes.tolist(), strict=False)):
             begin, end = self._around(*place, size, rng)
             if spans and begin <= spans[-1][1]:
@@ -137,9 +140,9 @@ class CodePractice:
             spans.append((begin, end))
         return [spans[i] for i in rng.permutation(len(spans))], chosen
 
-    def _calls_of(self, chosen: np.ndarray, rng: np.random.Generator) -> list[int]:
-        """Where some of the functions are called, a third of them or fewer."""
-        names = self.split.functions["name"][rng.permutation(chosen)[: len(chosen) // 3]]
+    def _calls_of(self, functions: np.ndarray, rng: np.random.Generator) -> list[int]:
+        """A place where each of the functions is called, of those that are."""
+        names = self.split.functions["name"][functions]
         first, behind = self._first_call[names], self._first_call[names + 1]
         called = behind > first
         return self._call_positions[rng.integers(first[called], behind[called])].tolist()

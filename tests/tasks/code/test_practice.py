@@ -1,5 +1,6 @@
 """Training texts about code: their length, what is asked, and what is marked."""
 
+import itertools
 import re
 
 import numpy as np
@@ -75,6 +76,28 @@ def test_many_texts_are_about_functions_that_are_alike(prepared):
         begins = functions["body"][chosen]
         counts["body"] += len({tuple(practice.split.tokens[i : i + 4]) for i in begins}) == 1
     assert min(counts.values()) > 25  # of 50 that are neighbours by it; of 300 at random, 3
+
+
+def test_stretches_are_apart_and_some_are_around_calls(prepared):
+    split = prepared.split("train")
+    practice = CodePractice(STAGE, split, prepared.tokenizer)
+    several = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        spans, chosen = practice._draw("definitions", 3072, rng)
+        spans.sort()
+        several += len(spans) > 1
+        assert all(end < begin for (_, end), (begin, _) in itertools.pairwise(spans))
+        for i in chosen:
+            begin, end = split.functions["name_begin"][i], split.functions["body"][i]
+            assert any(first <= begin and end <= last for first, last in spans)
+        calls = practice._calls_of(chosen, rng)
+        assert len(calls) == len(chosen)
+        for place, i in zip(calls, chosen, strict=True):
+            text = prepared.tokenizer.decode(split.tokens[place : place + 24])
+            assert text.lstrip().startswith(split.names[split.functions["name"][i]] + "(")
+            assert place != split.functions["name_begin"][i]
+    assert several > 5
 
 
 def test_batches_of_both_sources_and_text(folder, prepared):
