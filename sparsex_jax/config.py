@@ -161,7 +161,11 @@ class AttentionConfig:
             f" than top_k={self.top_k}: use search_beam={-(-self.top_k // max(node, 1))} or more",
         )
         _require(
-            self.near_reach >= 0 and self.near_reach % self.block_size == 0,
+            self.near_reach >= 0,
+            f"near_reach={self.near_reach} must not be negative: use 0 to select blocks of everything",
+        )
+        _require(
+            self.near_reach % self.block_size == 0,
             f"near_reach={self.near_reach} must be a multiple of block_size={self.block_size}, or 0"
             f" to select blocks of everything: {_multiples(self.near_reach, self.block_size)}",
         )

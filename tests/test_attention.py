@@ -397,6 +397,7 @@ def test_unused_arguments_are_refused():
         ({"landmarks": "some"}, "landmarks='some'"),
         ({"block_size": 0}, "block_size=0 must be positive"),
         ({"near_reach": 100}, "near_reach=100 must be a multiple .*: use 64 or 128"),
+        ({"near_reach": -64}, "near_reach=-64 must not be negative: use 0"),
         ({"near_reach": 64, "top_k": 1}, "use top_k=2 or more"),
         ({"recency": True, "fusion": "softmax", "landmarks": "off"}, "where blocks have no bias"),
     ],
