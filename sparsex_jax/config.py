@@ -162,7 +162,7 @@ class AttentionConfig:
         )
         _require(
             self.near_reach >= 0,
-            f"near_reach={self.near_reach} must not be negative: use 0 to select blocks of everything",
+            f"near_reach={self.near_reach} must not be negative: use 0 for everything",
         )
         _require(
             self.near_reach % self.block_size == 0,
