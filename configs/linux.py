@@ -14,29 +14,21 @@ from pathlib import Path
 from sparsex_jax.commands.train import load_preset
 from sparsex_jax.config import StageConfig
 
+TOP_K = 32  # as many as kernels combine; as many when asked, for it must be told from as much
 MIX = (("definitions", 0.4), ("descriptions", 0.2), ("text", 0.3), ("retrieval", 0.1))
 
 
-def about_code(stage: StageConfig) -> StageConfig:
-    """The stage with these texts; where the last tokens alone count, so do all questions."""
+def about_code(stage: StageConfig, steps: int) -> StageConfig:
+    """The stage with these texts, of whose last tokens a quarter count, and so do all questions."""
     loss_tokens = stage.loss_tokens and stage.length // 4
-    return dataclasses.replace(stage, mix=MIX, loss_tokens=loss_tokens)
-
-
-def longer(length: int, steps: int, top_k: int) -> StageConfig:
-    """A stage of one text at a time, whose questions are among the last 12K tokens.
-
-    With up to as many blocks as are selected when the model is asked.
-    """
-    return dataclasses.replace(
-        stages[-1], length=length, steps=steps, batch_size=1, questions=128, loss_tokens=12288,
-        top_k=top_k,
-    )  # fmt: skip
+    return dataclasses.replace(stage, steps=steps, mix=MIX, loss_tokens=loss_tokens, top_k=TOP_K)
 
 
 needle = load_preset(Path(__file__).with_name("needle.py"))
-*stages, last = map(about_code, needle.stages)
-stages.append(dataclasses.replace(last, steps=14000))
+stages = tuple(map(about_code, needle.stages, (1400, 500, 700, 2500, 9000)))
+longest = dataclasses.replace(
+    stages[-1], length=1 << 17, steps=2200, batch_size=1, questions=128, loss_tokens=12288
+)
 config = dataclasses.replace(
     needle,
     model=dataclasses.replace(
@@ -44,8 +36,8 @@ config = dataclasses.replace(
         vocab_size=8192,
         # With a window of 128 tokens a model of text was worse than a dense one (docs/log.md).
         attention=dataclasses.replace(
-            needle.model.attention, window=512, near_reach=32768, recency=True
+            needle.model.attention, window=512, top_k=TOP_K, near_reach=32768, recency=True
         ),
     ),
-    stages=(*stages, longer(1 << 17, 5000, top_k=32), longer(1 << 19, 800, top_k=64)),
+    stages=(*stages, longest),
 )
