@@ -103,6 +103,8 @@ class AttentionConfig:
         everything.
       recency: whether the bias of a selected block falls with its distance, by as much as a query
         and KV head choose (with fusion="sum").
+      gate_floor: least gate of selected blocks, in [0, 2), the largest being 2 (with fusion="sum").
+        With 0 a head may close it early in training, and then never learns what to select.
       rope_base: base of the rotary frequencies of the local branch.
     """
 
@@ -119,6 +121,7 @@ class AttentionConfig:
     search_beam: int = 32
     near_reach: int = 0
     recency: bool = False
+    gate_floor: float = 0.0
     rope_base: float = 10_000.0
 
     def __post_init__(self):
@@ -176,6 +179,15 @@ class AttentionConfig:
         _require(
             not self.recency or self.fusion == "sum",
             "recency with fusion='softmax', where blocks have no bias: use fusion='sum'",
+        )
+        _require(
+            0 <= self.gate_floor < 2,
+            f"gate_floor={self.gate_floor} must lie in [0, 2), below the largest gate: use 0.5",
+        )
+        _require(
+            not self.gate_floor or self.fusion == "sum",
+            f"gate_floor={self.gate_floor} with fusion='softmax', which has no gates: use"
+            " fusion='sum', or gate_floor=0",
         )
 
     @property
@@ -312,23 +324,30 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, cosine decay and clipping of the global gradient norm.
+    """AdamW or Muon with linear warm-up, cosine decay and clipping of the global gradient norm.
 
     Attributes:
+      method: "adamw" (Loshchilov and Hutter, arXiv:1711.05101), or "muon" (Jordan, 2024; scaled as
+        in arXiv:2502.16982, so that learning rates are those of AdamW) for projections of at least
+        32 inputs and outputs, and Adam for the embedding, norms, convolutions and gates.
       learning_rate: the highest, at the end of the warm-up.
       warmup_steps: optimizer steps of linear warm-up; 0 for none.
       final_fraction: the last learning rate as a share of `learning_rate`.
-      beta1: share of the running mean of the gradients that a step keeps.
-      beta2: share of the running mean of their squares that a step keeps.
-      weight_decay: decay of matrices per step, in units of the learning rate.
+      beta1: share of the running mean of the gradients that a step of AdamW keeps.
+      beta2: share of the running mean of their squares that a step of AdamW keeps.
+      momentum: share of the running mean of the gradients that a step of Muon keeps.
+      weight_decay: decay per step, in units of the learning rate: of matrices with AdamW, of what
+        Muon moves with Muon.
       clip_norm: largest global norm of the gradients; longer ones are scaled down to it.
     """
 
+    method: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-3
     warmup_steps: int = 200
     final_fraction: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.95
     weight_decay: float = 0.05
     clip_norm: float = 1.0
 
@@ -340,7 +359,7 @@ class OptimizerConfig:
             0 <= self.final_fraction <= 1,
             f"final_fraction={self.final_fraction} must lie in [0, 1]: use 0.1, say",
         )
-        for name, usual in (("beta1", 0.9), ("beta2", 0.95)):
+        for name, usual in (("beta1", 0.9), ("beta2", 0.95), ("momentum", 0.95)):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name}={value} must lie in [0, 1): use {usual}, say")
 

@@ -40,23 +40,36 @@ def draw_code(
 
 
 def loss_curves(rows: Sequence[Row], label: Label) -> matplotlib.figure.Figure:
-    """Nats per token by the end of the bucket, a line a model and context, with their intervals."""
-    figure = matplotlib.figure.Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    """Nats per token by the end of the bucket, a line a model and context.
+
+    Below, how many more than those of the first line, sequence by sequence, with intervals: those
+    of the losses themselves are wide, for they are of different text.
+    """
+    figure = matplotlib.figure.Figure(figsize=(7, 6), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
     names = list(dict.fromkeys((row["checkpoint"], row["context"]) for row in rows))
     for number, (checkpoint, context) in enumerate(names):
         chosen = [row for row in rows if (row["checkpoint"], row["context"]) == names[number]]
+        style = {"marker": "o", "ms": 4, "color": f"C{number}"}
         ends = [row["end"] for row in chosen]
-        loss, low, high = ([row[name] for row in chosen] for name in ("loss", "low", "high"))
         line = f"{checkpoint}, context {label(context)}"
-        axes.plot(ends, loss, marker="o", ms=4, color=f"C{number}", label=line)
-        axes.fill_between(ends, low, high, color=f"C{number}", alpha=0.15, lw=0)
+        above.plot(ends, [row["loss"] for row in chosen], label=line, **style)
+        if chosen[0]["more"] is None:  # what the others are compared with
+            continue
+        more, low, high = (
+            [row[name] for row in chosen] for name in ("more", "more_low", "more_high")
+        )
+        below.plot(ends, more, **style)
+        below.fill_between(ends, low, high, color=f"C{number}", alpha=0.2, lw=0)
+    below.axhline(0, color="C0")
     ticks = sorted({row["end"] for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [label(end) for end in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("position, to")
-    axes.set_ylabel("nats per token")
-    axes.grid(alpha=0.3)
+    below.set_xscale("log", base=2)
+    below.set_xticks(ticks, [label(end) for end in ticks])
+    below.minorticks_off()
+    below.set_xlabel("position, to")
+    above.set_ylabel("nats per token")
+    below.set_ylabel("nats more than the first")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -30,11 +30,30 @@ class Attended(NamedTuple):
     Attributes:
       selected: whether some head can attend to the place asked for: it is in the window, in a
         selected block, or in what the pattern of a baseline shows; bool scalar.
-      weight: the largest share of a head's softmax that the span asked for gets, f32 scalar.
+      weight: the largest share of a head's softmax that the span asked for gets, times the gate of
+        selected blocks where they have one, f32 scalar.
     """
 
     selected: jax.Array
     weight: jax.Array
+
+
+class _Softmax(NamedTuple):
+    """What a query has one softmax over.
+
+    Attributes:
+      parts: keys that have queries of their own.
+      gate: what the result is multiplied by, f32 [Hkv, G] or a scalar.
+    """
+
+    parts: list["_Keys"]
+    gate: jax.Array | float = 1.0
+
+    def shares(self) -> tuple[jax.Array, jax.Array]:
+        """Positions [Hkv, M], and shares times the gate, f32 [Hkv, G, M]; NaN without keys."""
+        places = jnp.concatenate([part.place for part in self.parts], axis=-1)
+        logits = jnp.concatenate([part.logits for part in self.parts], axis=-1)
+        return places, jax.nn.softmax(logits) * jnp.asarray(self.gate)[..., None]
 
 
 class _Keys(NamedTuple):
@@ -93,7 +112,7 @@ def _explain(
     layers = join_layers(kinds, kept, appended)
     layers = extend(model, layers, before[None], length, asked, logits=False)[1]
     softmaxes, layers = _read_one(model, layers, token, length + asked)
-    found = [_measure(parts, place, span) for layer in softmaxes for parts in layer]
+    found = [_measure(softmax, place, span) for layer in softmaxes for softmax in layer]
     attended = Attended(
         jnp.stack([each.selected for each in found]).any(),
         jnp.stack([each.weight for each in found]).max(),
@@ -116,8 +135,9 @@ def attention_of_answer(
     """How much each token of a context is attended to while an answer is generated.
 
     The sum over the answer's tokens, query heads and softmaxes of sparse layers, landmarks aside,
-    of squared shares: what a head singles out counts, and hardly what it averages over. A softmax
-    over the window counts as far as it reaches into the context.
+    of squares of shares times gates: what a head singles out counts, and hardly what it averages
+    over, nor what a closed gate leaves out. A softmax over the window counts as far as it reaches
+    into the context.
 
     Args:
       model: whose cache it is; see `why_unknown`.
@@ -168,8 +188,8 @@ def _attention_of(
         layers, total = carry
         softmaxes, layers = _read_one(model, layers, read[number], length + asked + number)
         sparse = [x for x, kind in zip(softmaxes, kinds, strict=True) if kind is DeviceRemote]
-        for parts in itertools.chain.from_iterable(sparse):
-            places, shares = _shares(parts)
+        for softmax in itertools.chain.from_iterable(sparse):
+            places, shares = softmax.shares()
             squared = jnp.sum(jnp.nan_to_num(shares) ** 2, axis=1)
             places = jnp.where(places < 0, capacity, places)
             total = total.at[places].add(squared, mode="drop")
@@ -182,8 +202,8 @@ def _attention_of(
 
 def _read_one(
     model: Transformer, layers: Layers, token: jax.Array, length: jax.Array
-) -> tuple[list[list[list[_Keys]]], Layers]:
-    """Reads a token: what it may attend to in each softmax of each layer, and the new caches."""
+) -> tuple[list[list[_Softmax]], Layers]:
+    """Reads a token: the softmaxes of each layer, and the new caches."""
     x: jax.Array | None = model.embed(token[None, None])
     softmaxes, read = [], []
     for block, layer in zip(model.blocks, layers, strict=True):
@@ -198,8 +218,8 @@ def _read_one(
 
 def _softmaxes(
     queries: QuerySide, cache: LayerCache, position: jax.Array, config: AttentionConfig
-) -> list[list[_Keys]]:
-    """The keys of each softmax of a layer, in parts that have queries of their own."""
+) -> list[_Softmax]:
+    """The softmaxes of a layer."""
     local_start = remote_end(position, 0, config)
     plain = queries.q
     turned = apply_rotary(plain, position[None], config.rope_base)
@@ -210,8 +230,12 @@ def _softmaxes(
     far = queries._replace(q=turned if config.turns_remote else plain)
     remote = _remote_keys(far, cache.remote, position, local_start, config)
     if remote is None:
-        return [[window]]
-    return [[window], [remote]] if config.fusion == "sum" else [[window, remote]]
+        return [_Softmax([window])]
+    if config.fusion == "softmax":
+        return [_Softmax([window, remote])]
+    gate = queries.dynamic_gate
+    gate = 1.0 if gate is None else gate[0, 0].reshape(remote.logits.shape[:2])
+    return [_Softmax([window]), _Softmax([remote], gate)]
 
 
 def _of_places(q: jax.Array, k: jax.Array, place: jax.Array) -> _Keys:
@@ -257,15 +281,9 @@ def _of_blocks(q: jax.Array, k: jax.Array, index: jax.Array, bias: jax.Array, si
     return _Keys.of(q, chosen, place, jnp.repeat(bias, size, axis=1).T)
 
 
-def _measure(parts: list[_Keys], place: jax.Array, span) -> Attended:
-    """Of one softmax over all parts."""
-    places, shares = _shares(parts)
+def _measure(softmax: _Softmax, place: jax.Array, span) -> Attended:
+    """Of one softmax."""
+    places, shares = softmax.shares()
     within = (places >= span[0]) & (places < span[1])
     weight = jnp.where(within[:, None], shares, 0).sum(-1)
     return Attended((places == place).any(), jnp.max(jnp.nan_to_num(weight)))
-
-
-def _shares(parts: list[_Keys]) -> tuple[jax.Array, jax.Array]:
-    """Positions [Hkv, M] and shares f32 [Hkv, G, M] of one softmax over all parts."""
-    places = jnp.concatenate([part.place for part in parts], axis=-1)
-    return places, jax.nn.softmax(jnp.concatenate([part.logits for part in parts], axis=-1))

@@ -140,8 +140,9 @@ class SparseXAttention(nnx.Module):
             return QuerySide(q, None, None, None)
         projected = self._heads(self.score_query(mixed), self.config.num_kv_heads)
         features = query_features(projected, whole(self.log_scale))
-        gates = jnp.split(2 * nnx.sigmoid(self.gates(x)), 2, axis=-1)
-        recency = None
+        floor, recency = self.config.attention.gate_floor, None
+        landmarks, dynamic = jnp.split(2 * nnx.sigmoid(self.gates(x)), 2, axis=-1)
+        gates = landmarks, floor + (1 - floor / 2) * dynamic
         if self.config.attention.recency:
             recency = nnx.softplus(self.recency(mixed) + _RECENCY)
         return QuerySide(q, features, *(own_part(gate, axis=2) for gate in gates), recency)

@@ -11,7 +11,7 @@ from sparsex_jax.modules.transformer import Transformer
 from sparsex_jax.tasks.evaluation import Diagnosis
 from sparsex_jax.tasks.needle import Sample
 
-_ATTENDED = 0.5  # share of a softmax
+_ATTENDED = 0.5  # share of a softmax, times its gate
 
 
 def first_error(sample: Sample, generated: Sequence[int]) -> tuple[int, int]:
@@ -61,7 +61,8 @@ def why_missed(
     """Why a token was not copied, by what the one before attends to.
 
     "not_selected": in no layer can a head attend to the token that had to be copied;
-    "not_attended": no head gives the line, or whatever it stands in, more than half of a softmax;
+    "not_attended": no head gives the line, or whatever it stands in, more than half of a softmax,
+    times the gate of what is selected;
     "not_copied": one does.
 
     Args:

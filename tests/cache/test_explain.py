@@ -32,7 +32,7 @@ LAYERS = {
 
 
 def heads_of(model, tokens):
-    """Each softmax of the last token: a dictionary from position to weight for each query head."""
+    """Each softmax of the last token: a dictionary from position to weight, times its gate."""
     layer = model.blocks[0].attention
     config = layer.attention_config()
     normed = model.blocks[0].attention_norm(model.embed(tokens))
@@ -65,11 +65,13 @@ def heads_of(model, tokens):
                     remote[p] = q[0, -1, head] @ k[0, p, kv]
                 else:
                     remote[p] = turned_q[0, -1, head] @ turned_k[0, p, kv]
-        softmaxes = [local, remote] if config.fusion == "sum" and remote else [local | remote]
-        for logits in softmaxes:
+        softmaxes = [(local | remote, 1.0)]
+        if config.fusion == "sum" and remote:
+            softmaxes = [(local, 1.0), (remote, float(queries.dynamic_gate[0, -1, head]))]
+        for logits, gate in softmaxes:
             exponentials = {p: np.exp(x / np.sqrt(8)) for p, x in logits.items()}
             total = sum(exponentials.values())
-            found.append({p: x / total for p, x in exponentials.items()})
+            found.append({p: gate * x / total for p, x in exponentials.items()})
     return found
 
 

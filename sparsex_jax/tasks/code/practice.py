@@ -22,6 +22,8 @@ _LARGEST = 256  # tokens of a function's doc and beginning, so that every stretc
 _LOOK_BACK = 256  # tokens that a line end is looked for in
 _ALIKE = 0.5  # of the texts: about functions that are like each other
 _BEGINNING = 16  # tokens of a body by which they are
+_APART = 0.1  # of the questions: behind text, as when a model is asked, not behind an answer
+_BEFORE = 512  # tokens of that text at most
 
 
 class CodePractice:
@@ -34,7 +36,8 @@ class CodePractice:
     in front.
 
     Half of the texts are about functions that are hard to tell apart: the names of all begin alike,
-    or end alike, or their bodies begin alike.
+    or end alike, or their bodies begin alike. The others have few long stretches as often as many
+    short ones.
 
     Args:
       stage: how many questions.
@@ -99,9 +102,10 @@ class CodePractice:
                 continue
             question = self.wording.question(task, words)
             answer = self.wording.answer(task, functions[i])
-            if sum(map(len, [*parts, question, answer])) > room:
+            spare = room - sum(map(len, [*parts, question, answer]))
+            if spare < 0:
                 break
-            parts += [question, answer]
+            parts += [join_tokens([self._text_before(spare, rng), question]), answer]
             if source == "descriptions":
                 removed.append((int(functions["doc"][i]), int(functions["begin"][i])))
             if len(parts) == 2 * self.stage.questions:
@@ -123,11 +127,13 @@ class CodePractice:
 
         Stretches that overlap are one.
         """
-        number = 1 + int(max(0, count // _STRETCH - 1) * np.sqrt(rng.random()))
+        most, alike = max(1, count // _STRETCH), rng.random() < _ALIKE
+        share = rng.random()
+        number = 1 + int((most - 1) * share**0.5) if alike else int(most**share)
         cuts = np.sort(rng.integers(0, count - number * _STRETCH + 1, number - 1))
         sizes = np.diff(np.concatenate([[0], cuts, [count - number * _STRETCH]])) + _STRETCH
         calls = int(_CALLS * number)
-        chosen = self._choose(source, number - calls, rng)
+        chosen = self._choose(source, number - calls, alike, rng)
         places = [(int(self._begin[i]), int(self._end[i])) for i in chosen]
         called = self._calls_of(rng.permutation(chosen)[:calls], rng)
         places += [(place, place + 1) for place in called]
@@ -158,9 +164,11 @@ class CodePractice:
         first = max(0, min(first, len(self.split.tokens) - size))
         return first, first + size
 
-    def _choose(self, source: str, number: int, rng: np.random.Generator) -> np.ndarray:
+    def _choose(
+        self, source: str, number: int, alike: bool, rng: np.random.Generator
+    ) -> np.ndarray:
         """Functions at random, or neighbours in an order of those that are alike."""
-        if rng.random() >= _ALIKE:
+        if not alike:
             return rng.choice(self._askable[source], number)
         order = self._alike[source][rng.integers(len(self._alike[source]))]
         first = int(rng.integers(len(order)))
@@ -189,6 +197,11 @@ class CodePractice:
         order = list(dict.fromkeys(int(i) for i in drawn))
         kept = np.array(order, np.int64)
         return kept[np.isin(names[kept], once)]
+
+    def _text_before(self, spare: int, rng: np.random.Generator) -> np.ndarray:
+        """What stands between a question and the answer before it: nothing, mostly."""
+        count = int(rng.integers(_BEFORE, endpoint=True)) if rng.random() < _APART else 0
+        return take_text(self.split.tokens, min(count, spare), rng, self.tokenizer)
 
     def _words(self, source: str, i: int) -> str | None:
         function = self.split.functions[i]

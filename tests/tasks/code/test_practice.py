@@ -64,18 +64,45 @@ def test_what_is_described_has_no_comment(prepared):
     assert asked > 60
 
 
-def test_many_texts_are_about_functions_that_are_alike(prepared):
-    practice = CodePractice(STAGE, prepared.split("train"), prepared.tokenizer)
+def count_alike(practice, alike):
+    """Of 150 choices of three functions, how many begin, end or go on alike."""
     functions, names = practice.split.functions, practice.split.names
     counts = {"begin": 0, "end": 0, "body": 0}
-    for seed in range(300):
-        chosen = practice._choose("definitions", 3, np.random.default_rng(seed))
+    for seed in range(150):
+        chosen = practice._choose("definitions", 3, alike, np.random.default_rng(seed))
         parts = [names[functions["name"][i]].split("_") for i in chosen]
         counts["begin"] += len({first for first, *_ in parts}) == 1
         counts["end"] += len({last for *_, last in parts}) == 1
         begins = functions["body"][chosen]
         counts["body"] += len({tuple(practice.split.tokens[i : i + 4]) for i in begins}) == 1
-    assert min(counts.values()) > 25  # of 50 that are neighbours by it; of 300 at random, 3
+    return counts.values()
+
+
+def test_functions_that_are_alike_are_neighbours_by_one_of_three_orders(prepared):
+    practice = CodePractice(STAGE, prepared.split("train"), prepared.tokenizer)
+    assert min(count_alike(practice, True)) > 25  # of 50 that are neighbours by it
+    assert max(count_alike(practice, False)) < 25
+
+
+def test_stretches_are_few_or_many(prepared):
+    practice = CodePractice(STAGE, prepared.split("train"), prepared.tokenizer)
+    counts = [
+        len(practice._draw("definitions", 6144, np.random.default_rng(seed))[0])
+        for seed in range(200)
+    ]
+    assert 30 < counts.count(1) < 100 and 10 < sum(count > 6 for count in counts) < 100
+
+
+def test_some_questions_stand_behind_text(prepared):
+    behind = whole = 0
+    for found, is_answer in texts("definitions", prepared, 150, 4096):
+        ends = runs(is_answer)
+        for (_, end), (begin, _) in itertools.pairwise(ends):
+            before = prepared.tokenizer.decode(found[end:begin])
+            behind += not before.startswith("\ndefine: ")
+            assert before.count("\ndefine: ") == 1
+            whole += 1
+    assert 0.03 < behind / whole < 0.2
 
 
 def test_stretches_are_apart_and_some_are_around_calls(prepared):
