@@ -4,8 +4,8 @@
     sparsex train configs/linux.py --data.code linux-6.1 --run-dir runs/linux
     sparsex eval code --data linux-6.1 --checkpoint runs/linux/model --lengths 500K 1M 8M
 
-Hardware: meant for one H200, 13 minutes by estimate (2.5B tokens). Not trained as it stands; what
-a first form of it learned, and why this one has recency and longer texts: docs/log.md.
+Hardware: one H200, 11 minutes, two of them compilation (1.2B tokens; 3.0M a second at 32K). Trained
+once, with other texts about code: results/h200/lm.json, and docs/log.md, "a second model of Linux".
 """
 
 import dataclasses

@@ -19,7 +19,9 @@ _PLACES = 3
 class Arguments:
     """Answers questions from a cache that `sparsex ingest` made, without reading the text again.
 
-    Below an answer stand the files and lines that were attended to most while it was written.
+    Below an answer stand the files and lines that were attended to most while it was written. An
+    answer is a line, but one to "define: NAME" or "describe: DESCRIPTION", which models of source
+    code answer with the beginning of a function (docs/code.md).
 
     Attributes:
       directory: of the cache.
@@ -58,6 +60,7 @@ def ask(arguments: Arguments) -> None:
     from sparsex_jax.cache.tiers import EXACT
     from sparsex_jax.commands.model import fingerprint, load
     from sparsex_jax.tasks import decode_answer
+    from sparsex_jax.tasks.code.wording import prompt_of
 
     sampling = Sampling(arguments.temperature, arguments.top_p)
     if not arguments.directory.is_dir():
@@ -66,7 +69,8 @@ def ask(arguments: Arguments) -> None:
     directory = CacheDirectory(arguments.directory, fingerprint(arguments.model, model, tokenizer))
     if directory.tier is None or directory.capacity is None or directory.chunk is None:
         raise CacheError(f"{arguments.directory} holds no cache: run `sparsex ingest` first")
-    questions = tokenizer.encode_batch(arguments.question)
+    about_code = [prompt_of(question) is not None for question in arguments.question]
+    questions = tokenizer.encode_batch([prompt_of(x) or x for x in arguments.question])
     if not questions or not all(map(len, questions)):
         raise ConfigError("a question has no tokens: give a text in quotes")
     tier = arguments.tier or directory.tier
@@ -80,12 +84,12 @@ def ask(arguments: Arguments) -> None:
     with make_progress(console) as bar:
         task = bar.add_task("loading", total=length)
         cache = directory.load(engine, lambda tokens: bar.update(task, completed=tokens))
-    for question in questions:
+    for question, is_code in zip(questions, about_code, strict=True):
+        stops = (tokenizer.end_id,) if is_code else tokenizer.stop_ids
         found = engine.answer(
-            cache, [question], arguments.max_new_tokens, tokenizer.stop_ids, sampling,
-            arguments.seed,
-        )  # fmt: skip
-        console.print(decode_answer(found[0], tokenizer), markup=False, soft_wrap=True)
+            cache, [question], arguments.max_new_tokens, stops, sampling, arguments.seed
+        )
+        print(decode_answer(found[0], tokenizer, stops))  # rich would expand tabs
         if sources is not None:
             attention = attention_of_answer(model, cache, question, found[0])
             for place in sources.places(attention, arguments.sources or _PLACES):

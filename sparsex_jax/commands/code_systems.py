@@ -177,13 +177,15 @@ class Reader:
     def answer(
         self, engine: "Engine", cache: "Cache", question: "Question"
     ) -> tuple[np.ndarray, str]:
-        """The tokens that it generates, and what of them is compared."""
+        """The tokens that answer, and what of them is compared."""
         from sparsex_jax.tasks.code.wording import ANSWER
 
-        task = question.task
-        stop = (self.wording.brace,) if task == "description_to_function" else ()
-        (found,) = engine.answer(cache, [question.prompt], ANSWER[task], stop)
-        return found, self.wording.generated(task, found)
+        task, wording = question.task, self.wording
+        stops = [wording.tokenizer.end_id]
+        if task == "description_to_function":
+            stops.append(wording.brace)
+        (found,) = engine.answer(cache, [question.prompt], ANSWER[task], tuple(stops))
+        return wording.counted(task, found), wording.generated(task, found)
 
 
 class ModelSystem(System):

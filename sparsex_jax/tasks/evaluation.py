@@ -86,11 +86,16 @@ def mean_interval(values: np.ndarray, overlap: float = 1.0) -> tuple[float, floa
     return mean, mean - spread, mean + spread
 
 
-def decode_answer(generated: Iterable[int], tokenizer: Tokenizer) -> str:
-    """Text of generated tokens up to the first that ends an answer, without spaces around."""
+def decode_answer(
+    generated: Iterable[int], tokenizer: Tokenizer, stops: Sequence[int] | None = None
+) -> str:
+    """Text of generated tokens up to the first of `stops`, without spaces around.
+
+    By default these are all that end an answer.
+    """
     kept: list[int] = []
     for token in generated:
-        if int(token) in tokenizer.stop_ids:
+        if int(token) in (tokenizer.stop_ids if stops is None else stops):
             break
         kept.append(int(token))
     return tokenizer.decode(kept).strip()

@@ -101,7 +101,7 @@ class CodePractice:
             if words is None:
                 continue
             question = self.wording.question(task, words)
-            answer = self.wording.answer(task, functions[i])
+            answer = np.append(self.wording.answer(task, functions[i]), self.tokenizer.end_id)
             spare = room - sum(map(len, [*parts, question, answer]))
             if spare < 0:
                 break

@@ -3,7 +3,8 @@
     define: NAME                 goes on with the parameters and the body's first tokens
     describe: DESCRIPTION        and on the next line, the signature up to the opening brace
 
-Both are as they stand in the file, so an answer is copied token by token.
+Both are as they stand in the file, so an answer is copied token by token; then comes the end of
+text.
 """
 
 import re
@@ -25,6 +26,13 @@ ANSWER = {"name_to_definition": SIGNATURE + BODY, "description_to_function": SIG
 QUESTION = {"name_to_definition": SIGNATURE + 8, "description_to_function": DESCRIPTION + 8}
 
 _WORD = re.compile(r"[A-Za-z]{2,}")
+
+
+def prompt_of(question: str) -> str | None:
+    """What a model reads for "define: NAME" or "describe: DESCRIPTION"; None for anything else."""
+    if question.startswith("define: "):
+        return f"\n{question}"
+    return f"\n{question}\n" if question.startswith("describe: ") else None
 
 
 class Wording:
@@ -67,12 +75,11 @@ class Wording:
 
     def question(self, task: str, words: str) -> np.ndarray:
         """The question about a name or a description, int32."""
-        if task == "name_to_definition":
-            return self.tokenizer.encode(f"\ndefine: {words}")
-        return self.tokenizer.encode(f"\ndescribe: {words}\n")
+        verb = "define" if task == "name_to_definition" else "describe"
+        return self.tokenizer.encode(prompt_of(f"{verb}: {words}"))
 
     def answer(self, task: str, function: np.void) -> np.ndarray:
-        """What a right answer generates, int32."""
+        """What a right answer generates before the end of text, int32."""
         tokens = self.split.tokens
         if task == "name_to_definition":
             return tokens[function["name_end"] : function["body"] + BODY].astype(np.int32)
@@ -89,14 +96,19 @@ class Wording:
             tokens[begin:end] for begin, end in zip(functions[first], ends, strict=True)
         ])  # fmt: skip
 
-    def generated(self, task: str, tokens: np.ndarray) -> str:
-        """The same of generated tokens, int [n], -1 after their end; "" where there is no brace."""
+    def counted(self, task: str, tokens: np.ndarray) -> np.ndarray:
+        """Of generated tokens, int [n], -1 after their end, those that answer: none past a body."""
         tokens = np.asarray(tokens)
         tokens = tokens[tokens >= 0]
+        behind = np.append(np.flatnonzero(tokens == self.brace), len(tokens))[0] + 1
+        return tokens[: behind + (BODY if task == "name_to_definition" else 0)]
+
+    def generated(self, task: str, tokens: np.ndarray) -> str:
+        """What is compared of generated tokens, as in `counted`; "" where there is no brace."""
+        tokens = self.counted(task, tokens)
         found = np.flatnonzero(tokens == self.brace)
         if not len(found):
             return ""
-        behind = int(found[0]) + 1
-        if task == "description_to_function":
-            return self.tokenizer.decode(tokens[:behind])
-        return self.tokenizer.decode(tokens[behind : behind + BODY])
+        return self.tokenizer.decode(
+            tokens if task == "description_to_function" else tokens[found[0] + 1 :]
+        )

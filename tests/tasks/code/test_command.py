@@ -12,6 +12,7 @@ from sparsex_jax.cache import Engine
 from sparsex_jax.commands import code_systems
 from sparsex_jax.tasks.evaluation import DIAGNOSES
 from sparsex_jax.training import export_model
+from tests.tasks.code.conftest import SOURCES
 from tests.test_cli import fail
 
 __all__ = ["fail"]  # a fixture
@@ -148,3 +149,25 @@ def test_bad_arguments_give_one_line(model, folder, tmp_path, fail):
     assert "samples=0 must be positive" in fail(*bm25, "--samples", 0)
     shipped = fail(*command, "--lengths", "6K", "--checkpoint", "sparsex_jax/assets/needle")
     assert "tokenizer" in shipped
+
+
+def test_ask_puts_questions_about_code_as_they_were_learned(
+    model, prepared, tmp_path, capsys, monkeypatch
+):
+    encode, asked = prepared.tokenizer.encode, []
+    out, answer = tmp_path / "cache", encode("(int x)\n{\n\treturn x;")
+
+    def generate(self, cache, prompts, count, stops, *options):
+        asked.append((prepared.tokenizer.decode(prompts[0]), stops))
+        return [np.append(answer, (prepared.tokenizer.end_id, -1))]
+
+    assert cli.run(["ingest", str(SOURCES), "--out", str(out), "--model", str(model)]) == 0
+    monkeypatch.setattr(Engine, "answer", generate)
+    questions = ["define: turn", "describe: turns it", "why?"]
+    assert cli.run(["ask", str(out), *questions, "--model", str(model), "--sources", "0"]) == 0
+    end, ends = prepared.tokenizer.end_id, prepared.tokenizer.stop_ids
+    assert asked == [
+        ("\ndefine: turn", (end,)), ("\ndescribe: turns it\n", (end,)), ("why?", ends)
+    ]  # fmt: skip
+    shown = capsys.readouterr().out
+    assert shown.endswith("(int x)\n{\n\treturn x;\n" * 2 + "(int x)\n")

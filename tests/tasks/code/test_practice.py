@@ -41,8 +41,8 @@ def test_answers_are_the_definitions(prepared, tokens):
             name = re.search(r"\ndefine: (\w+)$", before)[1]
             answer = prepared.tokenizer.decode(found[begin:end])
             assert f"{name}{answer}" in context
-            body = prepared.tokenizer.decode(found[end - BODY : end])
-            assert answer.endswith("{" + body)
+            body = prepared.tokenizer.decode(found[end - 1 - BODY : end - 1])
+            assert answer.endswith("{" + body) and found[end - 1] == prepared.tokenizer.end_id
             asked += 1
     assert asked > 60
 

@@ -83,6 +83,9 @@ def test_right_answers_are_right_and_others_are_not(task, context, wording):
             wording.generated(task, np.append(context.answer(q)[0], [-1] * 3))
             for q in (question, other)
         )
+        more = np.concatenate((answer, context.tokens[:9], [-1]))
+        np.testing.assert_array_equal(wording.counted(task, more), answer)
+        assert wording.generated(task, more) == right
         assert words(right) == words(question.target)
         assert context.is_right(question, right)
         assert not context.is_right(question, wrong)
