@@ -233,8 +233,8 @@ def _softmaxes(
         return [_Softmax([window])]
     if config.fusion == "softmax":
         return [_Softmax([window, remote])]
-    gate = queries.dynamic_gate
-    gate = 1.0 if gate is None else gate[0, 0].reshape(remote.logits.shape[:2])
+    assert queries.dynamic_gate is not None  # of a sparse layer
+    gate = queries.dynamic_gate[0, 0].reshape(remote.logits.shape[:2])
     return [_Softmax([window]), _Softmax([remote], gate)]
 
 

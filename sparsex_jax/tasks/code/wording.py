@@ -25,14 +25,17 @@ ANSWER = {"name_to_definition": SIGNATURE + BODY, "description_to_function": SIG
 # Tokens that hold any question: of a name at most as many as of a signature.
 QUESTION = {"name_to_definition": SIGNATURE + 8, "description_to_function": DESCRIPTION + 8}
 
+# What is before and behind the words of a question.
+_FRAME = {"name_to_definition": ("define: ", ""), "description_to_function": ("describe: ", "\n")}
 _WORD = re.compile(r"[A-Za-z]{2,}")
 
 
 def prompt_of(question: str) -> str | None:
     """What a model reads for "define: NAME" or "describe: DESCRIPTION"; None for anything else."""
-    if question.startswith("define: "):
-        return f"\n{question}"
-    return f"\n{question}\n" if question.startswith("describe: ") else None
+    for begin, end in _FRAME.values():
+        if question.startswith(begin):
+            return f"\n{question}{end}"
+    return None
 
 
 class Wording:
@@ -75,8 +78,8 @@ class Wording:
 
     def question(self, task: str, words: str) -> np.ndarray:
         """The question about a name or a description, int32."""
-        verb = "define" if task == "name_to_definition" else "describe"
-        return self.tokenizer.encode(prompt_of(f"{verb}: {words}"))
+        begin, end = _FRAME[task]
+        return self.tokenizer.encode(f"\n{begin}{words}{end}")
 
     def answer(self, task: str, function: np.void) -> np.ndarray:
         """What a right answer generates before the end of text, int32."""
