@@ -19,7 +19,7 @@ MIX = (("definitions", 0.4), ("descriptions", 0.2), ("text", 0.3), ("retrieval",
 
 
 def about_code(stage: StageConfig, steps: int) -> StageConfig:
-    """The stage with these texts, of whose last tokens a quarter count, and so do all questions."""
+    """The stage with these texts; where the last tokens alone count, these hold the questions."""
     loss_tokens = stage.loss_tokens and stage.length // 4
     return dataclasses.replace(stage, steps=steps, mix=MIX, loss_tokens=loss_tokens, top_k=TOP_K)
 

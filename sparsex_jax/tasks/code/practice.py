@@ -94,6 +94,7 @@ class CodePractice:
         room = int(_SHARE * count)
         spans, chosen = self._draw(source, count - room, rng)
         task, functions = SOURCES[source], self.split.functions
+        end = np.int32(self.tokenizer.end_id)
         parts: list[np.ndarray] = []
         removed: list[tuple[int, int]] = []
         for i in self._order(source, spans, chosen, rng):
@@ -101,7 +102,7 @@ class CodePractice:
             if words is None:
                 continue
             question = self.wording.question(task, words)
-            answer = np.append(self.wording.answer(task, functions[i]), self.tokenizer.end_id)
+            answer = np.append(self.wording.answer(task, functions[i]), end)
             spare = room - sum(map(len, [*parts, question, answer]))
             if spare < 0:
                 break

@@ -18,7 +18,7 @@ def texts(source, prepared, count, tokens=LEAST_LENGTH):
     practice = CodePractice(STAGE, prepared.split("train"), prepared.tokenizer)
     for seed in range(count):
         found, is_answer = practice(source, tokens, np.random.default_rng(seed))
-        assert len(found) == len(is_answer) == tokens
+        assert len(found) == len(is_answer) == tokens and found.dtype == np.int32
         yield found, is_answer
 
 
