@@ -13,14 +13,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sparsex_jax.config import AttentionConfig
 from sparsex_jax.scoring import BlockIndex
 from sparsex_jax.spans import remote_end
 
 SAMPLE = 512  # queries of a sequence
-_CHUNK = 32  # of them at a time: their logits are held for all keys
+_LOGITS = 1 << 27  # that are held at a time, of all heads and keys of some queries,
+_LEAST = 32  # at least so many
 _SHARPNESS = 2.0  # of the distribution to learn
+_TARGET = "selection_target"
+# A number for each query and block, for which 2 G D S operations need not be done again.
+_KEEP = jax.checkpoint_policies.save_only_these_names(_TARGET)
 
 
 def sample_queries(weights: jax.Array) -> jax.Array:
@@ -67,20 +72,21 @@ def selection_loss(
       f32 [B], of Q x T products each.
     """
     batch, count = queries.shape
-    chunks = -(-count // _CHUNK)
-    queries = jnp.pad(queries, ((0, 0), (0, chunks * _CHUNK - count)), constant_values=-1)
+    size = min(count, max(_LEAST, _LOGITS // (batch * q.shape[2] * k.shape[1])))
+    chunks = -(-count // size)
+    queries = jnp.pad(queries, ((0, 0), (0, chunks * size - count)), constant_values=-1)
 
     q, k = jax.lax.stop_gradient((q, k))
     starts = None if document_start is None else 0
     in_axes = 0, 0, 0, 0, 0, starts
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=_KEEP)
     def of_chunk(chunk):
         divergence = jax.vmap(functools.partial(_divergence, config=config), in_axes)
         each, counts = divergence(q, k, query_features, blocks, chunk, document_start)
         return jnp.sum(jnp.where(counts, each, 0), axis=1), jnp.sum(counts, axis=1)
 
-    sums = jax.lax.map(of_chunk, queries.reshape(batch, chunks, _CHUNK).swapaxes(0, 1))
+    sums = jax.lax.map(of_chunk, queries.reshape(batch, chunks, size).swapaxes(0, 1))
     total, number = (jnp.sum(x, axis=0) for x in sums)
     return total / jnp.maximum(number, 1)
 
@@ -99,6 +105,7 @@ def _divergence(q, k, u, index: BlockIndex, queries, document_start, config: Att
     logits = _product("mhgd,nhd->mhgn", rows, k[: blocks * size]) * q.shape[2] ** -0.5
     best = logits.reshape(*logits.shape[:3], blocks, size).max(axis=4)
     target = jnp.mean(jnp.exp(_log_softmax(_SHARPNESS * best, remote[:, None, None])), axis=2)
+    target = checkpoint_name(target, _TARGET)
     each = _from_target(target, _product("mhd,bhd->mhb", u[place], index.features), remote)
     if index.nodes is not None:
         nodes, node = len(index.nodes), config.search_node_size

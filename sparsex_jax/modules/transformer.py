@@ -9,6 +9,7 @@ from sparsex_jax.config import BASELINES, ConfigError, ModelConfig
 from sparsex_jax.modules.attending import attending_for_loss
 from sparsex_jax.modules.attention import Remembered, SparseXAttention
 from sparsex_jax.modules.baselines import BaselineAttention, more_hidden
+from sparsex_jax.modules.cross_entropy import cross_entropy
 from sparsex_jax.modules.layers import RMSNorm, SwiGLU
 from sparsex_jax.modules.repeats import apply_layers
 from sparsex_jax.parallel import sequence
@@ -244,13 +245,9 @@ class Transformer(nnx.Module):
         )
         table = whole(self.embedding, self.config.dtype)
 
-        @jax.checkpoint
         def add_chunk(total, inputs):
             hidden, targets, weights = inputs
-            logits = jnp.einsum("tc,vc->tv", hidden, table, preferred_element_type=jnp.float32)
-            chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-            nll = jax.nn.logsumexp(logits, axis=1) - chosen
-            return total + jnp.sum(nll * weights), None
+            return total + jnp.sum(cross_entropy(hidden, table, targets) * weights), None
 
         begin = vary_with(hidden, jnp.float32(0))
         return jax.lax.scan(add_chunk, begin, (hidden, targets, weights))[0]
