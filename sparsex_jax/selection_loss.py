@@ -20,11 +20,11 @@ from sparsex_jax.scoring import BlockIndex
 from sparsex_jax.spans import remote_end
 
 SAMPLE = 512  # queries of a sequence
-_LOGITS = 1 << 27  # that are held at a time, of all heads and keys of some queries,
-_LEAST = 32  # at least so many
+_LOGITS = 1 << 27  # held at a time: of as many queries as fit, with all heads and keys,
+_LEAST_QUERIES = 32  # or of so many
 _SHARPNESS = 2.0  # of the distribution to learn
 _TARGET = "selection_target"
-# A number for each query and block, for which 2 G D S operations need not be done again.
+# Kept for the backward pass: a number for each query and block, in which 2 G D S operations went.
 _KEEP = jax.checkpoint_policies.save_only_these_names(_TARGET)
 
 
@@ -72,7 +72,7 @@ def selection_loss(
       f32 [B], of Q x T products each.
     """
     batch, count = queries.shape
-    size = min(count, max(_LEAST, _LOGITS // (batch * q.shape[2] * k.shape[1])))
+    size = min(count, max(_LEAST_QUERIES, _LOGITS // (batch * q.shape[2] * k.shape[1])))
     chunks = -(-count // size)
     queries = jnp.pad(queries, ((0, 0), (0, chunks * size - count)), constant_values=-1)
 

@@ -61,7 +61,7 @@ def test_queries_may_be_taken_a_few_at_a_time(monkeypatch):
     queries = jnp.asarray([[99, 3, 40, 57, 16], [31, 98, 5, 77, 60]], jnp.int32)
     of_all = jax.value_and_grad(lambda *x: loss_of(*x, queries).sum(), (2, 3))(*inputs())
     monkeypatch.setattr("sparsex_jax.selection_loss._LOGITS", 0)
-    monkeypatch.setattr("sparsex_jax.selection_loss._LEAST", 2)
+    monkeypatch.setattr("sparsex_jax.selection_loss._LEAST_QUERIES", 2)
     of_few = jax.value_and_grad(lambda *x: loss_of(*x, queries).sum(), (2, 3))(*inputs())
     for value, other in zip(jax.tree.leaves(of_all), jax.tree.leaves(of_few), strict=True):
         np.testing.assert_allclose(other, value, rtol=1e-5, atol=1e-7)

@@ -41,7 +41,7 @@ class Arguments:
     model: Path = SHIPPED_MODEL
     tier: Literal["device", "host", "compressed"] | None = None
     sources: int | None = None
-    max_new_tokens: int = 64
+    max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0

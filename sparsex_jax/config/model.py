@@ -41,7 +41,7 @@ class AttentionConfig:
       recency: whether the bias of a selected block falls with its distance, by as much as a query
         and KV head choose (with fusion="sum").
       gate_floor: least gate of selected blocks, in [0, 2), the largest being 2 (with fusion="sum").
-        With 0 a head may close it early in training, and then never learns what to select.
+        Through a gate that a head has closed hardly any gradient reaches what it selects by.
       rope_base: base of the rotary frequencies of the local branch.
     """
 

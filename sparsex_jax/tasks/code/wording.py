@@ -100,7 +100,10 @@ class Wording:
         ])  # fmt: skip
 
     def counted(self, task: str, tokens: np.ndarray) -> np.ndarray:
-        """Of generated tokens, int [n], -1 after their end, those that answer: none past a body."""
+        """Of generated tokens, int [n], -1 after their end, those up to the end of what is asked.
+
+        That is the brace, and for a name the first BODY tokens behind it.
+        """
         tokens = np.asarray(tokens)
         tokens = tokens[tokens >= 0]
         behind = np.append(np.flatnonzero(tokens == self.brace), len(tokens))[0] + 1
@@ -109,9 +112,8 @@ class Wording:
     def generated(self, task: str, tokens: np.ndarray) -> str:
         """What is compared of generated tokens, as in `counted`; "" where there is no brace."""
         tokens = self.counted(task, tokens)
-        found = np.flatnonzero(tokens == self.brace)
-        if not len(found):
+        if self.brace not in tokens:
             return ""
-        return self.tokenizer.decode(
-            tokens if task == "description_to_function" else tokens[found[0] + 1 :]
-        )
+        if task == "name_to_definition":
+            tokens = tokens[np.argmax(tokens == self.brace) + 1 :]
+        return self.tokenizer.decode(tokens)
