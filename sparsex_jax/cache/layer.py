@@ -33,7 +33,7 @@ class Recent(NamedTuple):
     """What a layer keeps of its last tokens, of any number of them the same amount.
 
     Attributes:
-      history: the last inputs of the convolution, [B, conv_width - 1, C].
+      history: the last inputs of the convolutions, [B, conv_reach, C].
       window_k: keys of the last W + S tokens, and a few more, with RoPE, [B, `reach`, Hkv, D]; None
         while they are in `LayerCache.near`.
       window_v: their values, likewise.
@@ -79,7 +79,7 @@ def empty_layer(
     size = attention.block_size
     window = reach(attention), heads, config.head_dim
     recent = Recent(
-        history=zeros(max(config.conv_width - 1, 0), config.model_dim),
+        history=zeros(config.conv_reach(kind), config.model_dim),
         window_k=zeros(*window),
         window_v=zeros(*window),
         pool_inputs=zeros(size, heads, attention.score_dim) if sparse else None,
@@ -158,9 +158,11 @@ def extend_layer(
     near_keys = _joined(window[0], turned_k), _joined(window[1], keys.v)
     first = first_attending(attending, x.shape[1], valid)
     if attending < x.shape[1]:
-        x, normed, mixed = (
-            jax.lax.dynamic_slice_in_dim(y, first, attending, axis=1) for y in (x, normed, mixed)
-        )
+
+        def part(y: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(y, first, attending, axis=1)
+
+        x, normed, mixed = part(x), part(normed), mixed.map(part)
     queries = layer.query_side(normed, mixed)
     attended, remote = attend(queries, first, length, near_keys, remote, config)
     return block.feed_forward(x + layer.project_out(attended)), LayerCache(recent, remote)
@@ -180,7 +182,7 @@ def inputs_of_local(attending: int, config: ModelConfig) -> int:
     Their windows lie among these tokens, whatever the layer kept of those before, and so do the
     windows of tokens to come; the first few only complete the convolution.
     """
-    return attending + reach(config.attention) + max(config.conv_width - 1, 0)
+    return attending + reach(config.attention) + config.conv_reach("l")
 
 
 def attend(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,27 @@ from sparsex_jax.parallel.rules import enter_split, own_part, whole
 from sparsex_jax.scoring import BlockIndex, Blocks, pool_blocks, query_features, rms_normalize
 from sparsex_jax.selection_loss import selection_loss
 
+_NEAR_TAPS = nnx.initializers.normal(0.1)
+_FAR_TAPS = nnx.initializers.constant(0.25)  # what is alike in q and k is so from afar, at first
 _RECENCY = -3.0  # at first 0.05 nats for each doubling of the distance
+
+
+class Mixed(NamedTuple):
+    """A layer's input, convolved along the tokens, [B, T, C].
+
+    Attributes:
+      near: with the tokens just before, for values and what pools.
+      far: with more of them where there are dilated convolutions, for what is matched: queries,
+        keys and block features. The same array where there are none.
+    """
+
+    near: jax.Array
+    far: jax.Array
+
+    def map(self, f: Callable[[jax.Array], jax.Array]) -> "Mixed":
+        """Of f of each; of one, once."""
+        near = f(self.near)
+        return Mixed(near, near if self.far is self.near else f(self.far))
 
 
 class KeySide(NamedTuple):
@@ -62,7 +83,7 @@ class Remembered(NamedTuple):
     Attributes:
       k: without RoPE, [B, T, Hkv, D]; in a local layer of the sequence's last `window` tokens.
       v: their values, likewise.
-      history: the sequence's last inputs of the convolution, [B, conv_width - 1, C].
+      history: the sequence's last inputs of the convolutions, [B, conv_reach, C].
       salience: f32 [B, T, Hkv]; None in a local layer.
       blocks: T / S of them; likewise.
     """
@@ -84,17 +105,24 @@ class SparseXAttention(nnx.Module):
 
     Args:
       config: widths, heads and the attention's own config.
-      sparse: all three branches; otherwise local attention only.
+      kind: a letter of `ModelConfig.layers`: "s" for all three branches, "l" for local attention
+        only; a baseline's, with projections as local attention has them.
       rngs: random streams; "params" is used.
     """
 
-    def __init__(self, config: ModelConfig, *, sparse: bool, rngs: nnx.Rngs):
-        self.config, self.sparse = config, sparse
+    def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
+        self.config, self.kind, self.sparse = config, kind, kind == "s"
         dim, dtype = config.model_dim, jnp.dtype(config.dtype)
         query_width = config.num_heads * config.head_dim
         key_width = config.num_kv_heads * config.head_dim
         self.convolution = (
-            CausalConvolution(dim, config.conv_width, rngs=rngs) if config.conv_width else None
+            CausalConvolution(dim, config.conv_width, _NEAR_TAPS, rngs=rngs)
+            if config.conv_width
+            else None
+        )
+        self.far_convolutions = nnx.List(
+            CausalConvolution(dim, config.conv_width, _FAR_TAPS, dilation, rngs=rngs)
+            for dilation in config.dilations_of(kind)
         )
         self.query = Linear((dim, query_width), ("model", "heads"), dtype, rngs=rngs)
         self.key = Linear((dim, key_width), ("model", "kv_heads"), dtype, rngs=rngs)
@@ -103,7 +131,10 @@ class SparseXAttention(nnx.Module):
             (query_width, dim), ("heads", "model"), dtype,
             scale=(2 * len(config.layers)) ** -0.5, rngs=rngs,
         )  # fmt: skip
-        if not sparse:
+        if config.qk_scale:
+            zeros = jnp.zeros(config.num_heads, jnp.float32)
+            self.qk_log_scale = nnx.Param(zeros, axis_names=("heads",))
+        if not self.sparse:
             return
         heads, score_width = config.num_kv_heads, config.num_kv_heads * config.attention.score_dim
         self.score_query = Linear((dim, score_width), ("model", "kv_heads"), dtype, rngs=rngs)
@@ -120,31 +151,57 @@ class SparseXAttention(nnx.Module):
                 (dim, heads), ("model", "kv_heads"), jnp.float32, scale=0.0, rngs=rngs
             )
 
-    def mix(self, x, history=None, age=None) -> jax.Array:
-        """The short convolution, [B, T, C] to [B, T, C]; arguments as in `CausalConvolution`."""
-        return x if self.convolution is None else self.convolution(x, history, age)
+    @property
+    def conv_reach(self) -> int:
+        """Tokens before each that the convolutions reach."""
+        return self.config.conv_reach(self.kind)
 
-    def key_side(self, x: jax.Array, mixed: jax.Array) -> KeySide:
-        """Projects the layer's input [B, T, C] and its convolution to what is attended to."""
-        k = rms_normalize(self._heads(self.key(mixed), self.config.num_kv_heads))
-        v = self._heads(self.value(mixed), self.config.num_kv_heads)
+    def mix(
+        self, x: jax.Array, history: jax.Array | None = None, age: jax.Array | None = None
+    ) -> Mixed:
+        """The convolutions.
+
+        Args:
+          x: [B, T, C].
+          history: the `conv_reach` tokens before x, [B, conv_reach, C]; None is zeros.
+          age: int [B, T], as in `CausalConvolution`.
+        """
+        if self.convolution is None:
+            return Mixed(x, x)
+        tokens = x.shape[1]
+        if history is not None:
+            before = history.shape[1]
+            x = jnp.concatenate((history, x), axis=1)
+            if age is not None:
+                age = jnp.concatenate((age[:, :1] - jnp.arange(before, 0, -1), age), axis=1)
+        near = far = self.convolution(x, age)
+        for convolution in self.far_convolutions:
+            far = convolution(far, age)
+        return Mixed(near, far).map(lambda y: y[:, y.shape[1] - tokens :])
+
+    def key_side(self, x: jax.Array, mixed: Mixed) -> KeySide:
+        """Projects the layer's input [B, T, C] and its convolutions to what is attended to."""
+        k = rms_normalize(self._heads(self.key(mixed.far), self.config.num_kv_heads))
+        v = self._heads(self.value(mixed.near), self.config.num_kv_heads)
         if not self.sparse:
             return KeySide(k, v, None, None, None)
-        inputs = self._heads(self.score_key(mixed), self.config.num_kv_heads)
-        return KeySide(k, v, self.salience(x), inputs, self.pool(mixed))
+        inputs = self._heads(self.score_key(mixed.far), self.config.num_kv_heads)
+        return KeySide(k, v, self.salience(x), inputs, self.pool(mixed.near))
 
-    def query_side(self, x: jax.Array, mixed: jax.Array) -> QuerySide:
-        """Projects the layer's input [B, T, C] and its convolution to what attends."""
-        q = rms_normalize(self._heads(self.query(mixed), self.config.num_heads))
+    def query_side(self, x: jax.Array, mixed: Mixed) -> QuerySide:
+        """Projects the layer's input [B, T, C] and its convolutions to what attends."""
+        q = rms_normalize(self._heads(self.query(mixed.far), self.config.num_heads))
+        if self.config.qk_scale:
+            q *= jnp.exp(whole(self.qk_log_scale))[:, None].astype(q.dtype)
         if not self.sparse:
             return QuerySide(q, None, None, None)
-        projected = self._heads(self.score_query(mixed), self.config.num_kv_heads)
+        projected = self._heads(self.score_query(mixed.far), self.config.num_kv_heads)
         features = query_features(projected, whole(self.log_scale))
         floor, recency = self.config.attention.gate_floor, None
         landmarks, dynamic = jnp.split(2 * nnx.sigmoid(self.gates(x)), 2, axis=-1)
         gates = landmarks, floor + (1 - floor / 2) * dynamic
         if self.config.attention.recency:
-            recency = nnx.softplus(self.recency(mixed) + _RECENCY)
+            recency = nnx.softplus(self.recency(mixed.near) + _RECENCY)
         return QuerySide(q, features, *(own_part(gate, axis=2) for gate in gates), recency)
 
     def attention_config(self, top_k: int | None = None) -> AttentionConfig:
@@ -191,8 +248,7 @@ class SparseXAttention(nnx.Module):
         """What `__call__` returns, and what later tokens need; options as in `attend`."""
         keys, queries = self._project(x, None)
         attended = self.project_out(self.attend(keys, queries, None, *options))
-        before = max(self.config.conv_width - 1, 0)
-        history = sequence.of_last(x[:, x.shape[1] - before :])
+        history = sequence.of_last(x[:, x.shape[1] - self.conv_reach :])
         if not self.sparse:
             window = self.config.attention.window
             k, v = (sequence.of_last(each[:, -window:]) for each in (keys.k, keys.v))
@@ -201,7 +257,7 @@ class SparseXAttention(nnx.Module):
         return attended, Remembered(keys.k, keys.v, history, keys.salience, blocks)
 
     def _project(self, x, segment_ids, attending=None) -> tuple[KeySide, QuerySide]:
-        """Both sides of x, whose convolution looks into the part to the left, too.
+        """Both sides of x, whose convolutions look into the part to the left, too.
 
         Queries are those of the last `attending` tokens, None for all.
         """
@@ -210,11 +266,11 @@ class SparseXAttention(nnx.Module):
             positions = sequence.first_position(x.shape[1]) + jnp.arange(x.shape[1])
             age = positions - sequence.document_starts(segment_ids)
         history = None
-        if axis_size("seq") > 1 and self.config.conv_width > 1:
-            history = sequence.from_left(x, self.config.conv_width - 1)
-        mixed = enter_split(self.mix(x, history, age))
+        if axis_size("seq") > 1 and self.conv_reach:
+            history = sequence.from_left(x, self.conv_reach)
+        mixed = self.mix(x, history, age).map(enter_split)
         first = 0 if attending is None else x.shape[1] - attending
-        queries = self.query_side(x[:, first:], mixed[:, first:])
+        queries = self.query_side(x[:, first:], mixed.map(lambda y: y[:, first:]))
         return self.key_side(enter_split(x), mixed), queries
 
     def attend(

@@ -22,7 +22,7 @@ class BaselineAttention(SparseXAttention):
     """
 
     def __init__(self, config: ModelConfig, number: int, *, rngs: nnx.Rngs):
-        super().__init__(config, sparse=False, rngs=rngs)
+        super().__init__(config, config.layers[number], rngs=rngs)
         self.pattern = make_pattern(config, number)
 
     def attention_config(self, top_k: int | None = None) -> Pattern:

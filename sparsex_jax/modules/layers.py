@@ -56,47 +56,50 @@ class RMSNorm(nnx.Module):
 
 
 class CausalConvolution(nnx.Module):
-    """x plus a depthwise causal convolution of it; starts as the identity.
+    """x plus a depthwise causal convolution of it.
 
     Args:
       dim: channels.
       width: taps, the token itself included.
+      taps: what they are at first, an initializer.
+      dilation: tokens from tap to tap.
       rngs: random streams; "params" is used.
     """
 
-    def __init__(self, dim: int, width: int, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.1)(rngs.params(), (width, dim), jnp.float32)
-        self.taps = nnx.Param(init, axis_names=(None, "model"))
-        self.width = width
-
-    def __call__(
+    def __init__(
         self,
-        x: jax.Array,
-        history: jax.Array | None = None,
-        age: jax.Array | None = None,
-    ) -> jax.Array:
-        """Convolves along the tokens.
+        dim: int,
+        width: int,
+        taps: nnx.Initializer,
+        dilation: int = 1,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        init = taps(rngs.params(), (width, dim), jnp.float32)
+        self.taps = nnx.Param(init, axis_names=(None, "model"))
+        self.width, self.dilation = width, dilation
+
+    def __call__(self, x: jax.Array, age: jax.Array | None = None) -> jax.Array:
+        """Convolves along the tokens; before the first there are zeros.
 
         Args:
           x: [B, T, C].
-          history: the width - 1 tokens before x, [B, width - 1, C]; None is zeros.
           age: int [B, T], tokens before each in its document, into others of which taps do not
             reach; None for one document.
 
         Returns:
           [B, T, C].
         """
-        tokens, before = x.shape[1], self.width - 1
-        if history is None:
-            history = jnp.zeros_like(x[:, :1]).repeat(before, axis=1)
-        padded = jnp.concatenate((history, x), axis=1)
+        tokens, before = x.shape[1], (self.width - 1) * self.dilation
+        padded = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
         taps = whole(self.taps, x.dtype)
         total = x
-        for lag in range(self.width):
+        for number in range(self.width):
+            lag = number * self.dilation
             shifted = padded[:, before - lag : before - lag + tokens]
             if age is not None:
                 shifted = jnp.where((age >= lag)[..., None], shifted, 0)
-            total = total + shifted * taps[lag]
+            total = total + shifted * taps[number]
         return total
 
 

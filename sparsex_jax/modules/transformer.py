@@ -34,7 +34,7 @@ class Block(nnx.Module):
             self.attention: SparseXAttention = BaselineAttention(config, number, rngs=rngs)
             hidden += more_hidden(config)
         else:
-            self.attention = SparseXAttention(config, sparse=kind == "s", rngs=rngs)
+            self.attention = SparseXAttention(config, kind, rngs=rngs)
         self.mlp_norm = RMSNorm(config.model_dim)
         self.mlp = SwiGLU(
             config.model_dim, hidden, jnp.dtype(config.dtype),

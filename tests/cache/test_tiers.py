@@ -53,7 +53,7 @@ def test_exact_tiers_equal_the_forward_pass():
 @pytest.mark.usefixtures("small_host")
 def test_exact_tiers_know_what_is_near():
     attention = dataclasses.replace(ATTENTION, near_reach=24, recency=True, top_k=3)
-    model = make(dataclasses.replace(SPARSE_FIRST, attention=attention))
+    model = make(dataclasses.replace(SPARSE_FIRST, attention=attention, qk_scale=True))
     tokens = make_tokens(1, 150)
     expected = greedy(model, tokens, 20)
     for tier in ("device", "host"):

@@ -12,6 +12,7 @@ from flax import nnx
 from sparsex_jax.config import AttentionConfig, BaselineConfig, ConfigError, ModelConfig
 from sparsex_jax.modules import Transformer, layers
 from sparsex_jax.modules.attending import attending_for_loss
+from sparsex_jax.modules.attention import Mixed
 
 ATTENTION = AttentionConfig(
     window=16, block_size=8, top_k=2, segment_length=16, landmarks_per_segment=2,
@@ -19,7 +20,7 @@ ATTENTION = AttentionConfig(
 )  # fmt: skip
 TINY = ModelConfig(
     vocab_size=64, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, layers="ls",
-    attention=ATTENTION, dtype="float32", loss_chunk=32,
+    dilations=(2,), attention=ATTENTION, dtype="float32", loss_chunk=32,
 )  # fmt: skip
 
 
@@ -55,13 +56,29 @@ def test_gates_lie_between_their_floor_and_two():
     attention = dataclasses.replace(ATTENTION, gate_floor=0.5)
     x = 30 * np.random.default_rng(0).standard_normal((1, 40, TINY.model_dim), np.float32)
     floored, plain = (
-        make(dataclasses.replace(TINY, attention=each)).blocks[1].attention.query_side(x, x)
+        make(dataclasses.replace(TINY, attention=each))
+        .blocks[1]
+        .attention.query_side(x, Mixed(x, x))
         for each in (attention, ATTENTION)
     )
     assert floored.dynamic_gate.min() < 0.51 and floored.dynamic_gate.max() > 1.99
     expected = 0.5 + 0.75 * plain.dynamic_gate
     np.testing.assert_allclose(floored.dynamic_gate, expected, rtol=1e-6)
     np.testing.assert_array_equal(floored.landmark_gate, plain.landmark_gate)
+
+
+def test_each_query_head_learns_a_scale():
+    x = np.random.default_rng(0).standard_normal((1, 40, TINY.model_dim), np.float32)
+    for number in range(2):  # of a local and a sparse layer
+        layer = Transformer(dataclasses.replace(TINY, qk_scale=True), rngs=nnx.Rngs(0))
+        attention = layer.blocks[number].attention
+        before = attention.query_side(x, Mixed(x, x)).q
+        np.testing.assert_allclose(np.square(before).mean(axis=3), 1, rtol=1e-3)
+        attention.qk_log_scale[...] = np.log([1.0, 2.0, 3.0, 0.5]).astype(np.float32)
+        after = attention.query_side(x, Mixed(x, x)).q
+        np.testing.assert_allclose(
+            after, before * np.array([1, 2, 3, 0.5])[:, None], rtol=1e-6, atol=1e-6
+        )
 
 
 def test_chunked_loss_equals_plain_loss():
@@ -116,21 +133,15 @@ def test_loss_of_the_last_tokens_alone(layers, documents, remat):
 
 
 def test_layers_compute_no_more_than_the_last_tokens_need():
-    # Windows of 16 begin at blocks of 8, and a convolution reaches 4 further back.
-    assert attending_for_loss(dataclasses.replace(TINY, layers="llsl"), 184, 37) == [
-        184,
-        184,
-        72,
-        37,
-    ]
-    assert attending_for_loss(dataclasses.replace(TINY, layers="slll"), 184, 37) == [
-        136,
-        104,
-        72,
-        37,
-    ]
-    assert attending_for_loss(dataclasses.replace(TINY, layers="lld"), 184, 37) == [184, 184, 37]
-    assert attending_for_loss(TINY, 64, 64) == [64, 64]
+    # Windows of 16 begin at blocks of 8, and a convolution of a local layer reaches 3 further back.
+    def count(layers, tokens, outputs):
+        config = dataclasses.replace(TINY, layers=layers, dilations=(2, 3))
+        return attending_for_loss(config, tokens, outputs)
+
+    assert count("llsl", 184, 37) == [184, 184, 64, 37]
+    assert count("slll", 184, 37) == [128, 96, 64, 37]
+    assert count("lld", 184, 37) == [184, 184, 37]
+    assert count("ls", 64, 64) == [64, 64]
 
 
 def test_remat_changes_no_gradient():

@@ -27,7 +27,8 @@ MODEL = ModelConfig(
         window=16, block_size=8, top_k=2, segment_length=16, landmarks_per_segment=2,
         nodes_per_level=2, score_dim=4, near_reach=24, recency=True,
     ),
-    loss_chunk=64, dtype="float32", remat="layer",
+    loss_chunk=64, dtype="float32", remat="layer", qk_scale=True,
+    dilations=(3,),
 )  # fmt: skip
 LENGTH = 32 * COUNT
 ALL = [(2, 2, 1, 2, "auto", 2)] + [
