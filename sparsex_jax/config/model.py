@@ -40,8 +40,6 @@ class AttentionConfig:
         everything.
       recency: whether the bias of a selected block falls with its distance, by as much as a query
         and KV head choose (with fusion="sum").
-      gate_floor: least gate of selected blocks, in [0, 2), the largest being 2 (with fusion="sum").
-        Through a gate that a head has closed hardly any gradient reaches what it selects by.
       rope_base: base of the rotary frequencies of the local branch.
     """
 
@@ -58,7 +56,6 @@ class AttentionConfig:
     search_beam: int = 32
     near_reach: int = 0
     recency: bool = False
-    gate_floor: float = 0.0
     rope_base: float = 10_000.0
 
     def __post_init__(self):
@@ -116,15 +113,6 @@ class AttentionConfig:
         require(
             not self.recency or self.fusion == "sum",
             "recency with fusion='softmax', where blocks have no bias: use fusion='sum'",
-        )
-        require(
-            0 <= self.gate_floor < 2,
-            f"gate_floor={self.gate_floor} must lie in [0, 2), below the largest gate: use 0.5",
-        )
-        require(
-            not self.gate_floor or self.fusion == "sum",
-            f"gate_floor={self.gate_floor} with fusion='softmax', which has no gates: use"
-            " fusion='sum', or gate_floor=0",
         )
 
     @property

@@ -19,8 +19,16 @@ from sparsex_jax.scoring import BlockIndex, Blocks, pool_blocks, query_features,
 from sparsex_jax.selection_loss import selection_loss
 
 _NEAR_TAPS = nnx.initializers.normal(0.1)
-_FAR_TAPS = nnx.initializers.constant(0.25)  # what is alike in q and k is so from afar, at first
+_FAR_TAP = 0.5
 _RECENCY = -3.0  # at first 0.05 nats for each doubling of the distance
+
+
+def _far_taps(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
+    """All taps of a channel alike, so that what is alike in q and k is so from afar, too.
+
+    From 0 in the first channel, which stays near, to `_FAR_TAP` in the last.
+    """
+    return jnp.broadcast_to(jnp.linspace(0, _FAR_TAP, shape[1], dtype=dtype), shape)
 
 
 class Mixed(NamedTuple):
@@ -121,7 +129,7 @@ class SparseXAttention(nnx.Module):
             else None
         )
         self.far_convolutions = nnx.List(
-            CausalConvolution(dim, config.conv_width, _FAR_TAPS, dilation, rngs=rngs)
+            CausalConvolution(dim, config.conv_width, _far_taps, dilation, rngs=rngs)
             for dilation in config.dilations_of(kind)
         )
         self.query = Linear((dim, query_width), ("model", "heads"), dtype, rngs=rngs)
@@ -197,9 +205,8 @@ class SparseXAttention(nnx.Module):
             return QuerySide(q, None, None, None)
         projected = self._heads(self.score_query(mixed.far), self.config.num_kv_heads)
         features = query_features(projected, whole(self.log_scale))
-        floor, recency = self.config.attention.gate_floor, None
-        landmarks, dynamic = jnp.split(2 * nnx.sigmoid(self.gates(x)), 2, axis=-1)
-        gates = landmarks, floor + (1 - floor / 2) * dynamic
+        gates = jnp.split(2 * nnx.sigmoid(self.gates(x)), 2, axis=-1)
+        recency = None
         if self.config.attention.recency:
             recency = nnx.softplus(self.recency(mixed.near) + _RECENCY)
         return QuerySide(q, features, *(own_part(gate, axis=2) for gate in gates), recency)

@@ -52,21 +52,6 @@ def predict(model, tokens):
     return model.logits(model(tokens))
 
 
-def test_gates_lie_between_their_floor_and_two():
-    attention = dataclasses.replace(ATTENTION, gate_floor=0.5)
-    x = 30 * np.random.default_rng(0).standard_normal((1, 40, TINY.model_dim), np.float32)
-    floored, plain = (
-        make(dataclasses.replace(TINY, attention=each))
-        .blocks[1]
-        .attention.query_side(x, Mixed(x, x))
-        for each in (attention, ATTENTION)
-    )
-    assert floored.dynamic_gate.min() < 0.51 and floored.dynamic_gate.max() > 1.99
-    expected = 0.5 + 0.75 * plain.dynamic_gate
-    np.testing.assert_allclose(floored.dynamic_gate, expected, rtol=1e-6)
-    np.testing.assert_array_equal(floored.landmark_gate, plain.landmark_gate)
-
-
 def test_each_query_head_learns_a_scale():
     x = np.random.default_rng(0).standard_normal((1, 40, TINY.model_dim), np.float32)
     for number in range(2):  # of a local and a sparse layer
