@@ -287,6 +287,7 @@ def model_config(path: Path, saved: dict, written_by: dict[str, str]) -> ModelCo
         parts = {
             "attention": AttentionConfig(**saved["attention"]),
             "baseline": BaselineConfig(**saved.get("baseline", {})),
+            "dilations": tuple(saved.get("dilations", ())),
         }
         return ModelConfig(**{**saved, **parts})
     except (TypeError, ConfigError) as error:
