@@ -1,8 +1,9 @@
 """AdamW or Muon, with warm-up, cosine decay and clipping."""
 
 import jax
+import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from sparsex_jax.config import OptimizerConfig
 
@@ -31,15 +32,14 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     """Clipping by global norm, then AdamW or Muon, as `OptimizerConfig` says."""
     schedule = make_schedule(config, total_steps)
     if config.method == "muon":
-        method = muon(
-            schedule,
-            beta=config.momentum,
-            weight_decay=config.weight_decay,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            muon_weight_dimension_numbers=_projections,
-            consistent_rms=_MUON_RMS,
+        orthogonal = optax.chain(
+            optax.trace(config.momentum, nesterov=True),
+            optax.stateless(_orthogonal),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
         )
+        adam = optax.nadam(schedule, config.beta1, config.beta2)
+        method = optax.partition({"orthogonal": orthogonal, "adam": adam}, _labels)
     else:
         method = optax.adamw(
             schedule,
@@ -51,15 +51,33 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), method)
 
 
-def _projections(params: dict[str, jax.Array]) -> dict[str, MuonDimensionNumbers | None]:
-    """Dimensions of what projects one wide vector to another; None for everything else."""
+def _labels(params: dict[str, jax.Array]) -> dict[str, str]:
+    """Which way each is moved: those that project one wide vector to another as Muon does."""
 
-    def is_projection(name: str, x: jax.Array | optax.MaskedNode) -> bool:
-        if isinstance(x, optax.MaskedNode):  # what Muon was told to leave out
-            return False
+    def is_projection(name: str, x: jax.Array) -> bool:
         return name.endswith(".kernel") and min(x.shape) >= _LEAST_SIDE
 
-    return {
-        name: MuonDimensionNumbers() if is_projection(name, x) else None
-        for name, x in params.items()
-    }
+    return {name: "orthogonal" if is_projection(name, x) else "adam" for name, x in params.items()}
+
+
+def _orthogonal(updates: optax.Updates, params: optax.Params) -> optax.Updates:
+    """Matrices with nearly equal singular values instead, and entries of `_MUON_RMS` on average.
+
+    Those of one shape, or transposed, go through the iteration together: a small model's are too
+    small, one by one, to keep a GPU busy.
+    """
+    del params
+    leaves, tree = jax.tree.flatten(updates)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, x in enumerate(leaves):
+        groups.setdefault(tuple(sorted(x.shape)), []).append(number)
+    batched = scale_by_muon(
+        beta=0.0, nesterov=False, weight_dimension_numbers=MuonDimensionNumbers(1, 2)
+    )
+    for (low, high), numbers in groups.items():
+        wide = [leaves[n] if leaves[n].shape == (low, high) else leaves[n].T for n in numbers]
+        stacked = jnp.stack(wide)
+        found, _ = batched.update(stacked, batched.init(stacked))
+        for n, x in zip(numbers, _MUON_RMS * high**0.5 * found, strict=True):
+            leaves[n] = x if leaves[n].shape == (low, high) else x.T
+    return jax.tree.unflatten(tree, leaves)

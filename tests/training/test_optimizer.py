@@ -55,6 +55,18 @@ def test_projections_move_the_same_in_all_directions():
     assert np.ptp(np.linalg.svd(draw(3)["up.kernel"], compute_uv=False)) > 10
 
 
+def test_matrices_of_a_shape_are_made_orthogonal_together():
+    config = OptimizerConfig(**vars(CONFIG) | {"weight_decay": 0.0, "momentum": 0.0})
+    optimizer, schedule = make_optimizer(config, 20), make_schedule(CONFIG, 20)
+    alone = optax.contrib.muon(schedule, beta=0.0, nesterov=False, consistent_rms=0.2)
+    found, expected = steps(optimizer), steps(alone)
+    for name in ("up.kernel", "down.kernel"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    params = draw(0)
+    program = jax.jit(optimizer.update).lower(params, optimizer.init(params), params).as_text()
+    assert program.count("dot_general") == 15  # five times three, as for one matrix
+
+
 def test_others_move_as_with_adam():
     found = steps(make_optimizer(CONFIG, 20))
     schedule = make_schedule(CONFIG, 20)
