@@ -106,10 +106,10 @@ class Remembered(NamedTuple):
 class SparseXAttention(nnx.Module):
     """Attention layer with QK-norm, grouped-query heads and a short convolution.
 
-    QK-norm has no learned scale: |q.k| / sqrt(D) stays below sqrt(D), which tells the tokens of a
-    block apart but not those of a long text, so that finding the block is left to the score.
-    With a learned scale, q.k does both while all blocks are selected, and the score learns
-    nothing (docs/log.md).
+    QK-norm has no learned scale but with `ModelConfig.qk_scale`: |q.k| / sqrt(D) is below sqrt(D),
+    which tells the tokens of a block apart but not those of a long text, so that finding the block
+    is left to the score. With a learned scale and no `selection_loss`, q.k does both while all
+    blocks are selected, and the score learns nothing (docs/log.md).
 
     Args:
       config: widths, heads and the attention's own config.

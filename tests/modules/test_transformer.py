@@ -218,6 +218,11 @@ def test_parameters_are_f32_and_name_their_axes():
         ({"layers": "lx"}, "layers='lx'"),
         ({"layers": ""}, "layers=''"),
         ({"remat": "all"}, "remat='all'"),
+        (
+            {"dilations": (2, 0)},
+            r"dilations=\(2, 0\) with conv_width=4: dilations must be positive",
+        ),
+        ({"conv_width": 1}, r"dilations=\(2,\) with conv_width=1: .* use \(4, 16\) and 4, or \(\)"),
     ],
 )
 def test_bad_configs(fields, message):
