@@ -4,9 +4,9 @@
     sparsex train configs/linux.py --data.code linux-6.1 --run-dir runs/linux
     sparsex eval code --data linux-6.1 --checkpoint runs/linux/model --lengths 500K 1M 8M
 
-Hardware: one H200, some 12 minutes (1.2B tokens). As it stands it was not trained in full: what led
-to it are short trainings of variants, docs/log.md, "what the models of Linux get wrong".
-results/h200/lm.json is of the preset as at d948367.
+Hardware: one H200 (1.2B tokens). As it stands it was not trained in full: what led to it are short
+trainings of variants, docs/log.md, "what the models of Linux get wrong". As at d948367 it took 11
+minutes and is the model of results/h200/lm.json.
 """
 
 import dataclasses

@@ -35,7 +35,7 @@ class Mixed(NamedTuple):
     """A layer's input, convolved along the tokens, [B, T, C].
 
     Attributes:
-      near: with the tokens just before, for values and what pools.
+      near: with the tokens just before, for values, weights of the pooling and recency.
       far: with more of them where there are dilated convolutions, for what is matched: queries,
         keys and block features. The same array where there are none.
     """
