@@ -209,8 +209,14 @@ def _read_one(
     for block, layer in zip(model.blocks, layers, strict=True):
         attention = block.attention
         normed = block.attention_norm(x)
-        queries = attention.query_side(normed, attention.mix(normed, layer.recent.history))
-        x, after = extend_layer(block, layer, x, length, jnp.int32(1), attending=1)
+        queries = attention.query_side(
+            normed,
+            attention.mix(normed, layer.recent.history),
+            attention.hash(token[None, None], layer.recent.tokens),
+        )
+        x, after = extend_layer(
+            block, layer, x, token[None, None], length, jnp.int32(1), attending=1
+        )
         softmaxes.append(_softmaxes(queries, after, length, attention.attention_config()))
         read.append(after)
     return softmaxes, tuple(read)

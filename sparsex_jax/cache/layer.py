@@ -20,6 +20,7 @@ from sparsex_jax.cache.tiers import Remote, Tier, empty_remote
 from sparsex_jax.config import BASELINES, AttentionConfig, ModelConfig
 from sparsex_jax.fusion import Branch, fuse
 from sparsex_jax.modules.attention import KeySide, QuerySide
+from sparsex_jax.modules.ngrams import NO_TOKEN
 from sparsex_jax.modules.transformer import Block
 from sparsex_jax.rotary import rotate_from
 from sparsex_jax.scoring import Blocks, pool_blocks
@@ -33,7 +34,8 @@ class Recent(NamedTuple):
     """What a layer keeps of its last tokens, of any number of them the same amount.
 
     Attributes:
-      history: the last inputs of the convolutions, [B, conv_reach, C].
+      history: the last inputs of the convolution, [B, conv_reach, C].
+      tokens: the last ones, int32 [B, the largest of the n-grams]; None in a layer without n-grams.
       window_k: keys of the last W + S tokens, and a few more, with RoPE, [B, `reach`, Hkv, D]; None
         while they are in `LayerCache.near`.
       window_v: their values, likewise.
@@ -42,6 +44,7 @@ class Recent(NamedTuple):
     """
 
     history: jax.Array
+    tokens: jax.Array | None
     window_k: jax.Array | None
     window_v: jax.Array | None
     pool_inputs: jax.Array | None
@@ -78,8 +81,10 @@ def empty_layer(
 
     size = attention.block_size
     window = reach(attention), heads, config.head_dim
+    ngrams = config.ngrams_of(kind)
     recent = Recent(
-        history=zeros(config.conv_reach(kind), config.model_dim),
+        history=zeros(config.conv_reach, config.model_dim),
+        tokens=jnp.full((batch_size, max(ngrams)), NO_TOKEN, jnp.int32) if ngrams else None,
         window_k=zeros(*window),
         window_v=zeros(*window),
         pool_inputs=zeros(size, heads, attention.score_dim) if sparse else None,
@@ -108,6 +113,7 @@ def extend_layer(
     block: Block,
     cache: LayerCache,
     x: jax.Array,
+    tokens: jax.Array,
     length: jax.Array,
     valid: jax.Array,
     *,
@@ -119,6 +125,7 @@ def extend_layer(
       block: of the Transformer.
       cache: of this layer; if a block is open, C = 1, and landmarks wait until it is closed.
       x: [B, C, channels].
+      tokens: int32 [B, C].
       length: tokens so far, int32 scalar.
       valid: of the new tokens, how many count, int32 scalar.
       attending: how many of them do, the last valid ones: those whose output somebody reads. All
@@ -131,7 +138,8 @@ def extend_layer(
     config = layer.attention_config()
     normed = block.attention_norm(x)
     mixed = layer.mix(normed, recent.history)
-    keys = layer.key_side(normed, mixed)
+    hashes = layer.hash(tokens, recent.tokens)
+    keys = layer.key_side(normed, mixed, hashes)
     turned_k = rotate_from(keys.k, length, config.rope_base)
     if remote is not None:
         stored = keys._replace(k=turned_k) if config.turns_remote else keys
@@ -141,6 +149,7 @@ def extend_layer(
     window = recent.window_k, recent.window_v
     recent = Recent(
         _newest(recent.history, normed, valid),
+        _newest(recent.tokens, tokens, valid),
         _newest(recent.window_k, turned_k, valid),
         _newest(recent.window_v, keys.v, valid),
         _newest(recent.pool_inputs, keys.block_inputs, valid),
@@ -148,7 +157,7 @@ def extend_layer(
     )
     if cache.near is not None:
         near = cache.near.write(turned_k, keys.v, length, config)
-        queries = layer.query_side(normed, mixed)
+        queries = layer.query_side(normed, mixed, hashes)
         attended, remote = attend_one(queries, length, near, remote, config)
         out = block.feed_forward(x + layer.project_out(attended))
         return out, LayerCache(recent, remote, near)
@@ -162,8 +171,8 @@ def extend_layer(
         def part(y: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(y, first, attending, axis=1)
 
-        x, normed, mixed = part(x), part(normed), mixed.map(part)
-    queries = layer.query_side(normed, mixed)
+        x, normed, mixed, hashes = jax.tree.map(part, (x, normed, mixed, hashes))
+    queries = layer.query_side(normed, mixed, hashes)
     attended, remote = attend(queries, first, length, near_keys, remote, config)
     return block.feed_forward(x + layer.project_out(attended)), LayerCache(recent, remote)
 
@@ -182,7 +191,7 @@ def inputs_of_local(attending: int, config: ModelConfig) -> int:
     Their windows lie among these tokens, whatever the layer kept of those before, and so do the
     windows of tokens to come; the first few only complete the convolution.
     """
-    return attending + reach(config.attention) + config.conv_reach("l")
+    return attending + reach(config.attention) + config.conv_reach
 
 
 def attend(

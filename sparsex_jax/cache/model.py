@@ -92,7 +92,8 @@ def _read(
     for block, layer, count in zip(model.blocks, layers, attending, strict=True):
         if x is not None:
             first = first_attending(count, x.shape[1], valid)
-            x, layer = extend_layer(block, layer, x, length, valid, attending=count)
+            x, layer = extend_layer(block, layer, x, tokens, length, valid, attending=count)
+            tokens = jax.lax.dynamic_slice_in_dim(tokens, first, count, axis=1)
             length, valid = length + first, valid - first
         after.append(layer)
     return x, tuple(after)

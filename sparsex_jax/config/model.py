@@ -159,9 +159,9 @@ class ModelConfig:
       head_dim: width of a head; even, for RoPE.
       mlp_dim: hidden width of SwiGLU.
       conv_width: taps of the causal convolution before q, k and v; 0 switches it off.
-      dilations: of further convolutions of as many taps, one upon the other, before q, k and scores
-        of layers that are not local: with (4, 16) and 4 taps these know the last 64 tokens, by
-        which places that go on alike for a while are told apart. () for none.
+      ngrams: sizes, in tokens, of what went before a token, by whose hashes layers that are not
+        local tell places apart that go on alike for a while (`sparsex_jax.modules.ngrams`): (4, 8,
+        16, 32), say. () for none.
       qk_scale: whether each query head learns a factor of q.k, at first 1. Without it logits stay
         below sqrt(head_dim), which is little where many keys are nearly right.
       layers: one letter a layer: "l" local attention only, "s" all three branches; for comparison
@@ -183,7 +183,7 @@ class ModelConfig:
     head_dim: int = 64
     mlp_dim: int = 768
     conv_width: int = 4
-    dilations: tuple[int, ...] = ()
+    ngrams: tuple[int, ...] = ()
     qk_scale: bool = False
     layers: str = "llls"
     attention: AttentionConfig = AttentionConfig()
@@ -204,12 +204,10 @@ class ModelConfig:
             f"selection_loss={self.selection_loss} must not be negative: use 0 for none",
         )
         require(self.conv_width >= 0, f"conv_width={self.conv_width} is negative: use 0 for none")
-        for dilation in self.dilations:
-            require(
-                dilation > 0 and self.conv_width > 1,
-                f"dilations={self.dilations} with conv_width={self.conv_width}: dilations must be"
-                " positive, and convolutions have two taps or more: use (4, 16) and 4, or ()",
-            )
+        require(
+            all(size > 0 for size in self.ngrams),
+            f"ngrams={self.ngrams} must be positive sizes: use (4, 8, 16, 32), say, or ()",
+        )
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}:"
@@ -236,13 +234,14 @@ class ModelConfig:
                 f" block_size={size}: set it to one, {size} say",
             )
 
-    def dilations_of(self, kind: str) -> tuple[int, ...]:
-        """Those of a layer, by its letter."""
-        return () if kind == "l" else self.dilations
+    @property
+    def conv_reach(self) -> int:
+        """Tokens before each that a convolution reaches."""
+        return max(self.conv_width - 1, 0)
 
-    def conv_reach(self, kind: str) -> int:
-        """Tokens before each that the convolutions of a layer, by its letter, reach."""
-        return max(self.conv_width - 1, 0) * (1 + sum(self.dilations_of(kind)))
+    def ngrams_of(self, kind: str) -> tuple[int, ...]:
+        """Those of a layer, by its letter."""
+        return () if kind == "l" else self.ngrams
 
     def baseline_window(self, kind: str) -> int:
         """Tokens of the window of a baseline's layer, "d", "f" or "b"."""

@@ -32,7 +32,7 @@ def attending_for_loss(config: ModelConfig, tokens: int, outputs: int) -> list[i
     where they would in the whole sequence.
     """
     size = config.attention.block_size
-    reach = config.attention.window + size + config.conv_reach("l")
+    reach = config.attention.window + size + config.conv_reach
 
     def inputs_of_local(attending: int) -> int:
         return tokens - max(0, tokens - attending - reach) // size * size

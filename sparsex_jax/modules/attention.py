@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,41 +11,15 @@ from flax import nnx
 from sparsex_jax.attention import sparse_attention
 from sparsex_jax.config import AttentionConfig, ConfigError, ModelConfig
 from sparsex_jax.modules.layers import CausalConvolution, Linear
+from sparsex_jax.modules.ngrams import NO_TOKEN, Hashes, add_signs, hash_ngrams
 from sparsex_jax.parallel import sequence
 from sparsex_jax.parallel.mesh import axis_size
 from sparsex_jax.parallel.rules import enter_split, own_part, whole
 from sparsex_jax.scoring import BlockIndex, Blocks, pool_blocks, query_features, rms_normalize
 from sparsex_jax.selection_loss import selection_loss
 
-_NEAR_TAPS = nnx.initializers.normal(0.1)
-_FAR_TAP = 0.5
 _RECENCY = -3.0  # at first 0.05 nats for each doubling of the distance
-
-
-def _far_taps(key: jax.Array, shape: tuple[int, int], dtype) -> jax.Array:
-    """All taps of a channel alike, so that what is alike in q and k is so from afar, too.
-
-    From 0 in the first channel, which stays near, to `_FAR_TAP` in the last.
-    """
-    return jnp.broadcast_to(jnp.linspace(0, _FAR_TAP, shape[1], dtype=dtype), shape)
-
-
-class Mixed(NamedTuple):
-    """A layer's input, convolved along the tokens, [B, T, C].
-
-    Attributes:
-      near: with the tokens just before, for values, weights of the pooling and recency.
-      far: with more of them where there are dilated convolutions, for what is matched: queries,
-        keys and block features. The same array where there are none.
-    """
-
-    near: jax.Array
-    far: jax.Array
-
-    def map(self, f: Callable[[jax.Array], jax.Array]) -> "Mixed":
-        """Of f of each; of one, once."""
-        near = f(self.near)
-        return Mixed(near, near if self.far is self.near else f(self.far))
+_SIGNS = 0.1  # weights of hashes' signs at first, beside projections of size 1
 
 
 class KeySide(NamedTuple):
@@ -91,7 +64,8 @@ class Remembered(NamedTuple):
     Attributes:
       k: without RoPE, [B, T, Hkv, D]; in a local layer of the sequence's last `window` tokens.
       v: their values, likewise.
-      history: the sequence's last inputs of the convolutions, [B, conv_reach, C].
+      history: the sequence's last inputs of the convolution, [B, conv_reach, C].
+      tokens: the sequence's last, int32 [B, ngram_reach]; None in a layer without n-grams.
       salience: f32 [B, T, Hkv]; None in a local layer.
       blocks: T / S of them; likewise.
     """
@@ -99,6 +73,7 @@ class Remembered(NamedTuple):
     k: jax.Array
     v: jax.Array
     history: jax.Array
+    tokens: jax.Array | None
     salience: jax.Array | None
     blocks: Blocks | None
 
@@ -119,18 +94,12 @@ class SparseXAttention(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, kind: str, *, rngs: nnx.Rngs):
-        self.config, self.kind, self.sparse = config, kind, kind == "s"
+        self.config, self.sparse = config, kind == "s"
         dim, dtype = config.model_dim, jnp.dtype(config.dtype)
         query_width = config.num_heads * config.head_dim
         key_width = config.num_kv_heads * config.head_dim
         self.convolution = (
-            CausalConvolution(dim, config.conv_width, _NEAR_TAPS, rngs=rngs)
-            if config.conv_width
-            else None
-        )
-        self.far_convolutions = nnx.List(
-            CausalConvolution(dim, config.conv_width, _far_taps, dilation, rngs=rngs)
-            for dilation in config.dilations_of(kind)
+            CausalConvolution(dim, config.conv_width, rngs=rngs) if config.conv_width else None
         )
         self.query = Linear((dim, query_width), ("model", "heads"), dtype, rngs=rngs)
         self.key = Linear((dim, key_width), ("model", "kv_heads"), dtype, rngs=rngs)
@@ -142,6 +111,10 @@ class SparseXAttention(nnx.Module):
         if config.qk_scale:
             zeros = jnp.zeros(config.num_heads, jnp.float32)
             self.qk_log_scale = nnx.Param(zeros, axis_names=("heads",))
+        self.ngrams = config.ngrams_of(kind)
+        if self.ngrams:
+            self.query_signs = self._sign_weights(config.num_heads, "heads")
+            self.key_signs = self._sign_weights(config.num_kv_heads, "kv_heads")
         if not self.sparse:
             return
         heads, score_width = config.num_kv_heads, config.num_kv_heads * config.attention.score_dim
@@ -159,15 +132,19 @@ class SparseXAttention(nnx.Module):
                 (dim, heads), ("model", "kv_heads"), jnp.float32, scale=0.0, rngs=rngs
             )
 
+    def _sign_weights(self, heads: int, axis: str) -> nnx.Param:
+        weights = jnp.full((len(self.ngrams), heads), _SIGNS, jnp.float32)
+        return nnx.Param(weights, axis_names=(None, axis))
+
     @property
-    def conv_reach(self) -> int:
-        """Tokens before each that the convolutions reach."""
-        return self.config.conv_reach(self.kind)
+    def ngram_reach(self) -> int:
+        """Tokens before each that belong to its n-grams."""
+        return max(self.ngrams, default=0)
 
     def mix(
         self, x: jax.Array, history: jax.Array | None = None, age: jax.Array | None = None
-    ) -> Mixed:
-        """The convolutions.
+    ) -> jax.Array:
+        """The convolution, [B, T, C].
 
         Args:
           x: [B, T, C].
@@ -175,40 +152,59 @@ class SparseXAttention(nnx.Module):
           age: int [B, T], as in `CausalConvolution`.
         """
         if self.convolution is None:
-            return Mixed(x, x)
+            return x
         tokens = x.shape[1]
         if history is not None:
             before = history.shape[1]
             x = jnp.concatenate((history, x), axis=1)
             if age is not None:
                 age = jnp.concatenate((age[:, :1] - jnp.arange(before, 0, -1), age), axis=1)
-        near = far = self.convolution(x, age)
-        for convolution in self.far_convolutions:
-            far = convolution(far, age)
-        return Mixed(near, far).map(lambda y: y[:, y.shape[1] - tokens :])
+        mixed = self.convolution(x, age)
+        return mixed[:, mixed.shape[1] - tokens :]
 
-    def key_side(self, x: jax.Array, mixed: Mixed) -> KeySide:
-        """Projects the layer's input [B, T, C] and its convolutions to what is attended to."""
-        k = rms_normalize(self._heads(self.key(mixed.far), self.config.num_kv_heads))
-        v = self._heads(self.value(mixed.near), self.config.num_kv_heads)
+    def hash(
+        self,
+        tokens: jax.Array,
+        history: jax.Array | None = None,
+        age: jax.Array | None = None,
+    ) -> Hashes | None:
+        """Of the n-grams before each token; None where there are none.
+
+        Args:
+          tokens: int32 [B, T].
+          history: the `ngram_reach` tokens before, as in `hash_ngrams`.
+          age: int [B, T], likewise.
+        """
+        return hash_ngrams(tokens, self.ngrams, history, age) if self.ngrams else None
+
+    def key_side(self, x: jax.Array, mixed: jax.Array, hashes: Hashes | None = None) -> KeySide:
+        """Projects the layer's input [B, T, C] and its convolution to what is attended to."""
+        k = self._heads(self.key(mixed), self.config.num_kv_heads)
+        if hashes is not None:
+            k = add_signs(k, hashes.before, whole(self.key_signs))
+        k = rms_normalize(k)
+        v = self._heads(self.value(mixed), self.config.num_kv_heads)
         if not self.sparse:
             return KeySide(k, v, None, None, None)
-        inputs = self._heads(self.score_key(mixed.far), self.config.num_kv_heads)
-        return KeySide(k, v, self.salience(x), inputs, self.pool(mixed.near))
+        inputs = self._heads(self.score_key(mixed), self.config.num_kv_heads)
+        return KeySide(k, v, self.salience(x), inputs, self.pool(mixed))
 
-    def query_side(self, x: jax.Array, mixed: Mixed) -> QuerySide:
-        """Projects the layer's input [B, T, C] and its convolutions to what attends."""
-        q = rms_normalize(self._heads(self.query(mixed.far), self.config.num_heads))
+    def query_side(self, x: jax.Array, mixed: jax.Array, hashes: Hashes | None = None) -> QuerySide:
+        """Projects the layer's input [B, T, C] and its convolution to what attends."""
+        q = self._heads(self.query(mixed), self.config.num_heads)
+        if hashes is not None:
+            q = add_signs(q, hashes.ending, whole(self.query_signs))
+        q = rms_normalize(q)
         if self.config.qk_scale:
             q *= jnp.exp(whole(self.qk_log_scale))[:, None].astype(q.dtype)
         if not self.sparse:
             return QuerySide(q, None, None, None)
-        projected = self._heads(self.score_query(mixed.far), self.config.num_kv_heads)
+        projected = self._heads(self.score_query(mixed), self.config.num_kv_heads)
         features = query_features(projected, whole(self.log_scale))
         gates = jnp.split(2 * nnx.sigmoid(self.gates(x)), 2, axis=-1)
         recency = None
         if self.config.attention.recency:
-            recency = nnx.softplus(self.recency(mixed.near) + _RECENCY)
+            recency = nnx.softplus(self.recency(mixed) + _RECENCY)
         return QuerySide(q, features, *(own_part(gate, axis=2) for gate in gates), recency)
 
     def attention_config(self, top_k: int | None = None) -> AttentionConfig:
@@ -226,6 +222,7 @@ class SparseXAttention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
+        tokens: jax.Array,
         segment_ids: jax.Array | None = None,
         top_k: int | None = None,
         implementation: str | None = None,
@@ -236,6 +233,7 @@ class SparseXAttention(nnx.Module):
 
         Args:
           x: [B, T, C], normalised; a device's tokens where "seq" splits them.
+          tokens: int32 [B, T], whose n-grams are matched.
           segment_ids: int [B, T], as in `sparse_attention`.
           top_k: blocks selected, instead of the config's.
           implementation: of the primitives.
@@ -245,26 +243,28 @@ class SparseXAttention(nnx.Module):
         Returns:
           [B, M, C].
         """
-        keys, queries = self._project(x, segment_ids, attending)
+        keys, queries = self._project(x, tokens, segment_ids, attending)
         attended = self.attend(
             keys, queries, segment_ids, top_k, implementation, sequence_strategy
         )  # fmt: skip
         return self.project_out(attended)
 
-    def read(self, x: jax.Array, *options) -> tuple[jax.Array, Remembered]:
+    def read(self, x: jax.Array, tokens: jax.Array, *options) -> tuple[jax.Array, Remembered]:
         """What `__call__` returns, and what later tokens need; options as in `attend`."""
-        keys, queries = self._project(x, None)
+        keys, queries = self._project(x, tokens, None)
         attended = self.project_out(self.attend(keys, queries, None, *options))
-        history = sequence.of_last(x[:, x.shape[1] - self.conv_reach :])
+        count = x.shape[1]
+        history = sequence.of_last(x[:, count - self.config.conv_reach :])
+        last = sequence.of_last(tokens[:, count - self.ngram_reach :]) if self.ngrams else None
         if not self.sparse:
             window = self.config.attention.window
             k, v = (sequence.of_last(each[:, -window:]) for each in (keys.k, keys.v))
-            return attended, Remembered(k, v, history, None, None)
+            return attended, Remembered(k, v, history, last, None, None)
         blocks = pool_blocks(keys.block_inputs, keys.block_logits, self.config.attention)
-        return attended, Remembered(keys.k, keys.v, history, keys.salience, blocks)
+        return attended, Remembered(keys.k, keys.v, history, last, keys.salience, blocks)
 
-    def _project(self, x, segment_ids, attending=None) -> tuple[KeySide, QuerySide]:
-        """Both sides of x, whose convolutions look into the part to the left, too.
+    def _project(self, x, tokens, segment_ids, attending=None) -> tuple[KeySide, QuerySide]:
+        """Both sides of x, whose convolution and n-grams look into the part to the left, too.
 
         Queries are those of the last `attending` tokens, None for all.
         """
@@ -272,13 +272,20 @@ class SparseXAttention(nnx.Module):
         if segment_ids is not None:
             positions = sequence.first_position(x.shape[1]) + jnp.arange(x.shape[1])
             age = positions - sequence.document_starts(segment_ids)
-        history = None
-        if axis_size("seq") > 1 and self.conv_reach:
-            history = sequence.from_left(x, self.conv_reach)
-        mixed = self.mix(x, history, age).map(enter_split)
-        first = 0 if attending is None else x.shape[1] - attending
-        queries = self.query_side(x[:, first:], mixed.map(lambda y: y[:, first:]))
-        return self.key_side(enter_split(x), mixed), queries
+        history = last = None
+        if axis_size("seq") > 1 and self.config.conv_reach:
+            history = sequence.from_left(x, self.config.conv_reach)
+        if axis_size("seq") > 1 and self.ngrams:
+            # The first device has zeros from its left, where there is no token.
+            last = sequence.from_left(tokens - NO_TOKEN, self.ngram_reach) + NO_TOKEN
+        mixed = enter_split(self.mix(x, history, age))
+        hashes = self.hash(tokens, last, age)
+        keys = self.key_side(enter_split(x), mixed, hashes)
+        if attending is not None:
+            first = x.shape[1] - attending
+            x, mixed = x[:, first:], mixed[:, first:]
+            hashes = None if hashes is None else hashes.map(lambda y: y[:, first:])
+        return keys, self.query_side(x, mixed, hashes)
 
     def attend(
         self,
@@ -316,6 +323,7 @@ class SparseXAttention(nnx.Module):
     def selection_loss(
         self,
         x: jax.Array,
+        tokens: jax.Array,
         queries: jax.Array,
         segment_ids: jax.Array | None = None,
         attending: int | None = None,
@@ -324,6 +332,7 @@ class SparseXAttention(nnx.Module):
 
         Args:
           x: [B, T, C], the layer's input.
+          tokens: int32 [B, T].
           queries: int32 [B, Q], numbers of tokens among those that attend
             (`selection_loss.sample_queries`).
           segment_ids: as in `__call__`.
@@ -338,7 +347,7 @@ class SparseXAttention(nnx.Module):
                 " mesh.seq=1, or selection_loss=0"
             )
         start = None if segment_ids is None else sequence.document_starts(segment_ids)
-        keys, side = self._project(x, segment_ids, attending)
+        keys, side = self._project(x, tokens, segment_ids, attending)
         config = self.config.attention
         blocks = pool_blocks(keys.block_inputs, keys.block_logits, config)
         index = BlockIndex.of(blocks, config)

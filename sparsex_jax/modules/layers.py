@@ -56,28 +56,18 @@ class RMSNorm(nnx.Module):
 
 
 class CausalConvolution(nnx.Module):
-    """x plus a depthwise causal convolution of it.
+    """x plus a depthwise causal convolution of it; starts near the identity.
 
     Args:
       dim: channels.
       width: taps, the token itself included.
-      taps: what they are at first, an initializer.
-      dilation: tokens from tap to tap.
       rngs: random streams; "params" is used.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        width: int,
-        taps: nnx.Initializer,
-        dilation: int = 1,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        init = taps(rngs.params(), (width, dim), jnp.float32)
+    def __init__(self, dim: int, width: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.1)(rngs.params(), (width, dim), jnp.float32)
         self.taps = nnx.Param(init, axis_names=(None, "model"))
-        self.width, self.dilation = width, dilation
+        self.width = width
 
     def __call__(self, x: jax.Array, age: jax.Array | None = None) -> jax.Array:
         """Convolves along the tokens; before the first there are zeros.
@@ -90,16 +80,15 @@ class CausalConvolution(nnx.Module):
         Returns:
           [B, T, C].
         """
-        tokens, before = x.shape[1], (self.width - 1) * self.dilation
+        tokens, before = x.shape[1], self.width - 1
         padded = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
         taps = whole(self.taps, x.dtype)
         total = x
-        for number in range(self.width):
-            lag = number * self.dilation
+        for lag in range(self.width):
             shifted = padded[:, before - lag : before - lag + tokens]
             if age is not None:
                 shifted = jnp.where((age >= lag)[..., None], shifted, 0)
-            total = total + shifted * taps[number]
+            total = total + shifted * taps[lag]
         return total
 
 

@@ -46,18 +46,19 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
     def __call__(
-        self, x, segment_ids=None, top_k=None, implementation=None, sequence_strategy="auto",
-        attending=None,
+        self, x, tokens, segment_ids=None, top_k=None, implementation=None,
+        sequence_strategy="auto", attending=None,
     ) -> jax.Array:  # fmt: skip
         """[B, T, C] to [B, M, C], of the tokens that attend; arguments as in `SparseXAttention`."""
         attended = self.attention(
-            self.attention_norm(x), segment_ids, top_k, implementation, sequence_strategy, attending
-        )
+            self.attention_norm(x), tokens, segment_ids, top_k, implementation, sequence_strategy,
+            attending,
+        )  # fmt: skip
         return self.feed_forward(x[:, x.shape[1] - attended.shape[1] :] + attended)
 
-    def read(self, x: jax.Array, *options) -> tuple[jax.Array, Remembered]:
+    def read(self, x: jax.Array, tokens: jax.Array, *options) -> tuple[jax.Array, Remembered]:
         """What `__call__` returns, and what later tokens need; options as there."""
-        attended, remembered = self.attention.read(self.attention_norm(x), *options)
+        attended, remembered = self.attention.read(self.attention_norm(x), tokens, *options)
         return self.feed_forward(x + attended), remembered
 
 
@@ -141,7 +142,7 @@ class Transformer(nnx.Module):
         """
 
         def apply(block: Block, x):
-            return block.read(x, top_k, implementation, sequence_strategy)
+            return block.read(x, tokens, top_k, implementation, sequence_strategy)
 
         x, remembered = apply_layers(self.blocks, apply, self.embed(tokens))
         return sequence.of_last(self.logits(self.final_norm(x[:, -1]))), remembered
@@ -160,12 +161,15 @@ class Transformer(nnx.Module):
         def apply_with(attending: int):
             def apply(block: Block, carry):
                 x, unlearned = carry
-                ids = None if segment_ids is None else segment_ids[:, length - x.shape[1] :]
+                ids, own = (
+                    None if each is None else each[:, length - x.shape[1] :]
+                    for each in (segment_ids, tokens)
+                )
                 if queries is not None and block.attention.sparse:
                     unlearned += block.attention.selection_loss(
-                        block.attention_norm(x), queries + attending - outputs, ids, attending
+                        block.attention_norm(x), own, queries + attending - outputs, ids, attending
                     )
-                return (block(x, ids, *options, attending), unlearned), None
+                return (block(x, own, ids, *options, attending), unlearned), None
 
             return apply if self.config.remat == "none" else nnx.remat(apply)
 

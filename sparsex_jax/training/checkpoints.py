@@ -284,10 +284,9 @@ def check_model(path: Path, saved: dict, wanted: ModelConfig) -> None:
 def model_config(path: Path, saved: dict, written_by: dict[str, str]) -> ModelConfig:
     """The model config of a checkpoint from JSON; raises CheckpointError where it is not known."""
     try:
-        parts = {
+        parts = {name: tuple(x) for name, x in saved.items() if isinstance(x, list)} | {
             "attention": AttentionConfig(**saved["attention"]),
             "baseline": BaselineConfig(**saved.get("baseline", {})),
-            "dilations": tuple(saved.get("dilations", ())),
         }
         return ModelConfig(**{**saved, **parts})
     except (TypeError, ConfigError) as error:

@@ -20,7 +20,7 @@ CONFIGS = {
         TINY, attention=dataclasses.replace(ATTENTION, fusion="softmax", landmarks="off")
     ),
     "local last": dataclasses.replace(TINY, layers="sll"),  # in which few tokens of a chunk attend
-    "no convolution": dataclasses.replace(TINY, conv_width=0, dilations=()),
+    "no convolution": dataclasses.replace(TINY, conv_width=0, ngrams=()),
 }
 
 

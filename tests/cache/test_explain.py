@@ -36,8 +36,8 @@ def heads_of(model, tokens):
     layer = model.blocks[0].attention
     config = layer.attention_config()
     normed = model.blocks[0].attention_norm(model.embed(tokens))
-    mixed = layer.mix(normed)
-    keys, queries = layer.key_side(normed, mixed), layer.query_side(normed, mixed)
+    sides = normed, layer.mix(normed), layer.hash(tokens)
+    keys, queries = layer.key_side(*sides), layer.query_side(*sides)
     positions = np.arange(LENGTH)
     turned_q, turned_k = (
         np.asarray(apply_rotary(x, positions, config.rope_base)) for x in (queries.q, keys.k)

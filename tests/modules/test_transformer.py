@@ -12,7 +12,6 @@ from flax import nnx
 from sparsex_jax.config import AttentionConfig, BaselineConfig, ConfigError, ModelConfig
 from sparsex_jax.modules import Transformer, layers
 from sparsex_jax.modules.attending import attending_for_loss
-from sparsex_jax.modules.attention import Mixed
 
 ATTENTION = AttentionConfig(
     window=16, block_size=8, top_k=2, segment_length=16, landmarks_per_segment=2,
@@ -20,7 +19,7 @@ ATTENTION = AttentionConfig(
 )  # fmt: skip
 TINY = ModelConfig(
     vocab_size=64, model_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, layers="ls",
-    dilations=(2,), attention=ATTENTION, dtype="float32", loss_chunk=32,
+    ngrams=(2, 5), attention=ATTENTION, dtype="float32", loss_chunk=32,
 )  # fmt: skip
 
 
@@ -57,10 +56,10 @@ def test_each_query_head_learns_a_scale():
     for number in range(2):  # of a local and a sparse layer
         layer = Transformer(dataclasses.replace(TINY, qk_scale=True), rngs=nnx.Rngs(0))
         attention = layer.blocks[number].attention
-        before = attention.query_side(x, Mixed(x, x)).q
+        before = attention.query_side(x, x).q
         np.testing.assert_allclose(np.square(before).mean(axis=3), 1, rtol=1e-3)
         attention.qk_log_scale[...] = np.log([1.0, 2.0, 3.0, 0.5]).astype(np.float32)
-        after = attention.query_side(x, Mixed(x, x)).q
+        after = attention.query_side(x, x).q
         np.testing.assert_allclose(
             after, before * np.array([1, 2, 3, 0.5])[:, None], rtol=1e-6, atol=1e-6
         )
@@ -118,10 +117,9 @@ def test_loss_of_the_last_tokens_alone(layers, documents, remat):
 
 
 def test_layers_compute_no_more_than_the_last_tokens_need():
-    # Windows of 16 begin at blocks of 8, and a convolution of a local layer reaches 3 further back.
+    # Windows of 16 begin at blocks of 8, and a convolution reaches 3 further back.
     def count(layers, tokens, outputs):
-        config = dataclasses.replace(TINY, layers=layers, dilations=(2, 3))
-        return attending_for_loss(config, tokens, outputs)
+        return attending_for_loss(dataclasses.replace(TINY, layers=layers), tokens, outputs)
 
     assert count("llsl", 184, 37) == [184, 184, 64, 37]
     assert count("slll", 184, 37) == [128, 96, 64, 37]
@@ -132,7 +130,7 @@ def test_layers_compute_no_more_than_the_last_tokens_need():
 def test_remat_changes_no_gradient():
     tokens, gradients = make_tokens(1, 65), []
     for remat in ("none", "layer"):
-        model = make(dataclasses.replace(TINY, remat=remat))
+        model = make(dataclasses.replace(TINY, remat=remat, ngrams=()))
         graph, state = nnx.split(model)
         forward = jax.make_jaxpr(lambda x, graph=graph: nnx.merge(graph, x)(tokens))(state)
         recomputed = sum("remat" in each.primitive.name for each in forward.eqns)
@@ -218,11 +216,8 @@ def test_parameters_are_f32_and_name_their_axes():
         ({"layers": "lx"}, "layers='lx'"),
         ({"layers": ""}, "layers=''"),
         ({"remat": "all"}, "remat='all'"),
-        (
-            {"dilations": (2, 0)},
-            r"dilations=\(2, 0\) with conv_width=4: dilations must be positive",
-        ),
-        ({"conv_width": 1}, r"dilations=\(2,\) with conv_width=1: .* use \(4, 16\) and 4, or \(\)"),
+        ({"ngrams": (2, 0)}, r"ngrams=\(2, 0\) must be positive sizes: use \(4, 8, 16, 32\), say"),
+        ({"ngrams": (2, 0.5)}, r"ngrams=\(2, 0.5\)"),
     ],
 )
 def test_bad_configs(fields, message):

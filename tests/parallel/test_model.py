@@ -28,7 +28,7 @@ MODEL = ModelConfig(
         nodes_per_level=2, score_dim=4, near_reach=24, recency=True,
     ),
     loss_chunk=64, dtype="float32", remat="layer", qk_scale=True,
-    dilations=(3,),
+    ngrams=(1, 6),
 )  # fmt: skip
 LENGTH = 32 * COUNT
 ALL = [(2, 2, 1, 2, "auto", 2)] + [

@@ -20,7 +20,7 @@ from sparsex_jax.training import checkpoints, loop, train
 
 VOCAB = 32
 CONFIG = TrainConfig(
-    model=ModelConfig(vocab_size=VOCAB, model_dim=8, dilations=(2, 3)),
+    model=ModelConfig(vocab_size=VOCAB, model_dim=8, ngrams=(2, 3)),
     stages=(
         StageConfig(steps=9, length=16, batch_size=4, top_k=2),
         StageConfig(steps=12, length=32, batch_size=2),
