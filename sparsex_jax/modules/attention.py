@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -113,8 +114,8 @@ class SparseXAttention(nnx.Module):
             self.qk_log_scale = nnx.Param(zeros, axis_names=("heads",))
         self.ngrams = config.ngrams_of(kind)
         if self.ngrams:
-            self.query_signs = self._sign_weights(config.num_heads, "heads")
-            self.key_signs = self._sign_weights(config.num_kv_heads, "kv_heads")
+            self.query_log_signs = self._log_signs(config.num_heads, "heads")
+            self.key_log_signs = self._log_signs(config.num_kv_heads, "kv_heads")
         if not self.sparse:
             return
         heads, score_width = config.num_kv_heads, config.num_kv_heads * config.attention.score_dim
@@ -132,9 +133,10 @@ class SparseXAttention(nnx.Module):
                 (dim, heads), ("model", "kv_heads"), jnp.float32, scale=0.0, rngs=rngs
             )
 
-    def _sign_weights(self, heads: int, axis: str) -> nnx.Param:
-        weights = jnp.full((len(self.ngrams), heads), _SIGNS, jnp.float32)
-        return nnx.Param(weights, axis_names=(None, axis))
+    def _log_signs(self, heads: int, axis: str) -> nnx.Param:
+        """Logarithms: a weight that passed 0 would leave the other side's without a gradient."""
+        shape = len(self.ngrams), heads
+        return nnx.Param(jnp.full(shape, math.log(_SIGNS), jnp.float32), axis_names=(None, axis))
 
     @property
     def ngram_reach(self) -> int:
@@ -181,7 +183,7 @@ class SparseXAttention(nnx.Module):
         """Projects the layer's input [B, T, C] and its convolution to what is attended to."""
         k = self._heads(self.key(mixed), self.config.num_kv_heads)
         if hashes is not None:
-            k = add_signs(k, hashes.before, whole(self.key_signs))
+            k = add_signs(k, hashes.before, jnp.exp(whole(self.key_log_signs)))
         k = rms_normalize(k)
         v = self._heads(self.value(mixed), self.config.num_kv_heads)
         if not self.sparse:
@@ -193,7 +195,7 @@ class SparseXAttention(nnx.Module):
         """Projects the layer's input [B, T, C] and its convolution to what attends."""
         q = self._heads(self.query(mixed), self.config.num_heads)
         if hashes is not None:
-            q = add_signs(q, hashes.ending, whole(self.query_signs))
+            q = add_signs(q, hashes.ending, jnp.exp(whole(self.query_log_signs)))
         q = rms_normalize(q)
         if self.config.qk_scale:
             q *= jnp.exp(whole(self.qk_log_scale))[:, None].astype(q.dtype)

@@ -108,5 +108,6 @@ def test_a_layer_has_a_weight_for_each_size_and_head():
         for sizes in ((), (2, 5))
     )
     first, second = (set(nnx.to_pure_dict(nnx.state(x))) for x in (plain, with_ngrams))
-    assert second - first == {"query_signs", "key_signs"} and first < second
-    assert with_ngrams.query_signs.shape == (2, 4) and with_ngrams.key_signs.shape == (2, 2)
+    assert second - first == {"query_log_signs", "key_log_signs"} and first < second
+    assert with_ngrams.query_log_signs.shape == (2, 4)
+    assert with_ngrams.key_log_signs.shape == (2, 2)

@@ -23,7 +23,8 @@ _LOOK_BACK = 256  # tokens that a line end is looked for in
 _ALIKE = 0.5  # of the texts: about functions that are like each other
 _BEGINNING = 16  # tokens of a body by which they are
 _APART = 0.1  # of the questions: behind text, as when a model is asked, not behind an answer
-_BEFORE = 512  # tokens of that text at most
+_HERE = 0.04  # of the questions: behind text that has the function, as none of the stretches does
+_BEFORE = 512  # tokens of text before a question at most, so that a window may hold them
 
 
 class CodePractice:
@@ -33,7 +34,8 @@ class CodePractice:
     for, or around a call of one; others in them are asked for, too. As in the test, names that are
     asked for are of one definition of the stretches, and kernel-doc comments of functions that are
     described are removed. What is left of the length is filled with text of another random place,
-    in front.
+    in front. Some of the questions are about a function of another place, just behind text that
+    has it: a model that is always asked about what is far does not copy from its window.
 
     Half of the texts are about functions that are hard to tell apart: the names of all begin alike,
     or end alike, or their bodies begin alike. The others have few long stretches as often as many
@@ -95,20 +97,27 @@ class CodePractice:
         spans, chosen = self._draw(source, count - room, rng)
         task, functions = SOURCES[source], self.split.functions
         end = np.int32(self.tokenizer.end_id)
+        inside = np.concatenate([self._inside(span) for span in spans])
         parts: list[np.ndarray] = []
         removed: list[tuple[int, int]] = []
-        for i in self._order(source, spans, chosen, rng):
+        for i in self._order(source, inside, chosen, rng):
+            before = None
+            here = self._here(source, inside, rng) if rng.random() < _HERE else None
+            if here is not None:
+                i, before = here
             words = self._words(source, i)
             if words is None:
                 continue
             question = self.wording.question(task, words)
             answer = np.append(self.wording.answer(task, functions[i]), end)
             spare = room - sum(map(len, [*parts, question, answer]))
-            if spare < 0:
+            if before is None:
+                before = self._text_before(max(spare, 0), rng)
+            if spare < len(before):
                 break
-            parts += [join_tokens([self._text_before(spare, rng), question]), answer]
-            if source == "descriptions":
-                removed.append((int(functions["doc"][i]), int(functions["begin"][i])))
+            parts += [join_tokens([before, question]), answer]
+            if here is None:
+                removed += self._comment(source, i)
             if len(parts) == 2 * self.stage.questions:
                 break
         context = [self._without(span, removed) for span in spans]
@@ -178,26 +187,44 @@ class CodePractice:
     def _order(
         self,
         source: str,
-        spans: list[tuple[int, int]],
+        inside: np.ndarray,
         chosen: np.ndarray,
         rng: np.random.Generator,
     ) -> np.ndarray:
         """The functions to ask for: those chosen, then others, of names that are not ambiguous."""
-        inside = [
-            np.arange(
-                np.searchsorted(self._begin, begin), np.searchsorted(self._end, end, side="right")
-            )
-            for begin, end in spans
-        ]
-        everyone = np.concatenate(inside)
         names = self.split.functions["name"]
-        values, counts = np.unique(names[everyone], return_counts=True)
+        values, counts = np.unique(names[inside], return_counts=True)
         once = values[counts == 1]
-        askable = np.unique(everyone[self._suits[source][everyone]])
+        askable = np.unique(inside[self._suits[source][inside]])
         drawn = [*rng.permutation(np.unique(chosen)), *rng.permutation(askable)]
         order = list(dict.fromkeys(int(i) for i in drawn))
         kept = np.array(order, np.int64)
         return kept[np.isin(names[kept], once)]
+
+    def _inside(self, span: tuple[int, int]) -> np.ndarray:
+        """The functions, comments and beginnings of bodies included, that a span of tokens has."""
+        first = np.searchsorted(self._begin, span[0])
+        return np.arange(first, np.searchsorted(self._end, span[1], side="right"))
+
+    def _here(
+        self, source: str, inside: np.ndarray, rng: np.random.Generator
+    ) -> tuple[int, np.ndarray] | None:
+        """A function, and text that has it; None where that has a name of the stretches, too."""
+        names = self.split.functions["name"]
+        i = int(rng.choice(self._askable[source]))
+        size = int(rng.integers(_LARGEST, _BEFORE, endpoint=True))
+        span = self._around(int(self._begin[i]), int(self._end[i]), size, rng)
+        there = names[self._inside(span)]
+        if np.isin(there, names[inside]).any() or np.sum(there == names[i]) > 1:
+            return None
+        return i, self._without(span, self._comment(source, i))
+
+    def _comment(self, source: str, i: int) -> list[tuple[int, int]]:
+        """Where it stands what a question says: nowhere, if that is a name."""
+        if source != "descriptions":
+            return []
+        functions = self.split.functions
+        return [(int(functions["doc"][i]), int(functions["begin"][i]))]
 
     def _text_before(self, spare: int, rng: np.random.Generator) -> np.ndarray:
         """What stands between a question and the answer before it: nothing, mostly."""

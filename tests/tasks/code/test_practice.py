@@ -35,10 +35,9 @@ def test_answers_are_the_definitions(prepared, tokens):
         spans = runs(is_answer)
         if not len(spans):  # both scales in one stretch
             continue
-        context = prepared.tokenizer.decode(found[: spans[0][0]])
         for begin, end in spans:
             before = prepared.tokenizer.decode(found[:begin])
-            name = re.search(r"\ndefine: (\w+)$", before)[1]
+            context, name = re.fullmatch(r"(.*)\ndefine: (\w+)", before, re.DOTALL).groups()
             answer = prepared.tokenizer.decode(found[begin:end])
             assert f"{name}{answer}" in context
             body = prepared.tokenizer.decode(found[end - 1 - BODY : end - 1])
@@ -103,6 +102,31 @@ def test_some_questions_stand_behind_text(prepared):
             assert before.count("\ndefine: ") == 1
             whole += 1
     assert 0.03 < behind / whole < 0.2
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_some_questions_are_about_text_just_before(prepared, source):
+    split = prepared.split("train")
+    practice, rng = CodePractice(STAGE, split, prepared.tokenizer), np.random.default_rng(0)
+    names, made = split.functions["name"], 0
+    for _ in range(100):
+        inside = rng.choice(len(names), 12, replace=False)
+        here = practice._here(source, inside, rng)
+        if here is None:
+            continue
+        made += 1
+        i, tokens = here
+        text, name = prepared.tokenizer.decode(tokens), split.names[names[i]]
+        assert 128 < len(tokens) <= 512
+        answer = prepared.tokenizer.decode(
+            practice.wording.answer(SOURCES[source], split.functions[i])
+        )
+        assert text.count(answer) == 1
+        assert (f"{name}() - " in text) == (
+            source == "definitions" and split.functions["doc"][i] >= 0
+        )
+        assert names[i] not in names[inside]
+    assert made > 10
 
 
 def test_stretches_are_apart_and_some_are_around_calls(prepared):
