@@ -255,9 +255,9 @@ class SparseXAttention(nnx.Module):
         """What `__call__` returns, and what later tokens need; options as in `attend`."""
         keys, queries = self._project(x, tokens, None)
         attended = self.project_out(self.attend(keys, queries, None, *options))
-        count = x.shape[1]
-        history = sequence.of_last(x[:, count - self.config.conv_reach :])
-        last = sequence.of_last(tokens[:, count - self.ngram_reach :]) if self.ngrams else None
+        history, last = sequence.of_last(_last(x, self.config.conv_reach)), None
+        if self.ngrams:
+            last = sequence.of_last(_last(tokens, self.ngram_reach, NO_TOKEN))
         if not self.sparse:
             window = self.config.attention.window
             k, v = (sequence.of_last(each[:, -window:]) for each in (keys.k, keys.v))
@@ -360,3 +360,10 @@ class SparseXAttention(nnx.Module):
     def _heads(self, x: jax.Array, heads: int) -> jax.Array:
         heads //= axis_size("tensor")
         return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
+
+
+def _last(x: jax.Array, count: int, fill: int = 0) -> jax.Array:
+    """The last tokens of [B, T, ...], behind `fill` where there are fewer."""
+    missing = max(count - x.shape[1], 0)
+    padded = jnp.pad(x, ((0, 0), (missing, 0)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
+    return padded[:, padded.shape[1] - count :]

@@ -29,6 +29,17 @@ def few(*names):
     return [x if x in names else pytest.param(x, marks=pytest.mark.long) for x in CONFIGS]
 
 
+@pytest.mark.parametrize("count", [2, 20])
+def test_contexts_shorter_than_what_is_remembered(count):
+    model, tokens = make(), make_tokens(1, count)
+    remembered = nnx.jit(lambda model: model.prefill(tokens)[1])(model)
+    cache = Engine(model, 32, chunk=8).prefill(tokens)
+    for found, layer in zip(remembered, cache.layers, strict=True):
+        np.testing.assert_allclose(found.history, layer.recent.history, rtol=2e-4, atol=2e-4)
+        if found.tokens is not None:
+            np.testing.assert_array_equal(found.tokens, layer.recent.tokens)
+
+
 @pytest.mark.parametrize("name", few("default"))
 def test_losses_are_those_of_the_forward_pass(name):
     model, tokens = make(CONFIGS[name]), make_tokens(2, 150)

@@ -166,6 +166,8 @@ def test_a_context_that_devices_share_leaves_what_one_would_remember():
     assert logits.shape == (2, 32) and local.k.shape == (2, 16, 2, 8)
     for remembered, layer in zip((local, sparse), cache, strict=True):
         np.testing.assert_allclose(remembered.history, layer.recent.history, rtol=2e-4, atol=2e-5)
+        assert (remembered.tokens is None) == (remembered is local)
+        np.testing.assert_array_equal(remembered.tokens, layer.recent.tokens)
     for kept, wanted in (
         *((getattr(remote, name), getattr(sparse, name)) for name in ("k", "v", "salience")),
         *zip(remote.blocks, sparse.blocks, strict=True),
