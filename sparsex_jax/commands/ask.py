@@ -69,8 +69,11 @@ def ask(arguments: Arguments) -> None:
     directory = CacheDirectory(arguments.directory, fingerprint(arguments.model, model, tokenizer))
     if directory.tier is None or directory.capacity is None or directory.chunk is None:
         raise CacheError(f"{arguments.directory} holds no cache: run `sparsex ingest` first")
-    about_code = [prompt_of(question) is not None for question in arguments.question]
-    questions = tokenizer.encode_batch([prompt_of(x) or x for x in arguments.question])
+    about_code = [prompt_of(question) for question in arguments.question]
+    questions = tokenizer.encode_batch([
+        text if prompt is None else prompt[0]
+        for text, prompt in zip(arguments.question, about_code, strict=True)
+    ])  # fmt: skip
     if not questions or not all(map(len, questions)):
         raise ConfigError("a question has no tokens: give a text in quotes")
     tier = arguments.tier or directory.tier
@@ -84,12 +87,13 @@ def ask(arguments: Arguments) -> None:
     with make_progress(console) as bar:
         task = bar.add_task("loading", total=length)
         cache = directory.load(engine, lambda tokens: bar.update(task, completed=tokens))
-    for question, is_code in zip(questions, about_code, strict=True):
-        stops = (tokenizer.end_id,) if is_code else tokenizer.stop_ids
+    for question, prompt in zip(questions, about_code, strict=True):
+        stops = tokenizer.stop_ids if prompt is None else (tokenizer.end_id,)
         found = engine.answer(
             cache, [question], arguments.max_new_tokens, stops, sampling, arguments.seed
         )
-        print(decode_answer(found[0], tokenizer, stops))  # rich would expand tabs
+        begin = "" if prompt is None else prompt[1]
+        print(begin + decode_answer(found[0], tokenizer, stops))  # rich would expand tabs
         if sources is not None:
             attention = attention_of_answer(model, cache, question, found[0])
             for place in sources.places(attention, arguments.sources or _PLACES):

@@ -167,7 +167,7 @@ class CodeContext:
         function = self._wording.split.functions[self._inside[question.function]]
         name_end = question.position + function["name_end"] - function["name_begin"]
         named = question.task == "name_to_definition"
-        begin = name_end if named else self.spans[question.function][0]
+        begin = name_end + 1 if named else self.spans[question.function][0]
         return self._wording.answer(question.task, function), int(begin)
 
     def is_right(self, question: Question, answer: str) -> bool:

@@ -1,10 +1,10 @@
 """How functions are asked for, and what a right answer is, as tokens.
 
-    define: NAME                 goes on with the parameters and the body's first tokens
+    define: NAME(                goes on with the parameters and the body's first tokens
     describe: DESCRIPTION        and on the next line, the signature up to the opening brace
 
 Both are as they stand in the file, so an answer is copied token by token; then comes the end of
-text.
+text. The parenthesis says that the name is over.
 """
 
 import re
@@ -26,15 +26,18 @@ ANSWER = {"name_to_definition": SIGNATURE + BODY, "description_to_function": SIG
 QUESTION = {"name_to_definition": SIGNATURE + 8, "description_to_function": DESCRIPTION + 8}
 
 # What is before and behind the words of a question.
-_FRAME = {"name_to_definition": ("define: ", ""), "description_to_function": ("describe: ", "\n")}
+_FRAME = {"name_to_definition": ("define: ", "("), "description_to_function": ("describe: ", "\n")}
 _WORD = re.compile(r"[A-Za-z]{2,}")
 
 
-def prompt_of(question: str) -> str | None:
-    """What a model reads for "define: NAME" or "describe: DESCRIPTION"; None for anything else."""
+def prompt_of(question: str) -> tuple[str, str] | None:
+    """What a model reads for "define: NAME" or "describe: DESCRIPTION"; None for anything else.
+
+    And how the answer begins that it goes on with.
+    """
     for begin, end in _FRAME.values():
         if question.startswith(begin):
-            return f"\n{question}{end}"
+            return f"\n{question}{end}", end.strip()
     return None
 
 
@@ -85,7 +88,7 @@ class Wording:
         """What a right answer generates before the end of text, int32."""
         tokens = self.split.tokens
         if task == "name_to_definition":
-            return tokens[function["name_end"] : function["body"] + BODY].astype(np.int32)
+            return tokens[function["name_end"] + 1 : function["body"] + BODY].astype(np.int32)
         return tokens[function["begin"] : function["body"]].astype(np.int32)
 
     def compared(self, task: str, functions: np.ndarray) -> list[str]:

@@ -155,7 +155,7 @@ def test_ask_puts_questions_about_code_as_they_were_learned(
     model, prepared, tmp_path, capsys, monkeypatch
 ):
     encode, asked = prepared.tokenizer.encode, []
-    out, answer = tmp_path / "cache", encode("(int x)\n{\n\treturn x;")
+    out, answer = tmp_path / "cache", encode("int x)\n{\n\treturn x;")
 
     def generate(self, cache, prompts, count, stops, *options):
         asked.append((prepared.tokenizer.decode(prompts[0]), stops))
@@ -167,7 +167,7 @@ def test_ask_puts_questions_about_code_as_they_were_learned(
     assert cli.run(["ask", str(out), *questions, "--model", str(model), "--sources", "0"]) == 0
     end, ends = prepared.tokenizer.end_id, prepared.tokenizer.stop_ids
     assert asked == [
-        ("\ndefine: turn", (end,)), ("\ndescribe: turns it\n", (end,)), ("why?", ends)
+        ("\ndefine: turn(", (end,)), ("\ndescribe: turns it\n", (end,)), ("why?", ends)
     ]  # fmt: skip
     shown = capsys.readouterr().out
-    assert shown.endswith("(int x)\n{\n\treturn x;\n" * 2 + "(int x)\n")
+    assert shown.endswith("(int x)\n{\n\treturn x;\n" + "int x)\n{\n\treturn x;\n" + "int x)\n")

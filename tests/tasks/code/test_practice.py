@@ -37,9 +37,9 @@ def test_answers_are_the_definitions(prepared, tokens):
             continue
         for begin, end in spans:
             before = prepared.tokenizer.decode(found[:begin])
-            context, name = re.fullmatch(r"(.*)\ndefine: (\w+)", before, re.DOTALL).groups()
+            context, name = re.fullmatch(r"(.*)\ndefine: (\w+)\(", before, re.DOTALL).groups()
             answer = prepared.tokenizer.decode(found[begin:end])
-            assert f"{name}{answer}" in context
+            assert f"{name}({answer}" in context
             body = prepared.tokenizer.decode(found[end - 1 - BODY : end - 1])
             assert answer.endswith("{" + body) and found[end - 1] == prepared.tokenizer.end_id
             asked += 1

@@ -70,7 +70,7 @@ def test_names_are_defined_once_and_called(context, text, wording):
         assert re.search(rf"\t.*\b{name}\(", text)
         around = context.tokens[question.position : question.position + 40]
         assert wording.tokenizer.decode(around).lstrip().startswith(f"{name}(")
-        assert wording.tokenizer.decode(question.prompt) == f"\ndefine: {name}"
+        assert wording.tokenizer.decode(question.prompt) == f"\ndefine: {name}("
 
 
 @pytest.mark.parametrize("task", TASKS)
