@@ -4,7 +4,7 @@
     sparsex eval code --data linux-6.1 --checkpoint runs/linux_questions/model --lengths 500K 1M 8M
 
 An answer has a loss of a few thousandths of a nat a token, which hardly moves a model that learns
-text, of 1.4 nats, at the same time (docs/log.md, "hashes of n-grams").
+text, of a nat or more, at the same time (docs/log.md, "hashes of n-grams").
 
 Hardware: one H200.
 """

@@ -204,7 +204,8 @@ def _read_one(
     model: Transformer, layers: Layers, token: jax.Array, length: jax.Array
 ) -> tuple[list[list[_Softmax]], Layers]:
     """Reads a token: the softmaxes of each layer, and the new caches."""
-    x: jax.Array | None = model.embed(token[None, None])
+    tokens = token[None, None]
+    x: jax.Array | None = model.embed(tokens)
     softmaxes, read = [], []
     for block, layer in zip(model.blocks, layers, strict=True):
         attention = block.attention
@@ -212,11 +213,9 @@ def _read_one(
         queries = attention.query_side(
             normed,
             attention.mix(normed, layer.recent.history),
-            attention.hash(token[None, None], layer.recent.tokens),
+            attention.hash(tokens, layer.recent.tokens),
         )
-        x, after = extend_layer(
-            block, layer, x, token[None, None], length, jnp.int32(1), attending=1
-        )
+        x, after = extend_layer(block, layer, x, tokens, length, jnp.int32(1), attending=1)
         softmaxes.append(_softmaxes(queries, after, length, attention.attention_config()))
         read.append(after)
     return softmaxes, tuple(read)

@@ -150,19 +150,9 @@ class SparseXAttention(nnx.Module):
 
         Args:
           x: [B, T, C].
-          history: the `conv_reach` tokens before x, [B, conv_reach, C]; None is zeros.
-          age: int [B, T], as in `CausalConvolution`.
+          history, age: as in `CausalConvolution`.
         """
-        if self.convolution is None:
-            return x
-        tokens = x.shape[1]
-        if history is not None:
-            before = history.shape[1]
-            x = jnp.concatenate((history, x), axis=1)
-            if age is not None:
-                age = jnp.concatenate((age[:, :1] - jnp.arange(before, 0, -1), age), axis=1)
-        mixed = self.convolution(x, age)
-        return mixed[:, mixed.shape[1] - tokens :]
+        return x if self.convolution is None else self.convolution(x, history, age)
 
     def hash(
         self,
@@ -285,8 +275,7 @@ class SparseXAttention(nnx.Module):
         keys = self.key_side(enter_split(x), mixed, hashes)
         if attending is not None:
             first = x.shape[1] - attending
-            x, mixed = x[:, first:], mixed[:, first:]
-            hashes = None if hashes is None else hashes.map(lambda y: y[:, first:])
+            x, mixed, hashes = jax.tree.map(lambda y: y[:, first:], (x, mixed, hashes))
         return keys, self.query_side(x, mixed, hashes)
 
     def attend(

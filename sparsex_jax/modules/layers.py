@@ -69,11 +69,17 @@ class CausalConvolution(nnx.Module):
         self.taps = nnx.Param(init, axis_names=(None, "model"))
         self.width = width
 
-    def __call__(self, x: jax.Array, age: jax.Array | None = None) -> jax.Array:
-        """Convolves along the tokens; before the first there are zeros.
+    def __call__(
+        self,
+        x: jax.Array,
+        history: jax.Array | None = None,
+        age: jax.Array | None = None,
+    ) -> jax.Array:
+        """Convolves along the tokens.
 
         Args:
           x: [B, T, C].
+          history: the width - 1 tokens before x, [B, width - 1, C]; None is zeros.
           age: int [B, T], tokens before each in its document, into others of which taps do not
             reach; None for one document.
 
@@ -81,7 +87,10 @@ class CausalConvolution(nnx.Module):
           [B, T, C].
         """
         tokens, before = x.shape[1], self.width - 1
-        padded = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
+        if history is None:
+            padded = jnp.pad(x, ((0, 0), (before, 0), (0, 0)))
+        else:
+            padded = jnp.concatenate((history, x), axis=1)
         taps = whole(self.taps, x.dtype)
         total = x
         for lag in range(self.width):

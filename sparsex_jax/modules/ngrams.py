@@ -6,7 +6,6 @@ is where more of what went before is the same. Hashes of n-grams as features are
 learned embeddings by them; these are longer, and only have to be told apart.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,10 +26,6 @@ class Hashes(NamedTuple):
 
     before: jax.Array
     ending: jax.Array
-
-    def map(self, f: Callable[[jax.Array], jax.Array]) -> "Hashes":
-        """Of f of each."""
-        return Hashes(f(self.before), f(self.ending))
 
 
 def hash_ngrams(

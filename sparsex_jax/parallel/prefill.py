@@ -53,9 +53,9 @@ def make_prefill(
     _, batch, tokens = batch_spec(mesh)
     split, last, whole = P(batch, tokens, "tensor"), P(batch, None, "tensor"), P(batch)
     blocks = Blocks(split, split if config.attention.search_node_size else None)
-    ngrams = whole if config.ngrams else None
+    newest = whole if config.ngrams else None
     remembered = [
-        Remembered(split, split, whole, ngrams, split, blocks)
+        Remembered(split, split, whole, newest, split, blocks)
         if kind == "s"
         else Remembered(last, last, whole, None, None, None)
         for kind in config.layers

@@ -46,9 +46,14 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda value: value.ndim >= 2, params),
+            mask=lambda params: {name: _decays(name, x) for name, x in params.items()},
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), method)
+
+
+def _decays(name: str, x: jax.Array) -> bool:
+    """Matrices do, but not logarithms: these would go to 0, and what they are of to 1."""
+    return x.ndim >= 2 and "_log_" not in name
 
 
 def _labels(params: dict[str, jax.Array]) -> dict[str, str]:

@@ -26,7 +26,7 @@ def test_taps_reach_back_within_a_document():
     taps = np.asarray(convolution.taps[...])
     for row in range(2):
         expected = convolved(x[row], taps, age[row])
-        np.testing.assert_allclose(convolution(x, age)[row], expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(convolution(x, age=age)[row], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
         convolution(x)[1], convolved(x[1], taps, age[0]), rtol=1e-5, atol=1e-6
     )

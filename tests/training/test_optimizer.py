@@ -19,6 +19,7 @@ PARAMS = {
     "convolution.taps": (4, 64),
     "embedding": (100, 64),
     "norm.scale": (64,),
+    "query_log_signs": (3, 4),
 }
 AXES = {
     "up.kernel": ("model", "hidden"),
@@ -27,6 +28,7 @@ AXES = {
     "convolution.taps": (None, "model"),
     "embedding": ("vocab", "model"),
     "norm.scale": (None,),
+    "query_log_signs": (None, "heads"),
 }
 
 
@@ -73,6 +75,15 @@ def test_others_move_as_with_adam():
     adam = steps(optax.nadam(schedule, CONFIG.beta1, CONFIG.beta2))
     for name in ("gates.kernel", "convolution.taps", "embedding", "norm.scale"):
         np.testing.assert_allclose(found[name], adam[name], rtol=1e-5)
+
+
+def test_with_adamw_matrices_decay_and_logarithms_do_not():
+    config = OptimizerConfig(**vars(CONFIG) | {"method": "adamw"})
+    plain = OptimizerConfig(**vars(config) | {"weight_decay": 0.0})
+    decayed, others = (steps(make_optimizer(each, 20), count=1) for each in (config, plain))
+    for name, value in others.items():
+        moved = not np.allclose(decayed[name], value, atol=1e-6)
+        assert moved == (name not in ("norm.scale", "query_log_signs")), name
 
 
 def test_what_muon_moves_decays():

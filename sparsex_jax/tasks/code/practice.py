@@ -23,7 +23,7 @@ _LOOK_BACK = 256  # tokens that a line end is looked for in
 _ALIKE = 0.5  # of the texts: about functions that are like each other
 _BEGINNING = 16  # tokens of a body by which they are
 _APART = 0.1  # of the questions: behind text, as when a model is asked, not behind an answer
-_HERE = 0.04  # of the questions: behind text that has the function, as none of the stretches does
+_HERE = 0.1  # of the questions: behind text that has the function, as none of the stretches does
 _BEFORE = 512  # tokens of text before a question at most, so that a window may hold them
 
 
@@ -101,10 +101,8 @@ class CodePractice:
         parts: list[np.ndarray] = []
         removed: list[tuple[int, int]] = []
         for i in self._order(source, inside, chosen, rng):
-            before = None
             here = self._here(source, inside, rng) if rng.random() < _HERE else None
-            if here is not None:
-                i, before = here
+            i, before = here or (i, None)
             words = self._words(source, i)
             if words is None:
                 continue
@@ -220,7 +218,7 @@ class CodePractice:
         return i, self._without(span, self._comment(source, i))
 
     def _comment(self, source: str, i: int) -> list[tuple[int, int]]:
-        """Where it stands what a question says: nowhere, if that is a name."""
+        """Where the comment is that a question quotes; none where a name is asked for."""
         if source != "descriptions":
             return []
         functions = self.split.functions

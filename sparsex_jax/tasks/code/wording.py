@@ -33,7 +33,7 @@ _WORD = re.compile(r"[A-Za-z]{2,}")
 def prompt_of(question: str) -> tuple[str, str] | None:
     """What a model reads for "define: NAME" or "describe: DESCRIPTION"; None for anything else.
 
-    And how the answer begins that it goes on with.
+    The second text is the part of the answer that it reads already.
     """
     for begin, end in _FRAME.values():
         if question.startswith(begin):
@@ -85,7 +85,11 @@ class Wording:
         return self.tokenizer.encode(f"\n{begin}{words}{end}")
 
     def answer(self, task: str, function: np.void) -> np.ndarray:
-        """What a right answer generates before the end of text, int32."""
+        """What a right answer generates before the end of text, int32.
+
+        Behind a name, the token with the parenthesis is left out: in Linux 6.1 it is nothing else
+        in 998 of 1,000 definitions.
+        """
         tokens = self.split.tokens
         if task == "name_to_definition":
             return tokens[function["name_end"] + 1 : function["body"] + BODY].astype(np.int32)

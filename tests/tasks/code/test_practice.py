@@ -129,6 +129,20 @@ def test_some_questions_are_about_text_just_before(prepared, source):
     assert made > 10
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_texts_hold_such_questions(prepared, monkeypatch, share):
+    monkeypatch.setattr("sparsex_jax.tasks.code.practice._HERE", share)
+    monkeypatch.setattr("sparsex_jax.tasks.code.practice._APART", 0.0)
+    behind = 0
+    for found, is_answer in texts("definitions", prepared, 40, 4096):
+        for (_, end), (begin, behind_answer) in itertools.pairwise(runs(is_answer)):
+            text, _, name = prepared.tokenizer.decode(found[end:begin]).rpartition("\ndefine: ")
+            answer = prepared.tokenizer.decode(found[begin:behind_answer])
+            assert bool(text) == (f"{name}{answer}" in text)
+            behind += bool(text)
+    assert (behind > 20) == (share > 0)
+
+
 def test_stretches_are_apart_and_some_are_around_calls(prepared):
     split = prepared.split("train")
     practice = CodePractice(STAGE, split, prepared.tokenizer)
